@@ -1,0 +1,276 @@
+"""`fastdpo train | demo`: parse, call, print.
+
+`fastdpo train` takes the flags and YAML files of `trl dpo`; `fastdpo dpo` is the same. Bad input
+ends with one line on stderr and exit code 2, Ctrl-C with 130; a bug keeps its traceback.
+"""
+
+import contextlib
+import subprocess
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
+from os import environ
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import fastdpo
+
+if TYPE_CHECKING:
+    from fastdpo.run_folder import RunFolder
+    from fastdpo.trainer import DPOTrainer
+
+# Nothing above imports torch, so that --help and --version answer at once: a command imports
+# what it runs.
+
+MODULE = "fastdpo.cli"  # what `accelerate launch --module` runs
+USAGE = """\
+usage: fastdpo [--version] [--help] COMMAND ...
+
+  train   fine-tune a model on preference pairs (also: dpo)
+            fastdpo train --model_name_or_path MODEL --dataset_name ROWS --output_dir FOLDER
+            fastdpo train --config run.yaml
+          Flags and YAML files are those of `trl dpo`. Run again, it resumes.
+  demo    preference-tune a small model that comes with nothing to download, and show it
+
+`fastdpo COMMAND --help` lists a command's flags."""
+
+# `trl dpo --accelerate_config NAME`, as flags of `accelerate launch`
+_FSDP = (
+    "--use_fsdp --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
+    "--fsdp_state_dict_type FULL_STATE_DICT --fsdp_cpu_ram_efficient_loading true "
+)
+ACCELERATE_CONFIGS = {
+    "single_gpu": "--num_processes 1",
+    "multi_gpu": "--multi_gpu",
+    "fsdp1": _FSDP + "--fsdp_version 1 --fsdp_sync_module_states true --fsdp_use_orig_params true",
+    "fsdp2": _FSDP + "--fsdp_version 2 --fsdp_reshard_after_forward true",
+    "zero1": "--use_deepspeed --zero_stage 1",
+    "zero2": "--use_deepspeed --zero_stage 2",
+    "zero3": "--use_deepspeed --zero_stage 3 --zero3_init_flag true --zero3_save_16bit_model true",
+}
+
+
+class BadInput(Exception):
+    """What the caller got wrong, in one line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run_command(argv)
+    except BadInput as error:
+        print(f"fastdpo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastdpo: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run_command(argv: list[str]) -> int:
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("train", "dpo"):
+        return train(rest, prog=f"fastdpo {command}")
+    if command == "demo":
+        from fastdpo import demo
+
+        return demo.main(rest) or 0
+    if command in ("-h", "--help"):
+        print(USAGE)
+    elif command == "--version":
+        print(f"fastdpo {fastdpo.__version__}")
+    else:
+        raise BadInput(f"want a command, train or demo, got {command!r} (fastdpo --help)")
+    return 0
+
+
+def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
+    """Train as `argv` says, from the last checkpoint if its output_dir holds one of this run."""
+    from fastdpo.arguments import TrainParser
+    from fastdpo.rows import RowError
+    from fastdpo.run_folder import mark_finished, mark_started, run_identity
+
+    with _bad_input():
+        (*arguments, fresh), unknown = TrainParser(prog=prog).parse(argv)
+        script_args, training_args, model_args, dataset_args = arguments
+        launch_flags = _launch_flags(unknown)
+        if model_args.model_name_or_path is None:
+            raise ValueError("want --model_name_or_path, got none")
+        if script_args.dataset_name is None and not dataset_args.datasets:
+            raise ValueError("want --dataset_name, or datasets in a YAML file, got neither")
+        if not _is_launched() and (launch_flags or training_args.n_gpu > 1):
+            return _launch(launch_flags, argv)
+        identity = run_identity(*arguments)
+        folder = _choose_folder(training_args, identity, fresh)
+
+    is_main = training_args.process_index == 0
+    say = print if is_main else _say_nothing
+    for note in folder.notes:
+        say(note)
+    if folder.finished:
+        return 0
+
+    training_args.output_dir = str(folder.path)
+    with _bad_input():
+        trainer = _build_trainer(*arguments)
+    say(trainer.summary())
+    if is_main:
+        mark_started(folder.path, identity)
+    try:
+        trainer.train(resume_from_checkpoint=folder.checkpoint and str(folder.checkpoint))
+    except RowError as error:  # the rows of a stream are read only now
+        raise BadInput(_one_line(error)) from error
+    _save(trainer, folder.path, say)
+    if is_main:
+        mark_finished(folder.path)
+    if hasattr(trainer, "end"):  # from transformers 5.18
+        trainer.end()
+    return 0
+
+
+def _choose_folder(training_args, identity: dict[str, Any], fresh: bool) -> "RunFolder":
+    """The run's folder, chosen by the main process for all: two would choose two fresh ones."""
+    from accelerate.utils import broadcast_object_list
+
+    from fastdpo.run_folder import choose_run_folder
+
+    folder = None
+    if training_args.process_index == 0:
+        folder = choose_run_folder(
+            training_args.output_dir,
+            identity,
+            fresh=fresh,
+            resume_from=training_args.resume_from_checkpoint,
+        )
+    return broadcast_object_list([folder])[0]
+
+
+def _build_trainer(script_args, training_args, model_args, dataset_args) -> "DPOTrainer":
+    import torch
+
+    from fastdpo.arguments import load_datasets, peft_config, quantization_config
+    from fastdpo.trainer import DPOTrainer
+
+    train_rows, eval_rows = load_datasets(
+        script_args,
+        dataset_args,
+        with_eval=training_args.eval_strategy != "no",
+        on_bad_rows=training_args.on_bad_rows,
+        seed=training_args.seed,
+    )
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = DPOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        quantization_config=quantization_config(model_args),
+        peft_config=peft_config(model_args),
+    )
+    if script_args.ignore_bias_buffers:
+        # DistributedDataParallel reads this name; some backends cannot broadcast booleans
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
+    return trainer
+
+
+def _save(trainer: "DPOTrainer", path: Path, say: Callable[[str], Any]) -> None:
+    trainer.save_model(str(path))
+    what = "adapters" if (path / "adapter_config.json").exists() else "model"
+    say(f"saved {what} and tokenizer to {path}")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+        say(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
+
+
+# Several processes
+
+
+def _is_launched() -> bool:
+    """Whether `accelerate launch`, torchrun or deepspeed has started this process."""
+    return "LOCAL_RANK" in environ or "ACCELERATE_MIXED_PRECISION" in environ
+
+
+def _launch_flags(unknown: list[str]) -> list[str]:
+    """Flags of `accelerate launch`, `--accelerate_config` written out.
+
+    ValueError for what accelerate does not know either.
+    """
+    if not unknown:
+        return []
+    if "--accelerate_config" in unknown:
+        at = unknown.index("--accelerate_config")
+        name = unknown[at + 1] if at + 1 < len(unknown) else None
+        unknown = [*_accelerate_config(name), *unknown[:at], *unknown[at + 2 :]]
+    command, stray = _launch_parser().parse_known_args([*unknown, "--module", MODULE])
+    if stray or command.training_script != MODULE:  # where a value without its flag ends up
+        raise ValueError(f"unknown flag: {' '.join(stray) or command.training_script}")
+    return unknown
+
+
+def _launch_parser() -> ArgumentParser:
+    from accelerate.commands.launch import launch_command_parser
+
+    parser = launch_command_parser()
+    parser.error = _raise
+    return parser
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _accelerate_config(name: str | None) -> list[str]:
+    if name in ACCELERATE_CONFIGS:
+        return ACCELERATE_CONFIGS[name].split()
+    if name is None or not Path(name).is_file():
+        raise ValueError(
+            f"accelerate_config: want a file or one of {[*ACCELERATE_CONFIGS]}, got {name!r}"
+        )
+    return ["--config_file", name]
+
+
+def _launch(launch_flags: list[str], argv: Sequence[str]) -> int:
+    """`fastdpo train <argv>` in as many processes as `accelerate launch` makes of the flags."""
+    from accelerate.commands.launch import launch_command
+
+    command = [*launch_flags, "--module", MODULE, "train", *argv]
+    try:
+        launch_command(_launch_parser().parse_args(command))
+    except subprocess.CalledProcessError as error:  # its process has said why
+        return error.returncode
+    return 0
+
+
+# Errors
+
+
+@contextlib.contextmanager
+def _bad_input() -> Iterator[None]:
+    """What is wrong with the flags, files, model or rows becomes one line.
+
+    ImportError is among it: a flag asked for a package that is not installed.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise BadInput(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _say_nothing(text: str) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Split a model's body from its head; model + PairBatch -> log-probabilities.
+
+All that fastdpo asks of a model is said here, and nothing else looks inside one:
+
+    body    `base_model`: model inputs -> last_hidden_state (S, L, D)
+    head    `get_output_embeddings()`: weight (V, D), perhaps a bias, perhaps scaled or capped
+
+`attach_scorer` teaches a causal language model's forward one more keyword, `scored_rows`. With
+it, the head sees those rows alone and answers with log-probabilities instead of logits; the call
+goes through the model as before, so PEFT, DDP, FSDP and autocast wrap it as they wrap any other.
+Without it, the forward is the model's own, and `generate` works as it did.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils import ModelOutput
+
+from fastdpo import ops
+from fastdpo.batch import PairBatch
+
+TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
+
+
+@dataclass
+class ScoredOutput(ModelOutput):
+    """What a forward with `scored_rows` returns: one value per scored row, in their order.
+
+    token_logps_C: float32, carries the gradient. entropy_C, mean_logit_C: float32, is_top1_C:
+    bool, no gradient, None unless asked for. aux_loss: the load-balancing loss of a
+    mixture-of-experts model, None unless asked for.
+    """
+
+    token_logps_C: Tensor | None = None
+    entropy_C: Tensor | None = None
+    mean_logit_C: Tensor | None = None
+    is_top1_C: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def causal_lm_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or `model` itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def attach_scorer(model: nn.Module) -> None:
+    """Let `model(..., scored_rows=..., labels=..., stats=...)` answer with a ScoredOutput.
+
+    A second call changes nothing. ValueError where the model has no linear head, or an adapter
+    on it (the adapter would never be trained: not there yet).
+    """
+    causal_lm = causal_lm_of(model)
+    if hasattr(causal_lm, "_unscored_forward"):
+        return
+    _check_head_module(causal_lm)
+    # an attribute, not a closure: a deep copy of the model then calls the copy
+    causal_lm._unscored_forward = causal_lm.forward
+
+    @functools.wraps(type(causal_lm).forward)  # generate() reads the signature
+    def forward(self, *args, scored_rows=None, labels=None, stats=(), **kwargs):
+        if scored_rows is None:
+            if labels is not None:
+                kwargs["labels"] = labels
+            return self._unscored_forward(*args, **kwargs)
+        return _score(self, scored_rows, labels, stats, **kwargs)
+
+    causal_lm.forward = types.MethodType(forward, causal_lm)
+
+
+def _check_head_module(causal_lm: PreTrainedModel) -> None:
+    head = causal_lm.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), Tensor) or causal_lm.base_model is causal_lm:
+        name = type(causal_lm).__name__
+        raise ValueError(f"want a body and a linear output embedding, {name} has none")
+    if isinstance(head, BaseTunerLayer):
+        raise ValueError(
+            "want no adapter on the output embedding (not there yet): leave "
+            "'lm_head' out of target_modules"
+        )
+
+
+def score(
+    model: nn.Module, batch: PairBatch, *, stats: tuple[str, ...] = (), aux_loss: bool = False
+) -> ScoredOutput:
+    """`model`, wrapped or not, on `batch`; stats: any of TOKEN_STATS."""
+    router = {"output_router_logits": True, "token_mask": batch.token_mask_SL} if aux_loss else {}
+    return model(
+        **batch.model_inputs,
+        scored_rows=batch.scored_rows_C,
+        labels=batch.labels_C,
+        stats=stats,
+        use_cache=False,
+        **router,
+    )
+
+
+def _score(causal_lm, scored_rows_C, labels_C, stats, *, token_mask=None, **inputs) -> ScoredOutput:
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    outputs = causal_lm.base_model(**inputs)
+    hidden_SLD = outputs.last_hidden_state
+    hidden_CD = hidden_SLD.flatten(0, 1).index_select(0, scored_rows_C)
+    head = causal_lm.get_output_embeddings()
+    config = causal_lm.config.get_text_config()
+    token_logps_C, stats_C = ops.linear_logps(
+        hidden_CD.to(head.weight.device),
+        head.weight,
+        labels_C.to(head.weight.device),
+        bias_V=getattr(head, "bias", None),
+        scale=logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        stats=("lse", *stats),
+    )
+    aux_loss = None
+    if token_mask is not None:
+        aux_loss = load_balancing_loss_func(
+            outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask
+        )
+    stats_C = {f"{name}_C": stats_C[name] for name in stats}
+    return ScoredOutput(token_logps_C=token_logps_C, aux_loss=aux_loss, **stats_C)
+
+
+def logit_scale(config: Any) -> float:
+    """What a model of this text config multiplies its logits by, before any soft-capping."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:  # Cohere; Muse; Falcon-H1
+            return getattr(config, name)
+    logits_scaling = getattr(config, "logits_scaling", None)
+    if logits_scaling is None:
+        return 1.0
+    # HyperCLOVA X multiplies by it, Granite and MiniCPM3 divide
+    return logits_scaling if config.model_type == "hyperclovax" else 1 / logits_scaling
+
+
+def aux_loss_weight(model: nn.Module, router_aux_loss_coef: float | None) -> float:
+    """Weight of a mixture-of-experts model's load-balancing loss; 0 for any other model.
+
+    router_aux_loss_coef: None for the model's own. ValueError where it asks for a loss that the
+    model does not have.
+    """
+    config = causal_lm_of(model).config.get_text_config()
+    if not hasattr(config, "output_router_logits"):
+        if router_aux_loss_coef:
+            raise ValueError(
+                "want router_aux_loss_coef unset for a model without experts, got "
+                f"{router_aux_loss_coef} for {config.model_type}"
+            )
+        return 0.0
+    if router_aux_loss_coef is None:
+        return getattr(config, "router_aux_loss_coef", 0.0)
+    return router_aux_loss_coef
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, input_ids: list[int]) -> None:
+    """ValueError unless scoring `input_ids` agrees with the log-softmax of the model's own logits.
+
+    One forward of a short sequence: what a model does between its body and its logits can be
+    more than this module knows, and would then be silently left out of every log-probability.
+    """
+    was_training = model.training
+    model.eval()
+    ids_L = torch.tensor(input_ids, device=model.device)
+    rows = torch.arange(len(input_ids) - 1, device=model.device)
+    scored = model(input_ids=ids_L[None], scored_rows=rows, labels=ids_L[1:], use_cache=False)
+    logits_LV = model(input_ids=ids_L[None], use_cache=False).logits[0, :-1]
+    model.train(was_training)
+    own_L = logits_LV.float().log_softmax(-1).gather(1, ids_L[1:, None]).squeeze(1)
+    difference = (own_L - scored.token_logps_C.to(own_L.device)).abs().max().item()
+    # logits rounded to a dtype are off by half its spacing: eps * |logit| / 2, here and in the lse
+    allowed = max(1e-3, 2 * torch.finfo(logits_LV.dtype).eps * logits_LV.abs().max().item())
+    if not difference <= allowed:
+        raise ValueError(
+            f"{type(causal_lm_of(model)).__name__}: want the model's own log-probabilities within "
+            f"{allowed:.1e} nats, got {difference:.1e}: its logits are not hidden states times "
+            "the output embedding, scaled or capped in a way fastdpo knows"
+        )

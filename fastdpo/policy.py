@@ -1,0 +1,106 @@
+"""The trainer's `model` argument -> the policy to train, and its tokenizer."""
+
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+def load_policy(name: str, *, quantization_config: Any = None, **init_kwargs: Any):
+    """The causal language model in the folder or Hub repository `name`, in float32 by default.
+
+    init_kwargs go to `from_pretrained`; dtype may be a torch.dtype, its name, or "auto". A
+    quantised model is placed on the current GPU, any other is left for the trainer to place.
+    """
+    dtype = init_kwargs.pop("dtype", None) or "float32"
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"want dtype auto or the name of a torch.dtype, got {dtype!r}")
+        dtype = getattr(torch, dtype)
+    if quantization_config is not None:
+        if "quantization_config" in init_kwargs:
+            raise ValueError(
+                "want quantization_config once, got it as an argument and in model_init_kwargs"
+            )
+        init_kwargs["quantization_config"] = quantization_config
+        if torch.cuda.is_available():
+            init_kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
+    config_kwargs = {
+        k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs
+    }
+    config = AutoConfig.from_pretrained(name, **config_kwargs)
+    if config.is_encoder_decoder:
+        raise ValueError(f"want a decoder-only language model, got {name} ({config.model_type})")
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **init_kwargs)
+
+
+def with_adapters(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """`model` with new adapters, the only parameters that train; bfloat16 ones on a quantised model.
+
+    TypeError or ValueError where peft_config is none, the model has adapters, or they would change
+    the prompt instead of the layers (a prompt-learning adapter: not there yet).
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"want a peft.PeftConfig as peft_config, got {type(peft_config).__name__}")
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "want peft_config or a model with adapters, got both: merge the model's adapters "
+            "first, or leave peft_config out to train them on"
+        )
+    if peft_config.is_prompt_learning:
+        raise ValueError(f"want adapters on layers, got {peft_config.peft_type} (not there yet)")
+    model = get_peft_model(model, peft_config)
+    if _is_quantized(model):
+        for name, parameter in model.named_parameters():
+            # QLoRA trains in bfloat16 (arXiv:2305.14314, section 3); DoRA's magnitudes move by
+            # less than its spacing
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: the layers, and the rates that attention modules apply themselves."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def load_tokenizer(
+    processing_class: Any, model: str | PreTrainedModel | PeftModel, **init_kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """`processing_class`, or the tokenizer beside `model`; it pads with its end token if need be.
+
+    TypeError for anything but a tokenizer, ValueError for one with neither a pad nor an end token.
+    """
+    if processing_class is None:
+        processing_class = AutoTokenizer.from_pretrained(model_name(model), **init_kwargs)
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            "want a tokenizer as processing_class (vision-language processors are not there "
+            f"yet), got {type(processing_class).__name__}"
+        )
+    if processing_class.pad_token is None:
+        if processing_class.eos_token is None:
+            raise ValueError("want a tokenizer with a pad_token or an eos_token, got neither")
+        processing_class.pad_token = processing_class.eos_token
+    return processing_class
+
+
+def model_name(model: str | PreTrainedModel | PeftModel) -> str:
+    """The folder or Hub repository that `model` is or came from."""
+    return model if isinstance(model, str) else model.config._name_or_path

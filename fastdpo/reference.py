@@ -1,0 +1,126 @@
+"""Whose log-probabilities the policy's are held against, in order of cost.
+
+    RowLogps        they stand in the rows: nothing runs
+    AdaptersOff     the policy without its adapters, or with a frozen copy of them
+    FrozenModel     a second model
+
+Each answers `logps(policy, batch) -> (S,)` and says in `source` what it is.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from fastdpo.batch import PairBatch
+from fastdpo.losses import completion_logps
+from fastdpo.model import score
+
+REFERENCE_ADAPTER = "ref"
+
+
+@dataclass(frozen=True, slots=True)
+class RowLogps:
+    """ref_chosen_logps and ref_rejected_logps of the rows."""
+
+    source: str = "log-probabilities in the rows"
+
+    def logps(self, policy: nn.Module, batch: PairBatch) -> Tensor:
+        if batch.reference_logps_S is None:
+            raise ValueError(
+                "want ref_chosen_logps and ref_rejected_logps in every row, as the training rows "
+                "have them (or precompute_ref_log_probs put them there), got a batch without"
+            )
+        return batch.reference_logps_S
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersOff:
+    """`peft_model`, which is or is inside the policy, as it was before training."""
+
+    peft_model: PeftModel
+
+    @property
+    def source(self) -> str:
+        if REFERENCE_ADAPTER in self.peft_model.peft_config:
+            return "a frozen copy of the policy's adapters"
+        return "the policy with its adapters switched off"
+
+    def logps(self, policy: nn.Module, batch: PairBatch) -> Tensor:
+        with self._as_before():
+            return _frozen_logps(policy, batch)
+
+    @contextlib.contextmanager
+    def _as_before(self) -> Iterator[None]:
+        if REFERENCE_ADAPTER not in self.peft_model.peft_config:
+            with self.peft_model.disable_adapter():
+                yield
+            return
+        trained = self.peft_model.active_adapter
+        self.peft_model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+        try:
+            yield
+        finally:
+            self.peft_model.set_adapter(trained)
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenModel:
+    """A model that is not trained, placed and wrapped by the caller."""
+
+    model: nn.Module
+    source: str
+
+    def logps(self, policy: nn.Module, batch: PairBatch) -> Tensor:
+        return _frozen_logps(self.model, batch)
+
+
+@torch.no_grad()
+def _frozen_logps(model: nn.Module, batch: PairBatch) -> Tensor:
+    """logps_S of `batch`, without dropout or checkpointing whatever mode the model is in."""
+    was_training = model.training
+    model.eval()
+    try:
+        scored = score(model, batch)
+    finally:
+        model.train(was_training)
+    return completion_logps(scored.token_logps_C, batch.cu_seqlens)
+
+
+def frozen_copy(policy: nn.Module) -> nn.Module:
+    """A copy of `policy` as it is now, in evaluation mode, that no optimizer will change."""
+    return copy.deepcopy(policy).requires_grad_(False).eval()
+
+
+def add_reference_adapter(policy: PeftModel) -> None:
+    """Keep the policy's trained adapter, as it is now, as a second one that is not trained."""
+    trained = policy.active_adapter
+    policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[trained])
+    parameters = dict(policy.named_parameters())
+    for name, parameter in parameters.items():
+        if f".{trained}." in name:
+            twin = parameters[name.replace(f".{trained}.", f".{REFERENCE_ADAPTER}.")]
+            twin.data.copy_(parameter.data)
+    policy.set_adapter(trained)
+
+
+def score_all(
+    reference: AdaptersOff | FrozenModel, policy: nn.Module, batches: Iterable, gather
+) -> tuple[Tensor, Tensor]:
+    """Reference logps of every pair of `batches`, in order: chosen and rejected, on the CPU.
+
+    batches: what a prepared data loader yields. gather: joins the ranks' tensors and drops what
+    was added to even them out (Accelerator.gather_for_metrics).
+    """
+    chosen, rejected = [], []
+    for inputs in batches:
+        batch = PairBatch.from_inputs(inputs)
+        logps_2B = reference.logps(policy, batch)
+        chosen_logps_B, rejected_logps_B = gather(tuple(logps_2B.chunk(2)))
+        chosen.append(chosen_logps_B.cpu())
+        rejected.append(rejected_logps_B.cpu())
+    return torch.cat(chosen), torch.cat(rejected)

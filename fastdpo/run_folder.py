@@ -1,0 +1,295 @@
+"""What a run's folder holds: a run to go on with, a finished one, another's, or nothing yet.
+
+run.json, written before the first step, names every setting that decides the numbers of the run
+(its identity). The same identity goes on from the last whole checkpoint, or says that it is
+complete; another one is refused; `fresh` starts in a new folder beside it.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+RUN_FILE = "run.json"
+STATE_FILE = "trainer_state.json"  # transformers writes it last, so a checkpoint with it is whole
+
+# Settings that cannot change what is trained. Any other one counts, a later transformers' too.
+NOT_IDENTITY = frozenset(
+    # where it goes, how it is told
+    "output_dir logging_strategy logging_steps logging_first_step log_on_each_node log_level "
+    "log_level_replica logging_nan_inf_filter include_num_input_tokens_seen disable_tqdm report_to "
+    "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id debug "
+    "skip_memory_metrics do_train do_eval do_predict local_rank "
+    # saving, resuming, the Hub
+    "save_strategy save_steps save_total_limit save_only_model save_on_each_node "
+    "enable_jit_checkpoint resume_from_checkpoint restore_callback_states_from_checkpoint "
+    "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision "
+    # evaluation
+    "dataset_test_split eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps "
+    "eval_do_concat_batches eval_use_gather_object batch_eval_metrics per_device_eval_batch_size "
+    "bf16_full_eval fp16_full_eval prediction_loss_only include_for_metrics "
+    # who reads and tokenises, and how patiently
+    "dataset_num_proc dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
+    "dataloader_persistent_workers dataloader_multiprocessing_context ddp_timeout "
+    "torch_empty_cache_steps".split()
+)
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+OPTIMIZER = ("optimizer*", "global_step*")  # the latter is DeepSpeed's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFolder:
+    """Where a run writes, the checkpoint it goes on from, and what to tell about both."""
+
+    path: Path
+    checkpoint: Path | None = None
+    finished: bool = False
+    notes: tuple[str, ...] = ()
+
+
+# What decides the numbers
+
+
+def run_identity(script_args, training_args, model_args, dataset_args) -> dict[str, Any]:
+    """Every setting that decides the numbers of a run, as flat JSON values by name.
+
+    The arguments are those of arguments.py, training_args a DPOConfig. A local file or folder
+    stands there by its last name and a hash: all bytes of data; of a model's weights a sample.
+    """
+    settings = {
+        **asdict(script_args),
+        **asdict(model_args),
+        **asdict(dataset_args),
+        **training_args.to_dict(),
+        "pad_token": training_args.pad_token,  # to_dict hides what ends in _token
+        "num_processes": training_args.world_size,
+    }
+    settings = {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
+    settings["model_name_or_path"] = _with_hash(settings["model_name_or_path"], _model_hash)
+    settings["dataset_name"] = _with_hash(settings["dataset_name"], _data_hash)
+    for dataset in settings["datasets"]:
+        for name in ("path", "data_dir", "data_files"):
+            dataset[name] = _with_hash(dataset[name], _data_hash)
+    return json.loads(json.dumps(dict(_flat(settings)), default=str))
+
+
+def choose_run_folder(
+    path: str | Path,
+    identity: dict[str, Any],
+    *,
+    fresh: bool = False,
+    resume_from: str | bool | None = None,
+) -> RunFolder:
+    """The folder for the run `identity`: `path`, or with `fresh` the next free one beside it.
+
+    Writes nothing but that next folder, empty. resume_from: a checkpoint to go on from instead of
+    the last one; true for the last one, which then has to be there.
+    ValueError where the folder holds other work, or no checkpoint to go on from as asked.
+    """
+    path = Path(path)
+    resume_last = str(resume_from).lower() == "true"
+    named = Path(resume_from) if resume_from and not resume_last else None
+    if named is not None and _torn(named):
+        raise ValueError(f"want a whole checkpoint to resume from, got {named}: {_torn(named)}")
+    if fresh and not _is_free(path):
+        path = _make_next_free(path)
+    _check_ownership(path, identity, named=named, resume_last=resume_last)
+    if _read(path).get("finished"):
+        return RunFolder(path=path, finished=True, notes=(f"{path}: this run is complete",))
+
+    checkpoint, notes = (named, ()) if named else _last_checkpoint(path)
+    if resume_last and checkpoint is None:
+        raise ValueError(f"want a whole checkpoint to resume from in {path}, got none")
+    if checkpoint is not None:
+        notes += (f"resuming from {checkpoint}, step {_step(checkpoint)}",)
+    elif fresh or notes or _read(path):
+        notes += (f"starting at step 0 in {path}",)
+    return RunFolder(path=path, checkpoint=checkpoint, notes=notes)
+
+
+def mark_started(path: Path, identity: dict[str, Any]) -> None:
+    """Claim `path` for the run `identity`, before its first step."""
+    _write(path, {"identity": identity, "finished": False})
+
+
+def mark_finished(path: Path) -> None:
+    """Note in run.json that the run came to its end and its model is saved."""
+    _write(path, {**_read(path), "finished": True})
+
+
+# Whose folder it is
+
+
+def _check_ownership(
+    path: Path, identity: dict[str, Any], *, named: Path | None, resume_last: bool
+) -> None:
+    elsewhere = "give another --output_dir, or --fresh to start over beside it"
+    holds_checkpoints = bool(_checkpoints(path))
+    holds_model = any(found for pattern in WEIGHTS for found in path.glob(pattern))
+    run = _read(path)
+    if not (holds_checkpoints or holds_model or run.get("finished")):
+        return  # another run may have begun here, but left nothing that could be lost
+    if run:
+        differences = _differences(run["identity"], identity)
+        if differences:
+            raise ValueError(f"{path} holds another run: {'; '.join(differences)}; {elsewhere}")
+    elif holds_checkpoints:
+        if not resume_last and (named is None or named.parent.resolve() != path.resolve()):
+            raise ValueError(
+                f"{path} holds checkpoints and no {RUN_FILE} that says of which run; {elsewhere}, "
+                "or name one with --resume_from_checkpoint"
+            )
+    else:
+        raise ValueError(f"{path} holds a model and no {RUN_FILE}; {elsewhere}")
+
+
+def _differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} is {there.get(name, 'unset')} there, {now.get(name, 'unset')} here"
+        for name in dict.fromkeys([*there, *now])
+        if there.get(name) != now.get(name)
+    ]
+
+
+def _is_free(path: Path) -> bool:
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def _make_next_free(path: Path) -> Path:
+    for number in itertools.count(2):
+        candidate = path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            continue  # also when another process took it just now
+        return candidate
+
+
+# Checkpoints
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    """The folders checkpoint-<step> in `path`, whole or not, the latest step first."""
+    found = [p for p in path.glob("checkpoint-*") if p.is_dir() and _step(p) is not None]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int | None:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else None
+
+
+def _torn(checkpoint: Path) -> str | None:
+    """What `checkpoint` lacks for having been saved to the end; None if nothing."""
+    if not checkpoint.is_dir():
+        return "no such folder"
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"no {STATE_FILE}, it was not saved to the end"
+    except ValueError:
+        return f"half a {STATE_FILE}, it was not saved to the end"
+    return None
+
+
+def _last_checkpoint(path: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """The latest whole checkpoint of `path`, and a note on each later one.
+
+    ValueError where it holds the model alone, and going on would start the optimizer anew.
+    """
+    notes = ()
+    for checkpoint in _checkpoints(path):
+        if torn := _torn(checkpoint):
+            notes += (f"skipping {checkpoint}: {torn}",)
+            continue
+        if not any(found for name in OPTIMIZER for found in checkpoint.glob(name)):
+            raise ValueError(
+                f"{checkpoint} holds no optimizer (save_only_model), so the run cannot go on as it "
+                "was: name it with --resume_from_checkpoint to go on with a new one, or give "
+                "another --output_dir, or --fresh to start over beside it"
+            )
+        return checkpoint, notes
+    return None, notes
+
+
+# run.json
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of `path`'s run.json; {} where there is none."""
+    file = path / RUN_FILE
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"want JSON in {file}, got {error}") from error
+    if not isinstance(run, dict) or not isinstance(run.get("identity"), dict):
+        raise ValueError(f"want a mapping with an identity in {file}, got another program's")
+    return run
+
+
+def _write(path: Path, run: dict[str, Any]) -> None:
+    """Replace run.json at once: whoever reads it, or kills this, finds the old one or the new."""
+    path.mkdir(parents=True, exist_ok=True)
+    partial = path / f".{RUN_FILE}.{os.getpid()}"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(run, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path / RUN_FILE)
+
+
+# What stands for a file
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """`value`'s leaves by dotted name: a difference can then be named and read."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        yield from _flat({str(i): item for i, item in enumerate(value)}, name)
+    else:
+        yield name, value
+
+
+def _with_hash(name: Any, hash_of) -> Any:
+    """`name`, or "<last part> (<hash>)" where it is a file or folder of this machine."""
+    if isinstance(name, dict):
+        return {key: _with_hash(each, hash_of) for key, each in name.items()}
+    if isinstance(name, list):
+        return [_with_hash(each, hash_of) for each in name]
+    if not name or not Path(name).exists():
+        return name
+    return f"{Path(name).resolve().name} ({hash_of(Path(name))})"
+
+
+def _data_hash(path: Path) -> str:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(path).as_posix().encode())
+        with open(file, "rb") as opened:
+            while piece := opened.read(2**20):
+                digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
+def _model_hash(path: Path) -> str:
+    """Of a model's configuration, tokenizer and weights; of a large file its size and two ends."""
+    kinds = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
+    files = sorted(p for p in path.iterdir() if p.suffix in kinds) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as opened:
+            digest.update(opened.read(2**20))
+            opened.seek(max(size - 2**20, 0))
+            digest.update(opened.read())
+    return digest.hexdigest()[:16]

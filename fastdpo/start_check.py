@@ -1,0 +1,55 @@
+"""Does a run start where DPO starts? At step 0 with reference = policy, the loss is ln 2."""
+
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from fastdpo.config import DPOConfig
+from fastdpo.losses import PairLoss
+
+logger = logging.get_logger(__name__)
+
+# Policy and reference run the same kernels on the same tokens, so they should agree to the bit;
+# atomic additions on a GPU may cost the last digits of a sum over thousands of tokens.
+TOLERANCE = 1e-2  # nats, of a completion's log-probability
+
+
+def check_start(
+    losses: PairLoss, reference_logps_S: Tensor, policy: nn.Module, args: DPOConfig, source: str
+) -> str | None:
+    """Say why, if the policy's first log-probabilities are not the reference's; None if they are.
+
+    Reads one number from the device.
+    """
+    chosen_reference_B, rejected_reference_B = reference_logps_S.chunk(2)
+    chosen_difference_B = losses.chosen_logps_B - chosen_reference_B
+    rejected_difference_B = losses.rejected_logps_B - rejected_reference_B
+    difference = max(chosen_difference_B.abs().max(), rejected_difference_B.abs().max()).item()
+    if difference <= TOLERANCE:  # a NaN is no agreement
+        return None
+    message = (
+        f"the run does not start at loss ln 2 = 0.6931: a completion's log-probability under the "
+        f"policy and under the reference ({source}) differ by up to {difference:.3g} nats before "
+        f"the first step. {_why(policy, args)}"
+    )
+    logger.warning(message)
+    return message
+
+
+def _why(policy: nn.Module, args: DPOConfig) -> str:
+    if not args.disable_dropout:
+        return (
+            "The policy may run with dropout and the reference runs without: set "
+            "disable_dropout=True, or expect a noisy start."
+        )
+    if isinstance(policy, PeftModel):
+        return (
+            "The adapters change the model from the start: they are not initialised to zero, or "
+            "were trained before and the reference is the model without them."
+        )
+    if args.fp16 or args.bf16:
+        return (
+            "If the reference is another model or was scored elsewhere, this is expected; if it is "
+            "the same model in another dtype, this is the rounding."
+        )
+    return "If the reference is another model or was scored elsewhere, this is expected."

@@ -1,0 +1,72 @@
+"""What a run is about to do, in the lines a person reads before it starts."""
+
+from typing import TYPE_CHECKING
+
+from peft import PeftModel
+
+from fastdpo import ops
+from fastdpo.data import PairCounts
+from fastdpo.model import causal_lm_of
+
+if TYPE_CHECKING:
+    from fastdpo.trainer import DPOTrainer
+
+
+def describe_run(trainer: "DPOTrainer") -> str:
+    """Model, data, layout, kernels, reference and steps, a line each."""
+    lines = {"model": _model_line(trainer)}
+    for name, counts in trainer.pair_counts.items():
+        lines[f"{name} pairs"] = _counts_line(counts)
+    lines["layout"] = "padded, chosen and rejected in one forward"
+    lines["kernels"] = _kernels_line(trainer)
+    lines["reference"] = trainer.reference.source
+    lines["updates"] = _updates_line(trainer)
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def _model_line(trainer: "DPOTrainer") -> str:
+    model = trainer.model
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    how = "adapters" if isinstance(model, PeftModel) else "in full"
+    precision = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else None
+    autocast = f", {precision} autocast" if precision else ""
+    return (
+        f"{type(causal_lm_of(model)).__name__}, {total:,} parameters in {model.dtype}, "
+        f"{trained:,} trained {how}{autocast}"
+    )
+
+
+def _counts_line(counts: PairCounts | None) -> str:
+    if counts is None:
+        return "streamed, not counted"
+    parts = [f"{counts.pairs:,} of {counts.rows:,} rows"]
+    if counts.too_long:
+        parts.append(f"{counts.too_long:,} dropped: their prompt alone fills max_length")
+    if counts.bad:
+        parts.append(f"{counts.bad:,} dropped: malformed")
+    if counts.equal:
+        parts.append(f"{counts.equal:,} with chosen equal to rejected")
+    parts.append(
+        f"{counts.prompt_tokens:,} prompt and {counts.completion_tokens:,} completion tokens"
+    )
+    return "; ".join(parts)
+
+
+def _kernels_line(trainer: "DPOTrainer") -> str:
+    device = trainer.args.device
+    head = causal_lm_of(trainer.model).get_output_embeddings()
+    products = "trained head" if head.weight.requires_grad else "frozen head, two products"
+    return f"{ops.implementation(device)} on {device.type}, {products}"
+
+
+def _updates_line(trainer: "DPOTrainer") -> str:
+    args = trainer.args
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    length = (
+        f"{args.max_steps:,} updates" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    )
+    return (
+        f"{length} of {per_update} pairs, learning rate {args.learning_rate:g}, beta {args.beta:g}"
+    )

@@ -1,0 +1,330 @@
+"""DPOTrainer: transformers.Trainer wired to the stages of a DPO step, and no more.
+
+    rows --prepare_pairs--> pairs --PaddedCollator--> PairBatch --score--> token logps --\\
+                                          reference.logps --> reference logps ------------> loss
+
+The loop, checkpoints, mixed precision and distribution are transformers' and accelerate's.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+
+from fastdpo.batch import PaddedCollator, PairBatch, count_pairs
+from fastdpo.config import DPOConfig
+from fastdpo.data import PairCounts, prepare_pairs
+from fastdpo.losses import LOSSES
+from fastdpo.metrics import MetricSums, pair_metrics
+from fastdpo.model import TOKEN_STATS, attach_scorer, aux_loss_weight, check_head, score
+from fastdpo.policy import (
+    disable_dropout,
+    load_policy,
+    load_tokenizer,
+    model_name,
+    with_adapters,
+)
+from fastdpo.reference import (
+    AdaptersOff,
+    FrozenModel,
+    RowLogps,
+    add_reference_adapter,
+    frozen_copy,
+    score_all,
+)
+from fastdpo.start_check import check_start
+
+PAIR_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+REFERENCE_COLUMNS = ["ref_chosen_logps", "ref_rejected_logps"]
+
+Rows = Dataset | IterableDataset
+
+
+class DPOTrainer(Trainer):
+    """Direct Preference Optimization (arXiv:2305.18290) of a decoder-only language model.
+
+    The arguments are TRL 1.16's:
+
+    model: the policy, a transformers or PEFT model, or the name `from_pretrained` takes.
+    ref_model: the reference; None for the policy as it is now: its new adapters switched off, a
+        frozen copy of adapters that were trained before, or a frozen copy of all of it.
+    args: DPOConfig; None for the defaults and a folder named after the model.
+    data_collator: None for batch.PaddedCollator; one of your own returns what that one does, or
+        at least input_ids, attention_mask and completion_mask, chosen first, rejected after.
+    train_dataset, eval_dataset: preference rows as data.prepare_pairs reads them; several
+        evaluation sets as a dictionary.
+    processing_class: the tokenizer; None for the one beside the model.
+    compute_metrics: called with the logits of an evaluation, which cost one more forward.
+    callbacks, optimizers: as in transformers.Trainer.
+    quantization_config: for `from_pretrained`, when model is a name.
+    peft_config: adapters to put on the policy.
+
+    ValueError or TypeError for what does not go together, before any compute is spent.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        args = args or DPOConfig(output_dir=f"{model_name(model).split('/')[-1]}-DPO")
+        _check_arguments(model, ref_model, args, train_dataset, quantization_config)
+        init_kwargs = {
+            "trust_remote_code": args.trust_remote_code,
+            **(args.model_init_kwargs or {}),
+        }
+        tokenizer = load_tokenizer(
+            processing_class,
+            model,
+            revision=init_kwargs.get("revision"),
+            trust_remote_code=init_kwargs["trust_remote_code"],
+        )
+        tokenizer.pad_token = args.pad_token or tokenizer.pad_token
+
+        self.pair_counts: dict[str, PairCounts | None] = {}
+        self._data_settings = {
+            "tokenizer": tokenizer,
+            "max_length": args.max_length,
+            "truncation_mode": args.truncation_mode,
+            "on_bad_rows": args.on_bad_rows,
+            "num_proc": args.dataset_num_proc,
+        }
+        train_dataset = self._prepare(train_dataset, "train")
+        if eval_dataset is not None:
+            eval_dataset = self._prepare(eval_dataset, "eval")
+        if isinstance(train_dataset, IterableDataset):
+            args.accelerator_config.dispatch_batches = False  # ranks' batches differ in width
+
+        set_seed(args.seed)  # new adapters start at random
+        if isinstance(model, str):
+            model = load_policy(model, quantization_config=quantization_config, **init_kwargs)
+        if peft_config is not None:
+            model = with_adapters(model, peft_config)
+        elif isinstance(model, PeftModel) and ref_model is None:
+            add_reference_adapter(model)
+        for config in (model.config.get_text_config(), model.generation_config):
+            if config is not None:
+                config.pad_token_id = tokenizer.pad_token_id
+        if args.disable_dropout:
+            disable_dropout(model)
+            if ref_model is not None:
+                disable_dropout(ref_model)
+        if isinstance(model, PeftModel) and (args.gradient_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        ):
+            model.enable_input_require_grads()  # or reentrant checkpoints have nothing to train
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator
+            or PaddedCollator(
+                pad_token_id=tokenizer.pad_token_id,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+            ),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"want one process per GPU (accelerate launch, torchrun), got {args.n_gpu} GPUs in "
+                "one process: launch it so, or show it one GPU with CUDA_VISIBLE_DEVICES"
+            )
+        self.model_accepts_loss_kwargs = True  # what loss_is_scaled_for_ga says, before 5.18
+        self.metric_sums = {"train": MetricSums(), "eval": MetricSums()}
+        self.num_train_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
+        self._start_checked = False
+        self.aux_loss_weight = aux_loss_weight(self.model, args.router_aux_loss_coef)
+        self.reference = self._choose_reference(ref_model)
+        attach_scorer(self.model)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # weights in one piece
+            first = next(iter(train_dataset))
+            check_head(self.model, (first["prompt_ids"] + first["chosen_ids"])[:32])
+        if args.precompute_ref_log_probs:
+            self._precompute_reference()
+        self.model.add_model_tags(["fastdpo", "dpo"])
+
+    # The data
+
+    def _prepare(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
+        """`dataset` tokenised; one that this trainer has tokenised before comes back as it is."""
+        if isinstance(dataset, dict):
+            return {key: self._prepare(each, f"{name}_{key}") for key, each in dataset.items()}
+        pairs, self.pair_counts[name] = prepare_pairs(dataset, name=name, **self._data_settings)
+        return pairs
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = PAIR_COLUMNS + REFERENCE_COLUMNS
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of one update, and how many pairs they hold together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(count_pairs(inputs) for inputs in batches)
+
+    # The reference
+
+    def _choose_reference(self, ref_model: PreTrainedModel | None):
+        in_rows = set(REFERENCE_COLUMNS) <= set(self.train_dataset.column_names or ())
+        if in_rows and ref_model is not None:
+            raise ValueError(
+                f"want one reference, got ref_model and {REFERENCE_COLUMNS} in the rows"
+            )
+        if in_rows:
+            return RowLogps()
+        if ref_model is not None:
+            return self._placed(ref_model.requires_grad_(False).eval(), "ref_model")
+        if isinstance(self.model, PeftModel):
+            return AdaptersOff(self.model)
+        if self.args.precompute_ref_log_probs:
+            attach_scorer(self.model)
+            return FrozenModel(self.model, "the policy before training")
+        return self._placed(frozen_copy(self.model), "a frozen copy of the policy")
+
+    def _placed(self, model: nn.Module, source: str) -> FrozenModel:
+        attach_scorer(model)
+        return FrozenModel(self.accelerator.prepare_model(model, evaluation_mode=True), source)
+
+    def _precompute_reference(self):
+        """Score all data now; from here on the reference is a column of the rows."""
+        args = self.args
+        per_forward = args.precompute_ref_batch_size
+        self.train_dataset = self._with_reference_logps(
+            self.train_dataset, per_forward or args.per_device_train_batch_size
+        )
+        if self.eval_dataset is not None:
+            self.eval_dataset = self._with_reference_logps(
+                self.eval_dataset, per_forward or args.per_device_eval_batch_size
+            )
+        self.reference = RowLogps(f"{self.reference.source}, all rows scored before training")
+
+    def _with_reference_logps(self, dataset: Rows | dict[str, Rows], batch_size: int):
+        if isinstance(dataset, dict):
+            return {k: self._with_reference_logps(each, batch_size) for k, each in dataset.items()}
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                "want a map-style dataset with precompute_ref_log_probs=True, got a streamed one"
+            )
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
+        batches = self.accelerator.prepare(loader)
+        with self.accelerator.autocast():  # as training will run it
+            logps = score_all(
+                self.reference, self.model, batches, self.accelerator.gather_for_metrics
+            )
+        for name, logps_B in zip(REFERENCE_COLUMNS, logps, strict=True):
+            dataset = dataset.add_column(name, logps_B.tolist())
+        return dataset
+
+    # The step
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ):
+        """The mean loss of `inputs`, or its share of an update of num_items_in_batch pairs."""
+        batch = PairBatch.from_inputs(inputs)
+        # before the policy, whose activations would otherwise wait beside the reference's
+        reference_logps_S = self.reference.logps(model, batch)
+        scored = score(model, batch, stats=TOKEN_STATS, aux_loss=self.aux_loss_weight > 0)
+        losses = LOSSES[self.args.loss_type[0]](
+            scored.token_logps_C,
+            batch.cu_seqlens,
+            reference_logps_S,
+            beta=self.args.beta,
+            label_smoothing=self.args.label_smoothing,
+        )
+        loss = losses.loss_B.sum()
+        metrics = pair_metrics(batch, scored, losses)
+        if self.aux_loss_weight:
+            loss = loss + batch.num_pairs * self.aux_loss_weight * scored.aux_loss
+            metrics["aux_loss"] = (scored.aux_loss.detach(), 1)
+        mode = "train" if model.training else "eval"
+        self.metric_sums[mode].add(metrics)
+        if mode == "train":
+            self.num_train_tokens += batch.num_tokens
+            if not self._start_checked:
+                self._start_checked = True
+                if self.state.global_step == 0:
+                    check_start(
+                        losses, reference_logps_S, self.model, self.args, self.reference.source
+                    )
+        loss = loss / (num_items_in_batch or batch.num_pairs)
+        return (loss, scored) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss, and, where compute_metrics wants them, logits and token ids of every sequence."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+            if prediction_loss_only:
+                return loss, None, None
+            batch = PairBatch.from_inputs(inputs)
+            logits = model(**batch.model_inputs, use_cache=False).logits
+        return loss, logits, inputs["input_ids"]
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As transformers.Trainer's; rows passed here are prepared as those of the constructor."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare(eval_dataset, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add this interval's metrics to `logs`: the one moment that waits for the device."""
+        prefixes = [
+            n.removesuffix("loss") for n in logs if n.endswith("_loss") and n != "train_loss"
+        ]
+        mode, prefix = ("eval", prefixes[0]) if prefixes else ("train", "")
+        for name, value in self.metric_sums[mode].read(self.accelerator).items():
+            logs[prefix + name] = value
+        if "loss" in logs:
+            tokens = self.accelerator.reduce(self.num_train_tokens.clone(), "sum")
+            logs["num_tokens"] = tokens.item()
+        super().log(logs, start_time)
+
+
+def _check_arguments(model, ref_model, args, train_dataset, quantization_config) -> None:
+    if not isinstance(args, DPOConfig):
+        raise TypeError(f"want a fastdpo.DPOConfig as args, got {type(args).__name__}")
+    if not isinstance(train_dataset, Rows):
+        got = "none" if train_dataset is None else type(train_dataset).__name__
+        raise TypeError(f"want a datasets.Dataset or IterableDataset as train_dataset, got {got}")
+    if ref_model is model:
+        raise ValueError("want ref_model apart from model; leave it out for a frozen copy")
+    if isinstance(model, str):
+        return
+    if args.model_init_kwargs is not None or quantization_config is not None:
+        raise ValueError(
+            "want model as a name with model_init_kwargs or quantization_config, got a "
+            f"{type(model).__name__} that is already loaded"
+        )

@@ -1,0 +1,460 @@
+"""The command line: `trl dpo`'s flags and YAML, resuming, and one line for bad input."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastdpo import cli
+from fastdpo.arguments import (
+    DatasetConfig,
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrainParser,
+    load_datasets,
+    peft_config,
+    quantization_config,
+)
+from fastdpo.trainer import DPOTrainer
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with a tiny model and 16 preference rows."""
+    folder = tmp_path_factory.mktemp("here")
+    tokenizer = tiny.tokenizer(text for pair in tiny.PAIRS for text in pair)
+    tokenizer.save_pretrained(folder / "model")
+    tiny.model("llama", len(tokenizer)).save_pretrained(folder / "model")
+    write_rows(folder / "rows.jsonl", tiny.rows(16))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def settings(here, output_dir, **changes):
+    """The flags of a short run, by name: four updates, a checkpoint every two."""
+    return {
+        "model_name_or_path": str(here / "model"),
+        "dataset_name": str(here / "rows.jsonl"),
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        **changes,
+    }
+
+
+def flags(values):
+    return [token for name, value in values.items() for token in (f"--{name}", str(value))]
+
+
+def train(here, output_dir, *more, **changes):
+    return cli.main(["train", *flags(settings(here, output_dir, **changes)), *more])
+
+
+def losses(output_dir, step=4):
+    state = json.loads((output_dir / f"checkpoint-{step}/trainer_state.json").read_text())
+    return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+
+
+def weights(output_dir):
+    return AutoModelForCausalLM.from_pretrained(output_dir).state_dict()
+
+
+@pytest.fixture(scope="module")
+def whole_run(here):
+    """The folder of a run that nobody disturbed."""
+    assert train(here, here / "whole") == 0
+    return here / "whole"
+
+
+# Runs
+
+
+def test_a_run_ends_in_a_model_that_loads(here, whole_run):
+    trained, start = weights(whole_run), weights(here / "model")
+    assert trained.keys() == start.keys()
+    assert not torch.equal(trained["lm_head.weight"], start["lm_head.weight"])
+    assert AutoTokenizer.from_pretrained(whole_run).chat_template
+    assert sorted(losses(whole_run)) == [1, 2, 3, 4]
+    assert losses(whole_run)[1] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_a_run_says_what_it_will_do_and_where_it_saved(here, tmp_path, capsys):
+    assert train(here, tmp_path / "out", "--use_peft", "--lora_r", "4", max_steps=1) == 0
+    out = capsys.readouterr().out
+    for told in ("16 of 16 rows", "layout", "kernels", "reference"):
+        assert told in out
+    assert f"saved adapters and tokenizer to {tmp_path / 'out'}" in out
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.peft_config["default"].r == 4
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_a_yaml_file_runs_as_the_same_flags_do(here, whole_run, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings(here, tmp_path / "out", max_steps=99)))
+    assert cli.main(["dpo", "--config", str(config), "--max_steps", "4"]) == 0
+    assert losses(tmp_path / "out") == losses(whole_run)
+
+
+def test_an_interrupted_run_resumes_and_continues_exactly(
+    here, whole_run, tmp_path, capsys, monkeypatch
+):
+    step, calls = DPOTrainer.training_step, []
+
+    def stop_in_the_fourth(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DPOTrainer, "training_step", stop_in_the_fourth)
+        assert train(here, tmp_path / "out") == 130
+    assert not (tmp_path / "out/checkpoint-4").exists()
+    assert train(here, tmp_path / "out", save_steps=4) == 0
+    assert f"resuming from {tmp_path / 'out/checkpoint-2'}, step 2" in capsys.readouterr().out
+    assert losses(tmp_path / "out") == losses(whole_run)
+    resumed, whole = weights(tmp_path / "out"), weights(whole_run)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_finished_run_is_not_run_again(here, whole_run, capsys):
+    before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*")}
+    assert train(here, whole_run) == 0
+    assert "complete" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in whole_run.rglob("*")} == before
+
+
+def test_another_beta_is_refused_and_fresh_starts_beside(here, whole_run, capsys):
+    assert train(here, whole_run, beta=0.2) == 2
+    assert "beta is 0.1 there, 0.2 here" in one_line(capsys)
+    before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*")}
+    assert train(here, whole_run, "--fresh", beta=0.2, max_steps=1) == 0
+    assert {p: p.stat().st_mtime_ns for p in whole_run.rglob("*")} == before
+    beside = whole_run.with_name("whole-2")
+    assert str(beside) in capsys.readouterr().out
+    assert (beside / "model.safetensors").exists()
+
+
+def test_an_eval_split_is_scored(here, tmp_path, capsys):
+    mixture = tmp_path / "run.yaml"
+    values = settings(here, tmp_path / "out", max_steps=1, test_split_size=0.25)
+    values["datasets"] = [{"path": values.pop("dataset_name")}]
+    mixture.write_text(yaml.safe_dump({**values, "eval_strategy": "steps", "eval_steps": 1}))
+    assert cli.main(["train", "--config", str(mixture)]) == 0
+    out = capsys.readouterr().out
+    assert "eval_loss" in out and "12 of 12 rows" in out and "4 of 4 rows" in out
+
+
+def test_launch_flags_go_through_accelerate(here, tmp_path, capfd):
+    code = train(here, tmp_path / "out", "--num_processes", "1", "--num_machines", "1", max_steps=1)
+    assert code == 0
+    assert f"saved model and tokenizer to {tmp_path / 'out'}" in capfd.readouterr().out
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+# Bad input
+
+
+def one_line(capsys):
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fastdpo: error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "argv, told",
+    [
+        (["tarin"], "tarin"),
+        (["train"], "--model_name_or_path"),
+        (["train", "--model_name_or_path", "m"], "--dataset_name"),
+        (["train", "--bata", "0.1"], "--bata"),
+        (["train", "stray"], "stray"),
+        (["train", "--beta", "much"], "much"),
+        (["train", "--beta", "-1"], "beta > 0"),
+        (["train", "--dtype", "float8"], "float8"),
+        (["train", "--load_in_4bit", "--load_in_8bit"], "load_in_4bit"),
+        (["train", "--config"], "--config"),
+        (["train", "--conf", "run.yaml"], "in full"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--num_processes", "two"], "two"),
+        (["train", "--accelerate_config", "zero9"], "zero9"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_flags_end_with_one_line(argv, told, capsys):
+    assert cli.main(argv) == 2
+    assert told in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("- beta\n- 0.2\n", "mapping"),
+        ("beta: [0.1\n", "no YAML"),
+        ("bata: 0.2\n", "--bata"),
+        ("beta: [0.1, 0.2]\n", "one value"),
+        ("dtype: float8\n", "float8"),
+        ("env: HOME\n", "env"),
+        ("datasets: rows.jsonl\n", "list"),
+        ("datasets: [{name: rows}]\n", "path"),
+        ("datasets: [{path: rows, weight: 1}]\n", "weight"),
+    ],
+)
+def test_a_bad_yaml_file_ends_with_one_line(tmp_path, text, told, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    assert cli.main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert told in one_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name"])
+def test_a_missing_model_or_dataset_ends_with_one_line(here, tmp_path, name, capsys):
+    changes = {name: str(tmp_path / "nowhere")}
+    assert train(here, tmp_path / "out", **changes) == 2
+    assert "nowhere" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_malformed_row_ends_the_process_with_one_line(here, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [*tiny.rows(3), {"prompt": "Two and two make"}])
+    values = settings(here, tmp_path / "out", dataset_name=tmp_path / "rows.jsonl")
+    process = subprocess.run(
+        [sys.executable, "-m", "fastdpo.cli", "train", *flags(values)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("fastdpo: error: ") and process.stderr.count("\n") == 1
+    assert "row 4" in process.stderr or "row 3" in process.stderr
+
+
+def test_a_missing_package_ends_with_one_line(here, tmp_path, capsys):
+    if quantization_installed():
+        pytest.skip("bitsandbytes is installed")
+    assert train(here, tmp_path / "out", "--use_peft", "--load_in_4bit") == 2
+    assert "pip install bitsandbytes" in one_line(capsys)
+
+
+def quantization_installed():
+    from transformers.utils import is_bitsandbytes_available
+
+    return is_bitsandbytes_available()
+
+
+def test_a_bug_keeps_its_traceback(here, tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise ValueError("a bug in the loop")
+
+    monkeypatch.setattr(DPOTrainer, "training_step", fail)
+    with pytest.raises(ValueError, match="a bug in the loop"):
+        train(here, tmp_path / "out")
+
+
+# Help
+
+
+def test_help_and_version_do_not_wait_for_torch():
+    code = (
+        "import sys; from fastdpo import cli; "
+        "codes = [cli.main(['--help']), cli.main(['--version'])]; "
+        "sys.exit(any(codes) or 'torch' in sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "train" in process.stdout and "demo" in process.stdout
+
+
+def test_train_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["train", "--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    for flag in ("--lora_target_modules", "--beta", "--datasets", "--config", "--fresh"):
+        assert flag in out
+
+
+# Arguments
+
+TRL_DEFAULTS = {  # of TRL 1.16
+    ScriptArguments: {
+        "dataset_name": None,
+        "dataset_config": None,
+        "dataset_train_split": "train",
+        "dataset_test_split": "test",
+        "dataset_streaming": False,
+        "ignore_bias_buffers": False,
+    },
+    ModelConfig: {
+        "model_name_or_path": None,
+        "model_revision": "main",
+        "dtype": "float32",
+        "attn_implementation": None,
+        "use_peft": False,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "lora_target_modules": None,
+        "lora_target_parameters": None,
+        "lora_modules_to_save": None,
+        "lora_task_type": "CAUSAL_LM",
+        "use_rslora": False,
+        "use_dora": False,
+        "load_in_8bit": False,
+        "load_in_4bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "use_bnb_nested_quant": False,
+        "bnb_4bit_quant_storage": None,
+    },
+    DatasetMixtureConfig: {"datasets": [], "streaming": False, "test_split_size": None},
+}
+
+
+@pytest.mark.parametrize("arguments", TRL_DEFAULTS, ids=lambda each: each.__name__)
+def test_names_and_defaults_are_trls(arguments):
+    assert dataclasses.asdict(arguments()) == TRL_DEFAULTS[arguments]
+
+
+def parse(*argv):
+    return TrainParser(prog="fastdpo train").parse(argv)
+
+
+def test_flags_are_written_as_trl_takes_them():
+    (_, training, model, _, fresh), unknown = parse(
+        *("--lora-r", "8", "--use_peft", "--lora_target_modules", "all-linear"),
+        *("--max_length", "none", "--no_gradient_checkpointing", "--bf16", "false"),
+        *("--loss_type", "sigmoid", "--model_init_kwargs", '{"use_cache": false}'),
+    )
+    assert (model.lora_r, model.use_peft, model.lora_target_modules) == (8, True, "all-linear")
+    assert (training.max_length, training.gradient_checkpointing) == (None, False)
+    assert (training.bf16, training.loss_type) == (False, ["sigmoid"])
+    assert training.model_init_kwargs == {"use_cache": False}
+    assert (fresh, unknown) == (False, [])
+
+
+def test_yaml_sets_values_and_environment_and_flags_override(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDPO_TEST", "before")
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "env: {FASTDPO_TEST: 3}\n"
+        "beta: 0.3\n"
+        "learning_rate: 5e-7\n"  # text, says YAML 1.1
+        "eval_strategy: no\n"  # False, says YAML 1.1
+        "max_length: null\n"
+        "gradient_checkpointing: false\n"
+        "lora_target_modules: [q_proj, v_proj]\n"
+        "model_init_kwargs: {dtype: bfloat16}\n"
+        "num_processes: 2\n"
+        "multi_gpu: true\n"
+    )
+    (_, training, model, _, _), unknown = parse(f"--config={config}", "--beta", "0.4")
+    assert os.environ["FASTDPO_TEST"] == "3"
+    assert (training.beta, training.learning_rate, training.max_length) == (0.4, 5e-7, None)
+    assert (training.eval_strategy, training.gradient_checkpointing) == ("no", False)
+    assert training.model_init_kwargs == {"dtype": "bfloat16"}
+    assert model.lora_target_modules == ["q_proj", "v_proj"]
+    assert unknown == ["--num_processes", "2", "--multi_gpu"]
+
+
+def test_peft_and_quantisation_are_off_unless_asked_for():
+    assert peft_config(ModelConfig(lora_r=8)) is None
+    assert quantization_config(ModelConfig()) is None
+    adapters = peft_config(ModelConfig(use_peft=True, lora_r=8, use_rslora=True))
+    assert (adapters.r, adapters.lora_alpha, adapters.use_rslora) == (8, 32, True)
+
+
+@pytest.mark.parametrize("name", cli.ACCELERATE_CONFIGS)
+def test_accelerate_knows_the_flags_of_every_named_config(name):
+    assert cli._launch_flags(["--accelerate_config", name]) == cli.ACCELERATE_CONFIGS[name].split()
+
+
+def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch):
+    launched = []
+    monkeypatch.setattr(cli, "_launch", lambda flags, argv: launched.append((flags, argv)) or 0)
+    monkeypatch.setattr("fastdpo.config.DPOConfig.n_gpu", 2)
+    argv = flags(settings(here, tmp_path / "out"))
+    assert cli.main(["train", *argv]) == 0
+    assert launched == [([], argv)]
+
+
+# Datasets
+
+
+def load(mixture, *, with_eval=False):
+    return load_datasets(
+        ScriptArguments(), mixture, with_eval=with_eval, on_bad_rows="raise", seed=0
+    )
+
+
+@pytest.fixture
+def parts(tmp_path):
+    for name, count in (("a", 8), ("b", 4)):
+        write_rows(tmp_path / f"{name}.jsonl", tiny.rows(count))
+    return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+
+
+def test_a_mixture_is_its_datasets_one_after_the_other(parts):
+    rows, held_out = load(DatasetMixtureConfig(datasets=[DatasetConfig(path) for path in parts]))
+    assert [row["prompt"] for row in rows] == [
+        row["prompt"] for count in (8, 4) for row in tiny.rows(count)
+    ]
+    assert held_out is None
+
+
+def test_fractions_cut_a_mixture_to_its_proportions(parts):
+    datasets = [DatasetConfig(parts[0], fraction=1), DatasetConfig(parts[1], fraction=3)]
+    rows, _ = load(DatasetMixtureConfig(datasets=datasets))
+    assert [row["prompt"] for row in rows] == [tiny.PAIRS[i][0] for i in (0, 0, 1, 2, 3)]
+
+
+def test_the_same_rows_of_a_mixture_are_held_out_every_time(parts):
+    mixture = DatasetMixtureConfig(datasets=[DatasetConfig(parts[0])], test_split_size=2)
+    (train_rows, held_out), (_, again) = (
+        load(mixture, with_eval=True),
+        load(mixture, with_eval=True),
+    )
+    assert (len(train_rows), len(held_out)) == (6, 2)
+    assert held_out[:] == again[:]
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"streaming": True, "test_split_size": 0.5}, "stream"),
+        ({"streaming": True, "fractions": (1, 1)}, "stream"),
+        ({"fractions": (1, None)}, "every dataset or for none"),
+        ({"fractions": (0, 0)}, "every dataset or for none"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(parts, changes, told):
+    fractions = changes.pop("fractions", (None, None))
+    datasets = [DatasetConfig(p, fraction=f) for p, f in zip(parts, fractions, strict=True)]
+    with pytest.raises(ValueError, match=told):
+        load(DatasetMixtureConfig(datasets=datasets, **changes))
+
+
+def test_evaluating_on_a_mixture_needs_rows_held_out(parts):
+    with pytest.raises(ValueError, match="test_split_size"):
+        load(DatasetMixtureConfig(datasets=[DatasetConfig(parts[0])]), with_eval=True)

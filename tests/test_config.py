@@ -1,0 +1,114 @@
+import pytest
+
+from fastdpo import DPOConfig
+from fastdpo.config import LOSS_TYPES
+from fastdpo.losses import LOSSES
+
+# TRL 1.16's DPOConfig, where it differs from transformers.TrainingArguments or adds to it
+TRL_DEFAULTS = {
+    "learning_rate": 1e-6,
+    "logging_steps": 10,
+    "gradient_checkpointing": True,
+    "model_init_kwargs": None,
+    "trust_remote_code": False,
+    "router_aux_loss_coef": None,
+    "disable_dropout": True,
+    "dataset_num_proc": None,
+    "max_length": 1024,
+    "truncation_mode": "keep_start",
+    "padding_free": False,
+    "pad_to_multiple_of": None,  # what "auto" comes to on a CPU or a GPU
+    "precompute_ref_log_probs": False,
+    "precompute_ref_batch_size": None,
+    "loss_type": ["sigmoid"],
+    "loss_weights": None,
+    "ld_alpha": None,
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5,
+    "label_smoothing": 0.0,
+    "beta": 0.1,
+    "use_weighting": False,
+    "discopop_tau": 0.05,
+    "activation_offloading": False,
+    "sync_ref_model": False,
+    "ref_model_mixup_alpha": 0.6,
+    "ref_model_sync_steps": 512,
+    "pad_token": None,
+}
+
+
+def config(tmp_path, **settings):
+    return DPOConfig(output_dir=tmp_path, report_to="none", use_cpu=True, **settings)
+
+
+def test_defaults_are_trls(tmp_path):
+    made = config(tmp_path)
+    assert {name: getattr(made, name) for name in TRL_DEFAULTS} == TRL_DEFAULTS
+
+
+def test_without_a_gpu_training_stays_in_float32_unless_asked(tmp_path):
+    assert config(tmp_path).bf16 is False
+    assert config(tmp_path, bf16=True).bf16 is True
+
+
+def test_checkpointing_can_be_switched_off(tmp_path):
+    made = config(tmp_path, gradient_checkpointing=False)
+    assert made.gradient_checkpointing is False
+    assert getattr(made, "activation_checkpointing", False) is False
+
+
+def test_every_loss_named_is_a_loss_there_is():
+    assert set(LOSS_TYPES) == set(LOSSES)
+
+
+def test_one_loss_may_be_a_string(tmp_path):
+    assert config(tmp_path, loss_type="sigmoid").loss_type == ["sigmoid"]
+
+
+@pytest.mark.parametrize(
+    ("given", "multiple"), [("auto", None), ("none", None), ("8", 8), (8, 8), (None, None)]
+)
+def test_pad_to_multiple_of_reads_text_of_the_command_line(tmp_path, given, multiple):
+    assert config(tmp_path, pad_to_multiple_of=given).pad_to_multiple_of == multiple
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("beta", 0.0),
+        ("beta", -0.1),
+        ("label_smoothing", 0.5),
+        ("label_smoothing", -0.1),
+        ("max_length", 1),
+        ("truncation_mode", "middle"),
+        ("on_bad_rows", "ignore"),
+        ("pad_to_multiple_of", "some"),
+        ("pad_to_multiple_of", 0),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name}.*got {value!r}"):
+        config(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("loss_type", ["ipo"]),
+        ("loss_type", ["sigmoid", "sft"]),
+        ("loss_weights", [1.0]),
+        ("ld_alpha", 0.5),
+        ("f_divergence_type", "forward_kl"),
+        ("use_weighting", True),
+        ("sync_ref_model", True),
+        ("activation_offloading", True),
+    ],
+)
+def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path, name, value):
+    with pytest.raises(ValueError, match=rf"{name}.*not there yet"):
+        config(tmp_path, **{name: value})
+
+
+def test_a_json_object_may_stand_for_model_init_kwargs(tmp_path):
+    made = config(tmp_path, model_init_kwargs='{"revision": "v1"}')
+    assert made.model_init_kwargs == {"revision": "v1"}

@@ -1,0 +1,155 @@
+import copy
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+
+from fastdpo.batch import PaddedCollator, PairBatch
+from fastdpo.model import (
+    TOKEN_STATS,
+    attach_scorer,
+    aux_loss_weight,
+    causal_lm_of,
+    check_head,
+    logit_scale,
+    score,
+)
+
+VOCAB = 97
+ROWS = [
+    {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9, 10, 2], "rejected_ids": [11, 2]},
+    {"prompt_ids": [12, 13], "chosen_ids": [14, 2], "rejected_ids": [15, 16, 17, 18, 2]},
+]
+FAMILIES = ["llama", "qwen2", "gemma2", "mixtral"]
+
+
+@pytest.fixture
+def inputs():
+    return PaddedCollator(pad_token_id=0)(ROWS)
+
+
+def own_logps(model, inputs):
+    """Every completion token's log-probability from the model's own float32 logits."""
+    logits = model(inputs["input_ids"], inputs["attention_mask"], use_cache=False).logits
+    logps = logits[:, :-1].float().log_softmax(-1)
+    logps = logps.gather(2, inputs["input_ids"][:, 1:, None]).squeeze(2)
+    return logps[inputs["completion_mask"][:, 1:].bool()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scoring_equals_the_models_own_logits(family, inputs):
+    model = tiny.model(family, VOCAB)
+    expected = own_logps(model, inputs)
+    grads = torch.autograd.grad(expected.sum(), list(model.parameters()), allow_unused=True)
+    attach_scorer(model)
+    scored = score(model, PairBatch.from_inputs(inputs))
+    torch.testing.assert_close(scored.token_logps_C, expected, atol=2e-5, rtol=1e-5)
+    ours = torch.autograd.grad(
+        scored.token_logps_C.sum(), list(model.parameters()), allow_unused=True
+    )
+    for grad, own in zip(ours, grads, strict=True):
+        torch.testing.assert_close(grad, own, atol=1e-4, rtol=1e-3)
+
+
+def test_scoring_reaches_a_model_inside_peft(inputs):
+    model = get_peft_model(tiny.model("llama", VOCAB), LoraConfig(init_lora_weights=False))
+    expected = own_logps(model, inputs)
+    attach_scorer(model)
+    scored = score(model, PairBatch.from_inputs(inputs))
+    torch.testing.assert_close(scored.token_logps_C, expected, atol=2e-5, rtol=1e-5)
+    with model.disable_adapter():
+        plain = score(model, PairBatch.from_inputs(inputs)).token_logps_C
+    assert (plain - expected).abs().max() > 1e-3
+
+
+def test_stats_come_with_the_scores(inputs):
+    model = tiny.model("llama", VOCAB)
+    attach_scorer(model)
+    scored = score(model, PairBatch.from_inputs(inputs), stats=TOKEN_STATS)
+    logits = model(inputs["input_ids"], inputs["attention_mask"]).logits[:, :-1]
+    logits_CV = logits[inputs["completion_mask"][:, 1:].bool()]
+    labels_C = PairBatch.from_inputs(inputs).labels_C
+    logps_CV = logits_CV.log_softmax(-1)
+    entropy_C = -(logps_CV.exp() * logps_CV).sum(-1)
+    torch.testing.assert_close(scored.entropy_C, entropy_C, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(scored.mean_logit_C, logits_CV.mean(-1), atol=2e-5, rtol=1e-4)
+    assert scored.is_top1_C.tolist() == (logits_CV.argmax(-1) == labels_C).tolist()
+
+
+def test_the_models_own_forward_and_generate_still_work(inputs):
+    model = tiny.model("llama", VOCAB)
+    before = model(inputs["input_ids"], labels=inputs["input_ids"])
+    generated = model.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False)
+    attach_scorer(model)
+    after = model(inputs["input_ids"], labels=inputs["input_ids"])
+    assert torch.equal(before.logits, after.logits) and torch.equal(before.loss, after.loss)
+    again = model.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, again)
+
+
+def test_a_copy_of_a_scoring_model_scores_with_its_own_weights(inputs):
+    model = tiny.model("llama", VOCAB)
+    attach_scorer(model)
+    attach_scorer(model)  # a second trainer on the same model
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    batch = PairBatch.from_inputs(inputs)
+    logps_C = score(model, batch).token_logps_C
+    torch.testing.assert_close(logps_C, torch.full_like(logps_C, VOCAB).log().neg())
+    assert (score(twin, batch).token_logps_C - logps_C).abs().max() > 1e-2
+    assert twin(inputs["input_ids"]).logits.abs().max() > 1e-2
+
+
+def test_experts_loss_is_the_models_own(inputs):
+    model = tiny.model("mixtral", VOCAB)
+    own = model(inputs["input_ids"], inputs["attention_mask"], output_router_logits=True).aux_loss
+    attach_scorer(model)
+    scored = score(model, PairBatch.from_inputs(inputs), aux_loss=True)
+    torch.testing.assert_close(scored.aux_loss, own)
+
+
+def test_experts_loss_is_weighed_as_the_model_says_unless_told():
+    mixtral, llama = tiny.model("mixtral", VOCAB), tiny.model("llama", VOCAB)
+    assert aux_loss_weight(mixtral, None) == mixtral.config.router_aux_loss_coef > 0
+    assert aux_loss_weight(mixtral, 0.0) == 0.0
+    assert aux_loss_weight(llama, None) == 0.0
+    with pytest.raises(ValueError, match="router_aux_loss_coef.*llama"):
+        aux_loss_weight(llama, 0.1)
+
+
+def test_a_head_adapter_is_refused():
+    lora = LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny.model("llama", VOCAB), lora)
+    with pytest.raises(ValueError, match="no adapter on the output embedding"):
+        attach_scorer(model)
+
+
+def test_logits_made_in_an_unknown_way_are_found_out():
+    model = tiny.model("llama", VOCAB)
+    attach_scorer(model)
+    check_head(model, [5, 6, 7, 8])
+    causal_lm_of(model).lm_head.register_forward_hook(lambda module, args, logits: logits * 2)
+    with pytest.raises(ValueError, match="want the model's own log-probabilities"):
+        check_head(model, [5, 6, 7, 8])
+
+
+class Config(dict):
+    __getattr__ = dict.get
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({}, 1.0),
+        ({"logit_scale": 0.0625}, 0.0625),
+        ({"logit_scale": None}, 1.0),
+        ({"lm_head_multiplier": 0.5}, 0.5),
+        ({"logits_scaling": 8.0, "model_type": "granite"}, 0.125),
+        ({"logits_scaling": 8.0, "model_type": "hyperclovax"}, 8.0),
+    ],
+)
+def test_logit_scale_of_each_family(settings, scale):
+    assert logit_scale(Config(settings)) == scale

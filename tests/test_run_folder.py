@@ -1,0 +1,269 @@
+"""run_folder: what a folder holds decides whether a run resumes, is refused, or starts."""
+
+import json
+import os
+
+import pytest
+
+from fastdpo import run_folder
+from fastdpo.arguments import DatasetConfig, DatasetMixtureConfig, ModelConfig, ScriptArguments
+from fastdpo.config import DPOConfig
+from fastdpo.run_folder import choose_run_folder, mark_finished, mark_started, run_identity
+
+IDENTITY = {"beta": 0.1, "max_length": None, "datasets": []}
+
+
+@pytest.fixture
+def started(tmp_path):
+    """The folder of a run that has begun."""
+    mark_started(tmp_path / "out", IDENTITY)
+    return tmp_path / "out"
+
+
+def save_checkpoint(folder, step, *, state='{"global_step": 0}', optimizer=True):
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    if optimizer:
+        (checkpoint / "optimizer.pt").write_bytes(b"moments")
+    if state is not None:
+        (checkpoint / "trainer_state.json").write_text(state)
+    return checkpoint
+
+
+def content(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def identity_of(tmp_path, *, script=None, model=None, mixture=None, **training):
+    return run_identity(
+        script or ScriptArguments(dataset_name="org/rows"),
+        DPOConfig(output_dir=str(tmp_path), **training),
+        model or ModelConfig(model_name_or_path="org/model"),
+        mixture or DatasetMixtureConfig(),
+    )
+
+
+# What the folder holds
+
+
+def test_a_new_folder_is_taken_as_it_is(tmp_path):
+    folder = choose_run_folder(tmp_path / "out", IDENTITY)
+    assert (folder.path, folder.checkpoint, folder.notes) == (tmp_path / "out", None, ())
+    assert not folder.path.exists()
+
+
+def test_the_same_run_resumes_from_its_last_checkpoint(started):
+    for step in (5, 10, 9):  # 10 comes last by number, not by name
+        save_checkpoint(started, step)
+    folder = choose_run_folder(started, IDENTITY)
+    assert folder.checkpoint == started / "checkpoint-10"
+    assert "resuming" in folder.notes[0] and "step 10" in folder.notes[0]
+
+
+@pytest.mark.parametrize("state", [None, "", '{"global_st'], ids=["no state", "empty", "half"])
+def test_a_torn_checkpoint_is_skipped_and_named(started, state):
+    save_checkpoint(started, 5)
+    save_checkpoint(started, 10, state=state)
+    folder = choose_run_folder(started, IDENTITY)
+    assert folder.checkpoint == started / "checkpoint-5"
+    assert "checkpoint-10" in folder.notes[0] and "checkpoint-5" in folder.notes[1]
+
+
+def test_torn_checkpoints_alone_start_the_run_again_in_place(started):
+    save_checkpoint(started, 5, state=None)
+    folder = choose_run_folder(started, IDENTITY)
+    assert (folder.path, folder.checkpoint) == (started, None)
+    assert "step 0" in folder.notes[-1]
+
+
+def test_a_run_without_a_checkpoint_starts_again_in_place(started):
+    folder = choose_run_folder(started, IDENTITY)
+    assert (folder.path, folder.checkpoint, folder.finished) == (started, None, False)
+
+
+def test_a_finished_run_is_left_as_it_is(started):
+    save_checkpoint(started, 5)
+    mark_finished(started)
+    before = content(started)
+    folder = choose_run_folder(started, IDENTITY)
+    assert folder.finished and "complete" in folder.notes[0]
+    assert content(started) == before
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["with a checkpoint", "finished"])
+def test_another_run_is_refused_with_both_values(started, finished):
+    mark_finished(started) if finished else save_checkpoint(started, 5)
+    before = content(started)
+    with pytest.raises(ValueError, match=r"beta is 0.1 there, 0.2 here; .*--output_dir.*--fresh"):
+        choose_run_folder(started, {**IDENTITY, "beta": 0.2})
+    assert content(started) == before
+
+
+def test_a_setting_that_one_side_lacks_is_a_difference(started):
+    save_checkpoint(started, 5)
+    with pytest.raises(ValueError, match="new is unset there, 1 here"):
+        choose_run_folder(started, {**IDENTITY, "new": 1})
+
+
+def test_another_run_that_left_nothing_is_no_obstacle(started):
+    assert choose_run_folder(started, {**IDENTITY, "beta": 0.2}).path == started
+
+
+def test_checkpoints_of_an_unknown_run_are_refused_unless_named(tmp_path):
+    checkpoint = save_checkpoint(tmp_path, 5)
+    with pytest.raises(ValueError, match=r"no run\.json.*--resume_from_checkpoint"):
+        choose_run_folder(tmp_path, IDENTITY)
+    assert choose_run_folder(tmp_path, IDENTITY, resume_from=str(checkpoint)).checkpoint
+    assert choose_run_folder(tmp_path, IDENTITY, resume_from="True").checkpoint == checkpoint
+
+
+def test_a_model_that_no_run_wrote_is_never_overwritten(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"holds a model and no run\.json"):
+        choose_run_folder(tmp_path, IDENTITY)
+
+
+def test_a_checkpoint_without_its_optimizer_is_no_place_to_go_on_from(started):
+    checkpoint = save_checkpoint(started, 5, optimizer=False)
+    with pytest.raises(ValueError, match="save_only_model"):
+        choose_run_folder(started, IDENTITY)
+    named = choose_run_folder(started, IDENTITY, resume_from=str(checkpoint))
+    assert named.checkpoint == checkpoint
+
+
+def test_a_named_checkpoint_wins_over_the_last_one(started):
+    save_checkpoint(started, 5)
+    save_checkpoint(started, 10)
+    folder = choose_run_folder(started, IDENTITY, resume_from=str(started / "checkpoint-5"))
+    assert folder.checkpoint == started / "checkpoint-5"
+
+
+def test_a_checkpoint_to_resume_from_has_to_be_there(started):
+    with pytest.raises(ValueError, match="no such folder"):
+        choose_run_folder(started, IDENTITY, resume_from=str(started / "checkpoint-5"))
+    with pytest.raises(ValueError, match="got none"):
+        choose_run_folder(started, IDENTITY, resume_from=True)
+
+
+def test_fresh_takes_the_next_free_name_and_leaves_the_rest(started):
+    save_checkpoint(started, 5)
+    (started.parent / "out-2").mkdir()
+    before = content(started)
+    folder = choose_run_folder(started, IDENTITY, fresh=True)
+    assert (folder.path, folder.checkpoint) == (started.parent / "out-3", None)
+    assert str(folder.path) in folder.notes[-1]
+    assert content(started) == before
+    assert choose_run_folder(started, IDENTITY, fresh=True).path == started.parent / "out-4"
+
+
+def test_fresh_in_a_free_place_stays_there(tmp_path):
+    assert choose_run_folder(tmp_path / "out", IDENTITY, fresh=True).path == tmp_path / "out"
+
+
+# run.json
+
+
+def test_a_write_that_dies_leaves_the_old_run_json(started, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    before = (started / "run.json").read_text()
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        mark_finished(started)
+    assert (started / "run.json").read_text() == before
+
+
+@pytest.mark.parametrize("text", ['{"identity": ', "[]", '{"identity": 3}'])
+def test_a_foreign_run_json_is_refused(started, text):
+    (started / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json"):
+        choose_run_folder(started, IDENTITY)
+
+
+# What decides the numbers
+
+
+def test_what_cannot_change_the_numbers_is_no_part_of_the_identity(tmp_path):
+    plain = identity_of(tmp_path)
+    told = identity_of(
+        tmp_path / "elsewhere", logging_steps=1, save_steps=7, eval_strategy="steps", run_name="x"
+    )
+    assert told == plain
+    assert run_folder.NOT_IDENTITY <= {
+        *DPOConfig.__dataclass_fields__,
+        *ScriptArguments.__dataclass_fields__,
+        *("log_on_each_node", "trackio_bucket_id", "trackio_static_space_id"),
+        *("eval_use_gather_object", "hub_revision", "project", "enable_jit_checkpoint"),
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"beta": 0.2},
+        {"seed": 1},
+        {"max_steps": 5},
+        {"pad_token": "<pad>"},
+        {"model": ModelConfig(model_name_or_path="org/model", use_peft=True)},
+        {"model": ModelConfig(model_name_or_path="org/other")},
+        {"script": ScriptArguments(dataset_name="org/rows", dataset_train_split="train[:9]")},
+        {"mixture": DatasetMixtureConfig(datasets=[DatasetConfig(path="org/rows")])},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_changes_the_numbers_changes_the_identity(tmp_path, change):
+    assert identity_of(tmp_path, **change) != identity_of(tmp_path)
+
+
+def test_nested_settings_differ_by_their_full_name(tmp_path):
+    config = {"lr_scheduler_type": "cosine_with_restarts"}
+    two = identity_of(tmp_path, **config, lr_scheduler_kwargs={"num_cycles": 2})
+    three = identity_of(tmp_path, **config, lr_scheduler_kwargs={"num_cycles": 3})
+    assert [name for name in two if two[name] != three[name]] == ["lr_scheduler_kwargs.num_cycles"]
+
+
+def test_data_counts_by_content_and_not_by_place(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"chosen": 1}\n')
+    (tmp_path / "a/rows.jsonl").write_text('{"chosen": 1}\n')
+
+    def identity(path):
+        return identity_of(tmp_path, script=ScriptArguments(dataset_name=str(path)))
+
+    first = identity(tmp_path / "rows.jsonl")
+    assert identity(tmp_path / "a/rows.jsonl") == first
+    (tmp_path / "rows.jsonl").write_text('{"chosen": 2}\n')
+    assert identity(tmp_path / "rows.jsonl") != first
+
+
+def test_files_of_a_mixture_count_by_content(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+
+    def identity(text):
+        rows.write_text(text)
+        part = DatasetConfig(path="json", data_files={"train": str(rows)})
+        return identity_of(tmp_path, mixture=DatasetMixtureConfig(datasets=[part]))
+
+    assert identity("{}\n") == identity("{}\n") != identity("{}\n{}\n")
+
+
+def test_a_local_model_counts_by_its_weights(tmp_path):
+    weights = bytes(3 * 2**20)
+
+    def identity(content):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        return identity_of(tmp_path, model=ModelConfig(model_name_or_path=str(tmp_path)))
+
+    first = identity(weights)
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "README.md").write_text("another card")
+    assert identity(weights) == first
+    assert identity(weights[:-1] + b"1") != first
+
+
+def test_an_identity_survives_being_written(tmp_path):
+    identity = identity_of(tmp_path, script=ScriptArguments(dataset_name="org/rows"))
+    mark_started(tmp_path, identity)
+    assert json.loads((tmp_path / "run.json").read_text())["identity"] == identity

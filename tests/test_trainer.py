@@ -1,0 +1,425 @@
+import copy
+import inspect
+import logging
+import math
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.batch import PairBatch
+from fastdpo.summary import describe_run
+
+TRL_ARGUMENTS = [
+    "model",
+    "ref_model",
+    "args",
+    "data_collator",
+    "train_dataset",
+    "eval_dataset",
+    "processing_class",
+    "compute_metrics",
+    "callbacks",
+    "optimizers",
+    "quantization_config",
+    "peft_config",
+]
+TRL_METRICS = [
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+    "entropy",
+    "mean_token_accuracy",
+    "num_tokens",
+    "epoch",
+]
+LORA = {"r": 4, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+def make_trainer(tmp_path, tokenizer, model=None, rows=None, **settings):
+    arguments = {name: settings.pop(name) for name in list(settings) if name in TRL_ARGUMENTS}
+    defaults = {
+        "output_dir": tmp_path,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return DPOTrainer(
+        model=tiny.model("llama", len(tokenizer)) if model is None else model,
+        args=DPOConfig(**(defaults | settings)),
+        train_dataset=Dataset.from_list(tiny.rows() if rows is None else rows),
+        processing_class=tokenizer,
+        **arguments,
+    )
+
+
+def logged(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_the_constructor_takes_trls_arguments():
+    parameters = list(inspect.signature(DPOTrainer.__init__).parameters)
+    assert parameters == ["self", *TRL_ARGUMENTS]
+
+
+def test_training_starts_at_ln_2_and_learns(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=12, per_device_train_batch_size=8)
+    trainer.train()
+    losses = logged(trainer)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < 0.3
+    assert logged(trainer, "rewards/accuracies")[-1] == 1.0
+
+
+def test_metrics_have_trls_names_and_agree_with_each_other(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, logging_steps=2)
+    trainer.train()
+    entry = trainer.state.log_history[1]
+    assert set(TRL_METRICS) <= set(entry)
+    margin = entry["rewards/chosen"] - entry["rewards/rejected"]
+    assert entry["rewards/margins"] == pytest.approx(margin, abs=1e-6)
+    tokens = logged(trainer, "num_tokens")
+    pairs = trainer.pair_counts["train"]
+    # 4 updates of 4 are two epochs over 8 rows; a prompt runs once per completion
+    assert tokens[-1] == 2 * (2 * pairs.prompt_tokens + pairs.completion_tokens)
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what makes the CPU wait for a GPU: a value read, or a shape that depends on one."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += any(name in func.__name__ for name in ("_local_scalar_dense", "nonzero"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_but_what_the_models_body_reads(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, gradient_checkpointing=False)
+    trainer.train()  # the first step's start is checked, with one read
+    inputs = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    with CountReads() as body:
+        trainer.model.base_model(input_ids=inputs["input_ids"], use_cache=False)
+    with CountReads() as step:
+        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=4).backward()
+    assert step.count == 2 * body.count  # the policy's and the reference's
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_the_reference_stays_where_the_policy_started(tmp_path, tokenizer, adapters):
+    lora = LoraConfig(**LORA) if adapters else None
+    trainer = make_trainer(tmp_path, tokenizer, peft_config=lora)
+    batch = next(iter(trainer.get_train_dataloader()))
+    before = trainer.reference.logps(trainer.model, PairBatch.from_inputs(batch))
+    trainer.train()
+    after = trainer.reference.logps(trainer.model, PairBatch.from_inputs(batch))
+    assert torch.equal(before, after)
+    assert trainer.model.training  # the reference's forward put the mode back
+
+
+def test_an_explicit_reference_is_used_and_not_trained(tmp_path, tokenizer):
+    other = tiny.model("llama", len(tokenizer), seed=1)
+    start = weights(other)
+    trainer = make_trainer(tmp_path, tokenizer, ref_model=other)
+    trainer.train()
+    assert abs(logged(trainer)[0] - math.log(2)) > 1e-3
+    for name, parameter in other.named_parameters():
+        assert torch.equal(parameter, start[name]), name
+
+
+def test_a_trained_adapter_is_held_against_a_copy_of_itself(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    lora = LoraConfig(**LORA, init_lora_weights=False)
+    model = get_peft_model(tiny.model("llama", len(tokenizer)), lora)
+    trainer = make_trainer(tmp_path, tokenizer, model=model)
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert logged(trainer)[-1] < 0.69
+    assert trainer.model.active_adapter == "default"
+
+
+def test_reference_logps_of_the_rows_are_used_without_a_second_model(tmp_path, tokenizer):
+    plain = make_trainer(tmp_path, tokenizer)
+    plain.train()
+    scored = make_trainer(tmp_path, tokenizer, precompute_ref_log_probs=True)
+    rows = [dict(row) for row in scored.train_dataset]
+    assert {"ref_chosen_logps", "ref_rejected_logps"} <= set(rows[0])
+    scored.train()
+    from_rows = make_trainer(tmp_path, tokenizer, rows=rows)
+    from_rows.train()
+    assert logged(plain) == pytest.approx(logged(scored), abs=1e-6)
+    assert logged(plain) == pytest.approx(logged(from_rows), abs=1e-6)
+    assert "rows" in from_rows.reference.source and "rows" in scored.reference.source
+
+
+def test_two_references_are_one_too_many(tmp_path, tokenizer):
+    rows = [row | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0} for row in tiny.rows()]
+    other = tiny.model("llama", len(tokenizer))
+    with pytest.raises(ValueError, match="want one reference"):
+        make_trainer(tmp_path, tokenizer, rows=rows, ref_model=other)
+
+
+def test_pairs_weigh_the_same_however_they_are_cut_into_microbatches(tmp_path, tokenizer):
+    whole = make_trainer(tmp_path, tokenizer, rows=tiny.rows(6), per_device_train_batch_size=6)
+    cut = make_trainer(
+        tmp_path,
+        tokenizer,
+        rows=tiny.rows(6),
+        per_device_train_batch_size=4,  # 4 and 2 pairs
+        gradient_accumulation_steps=2,
+    )
+    whole.train()
+    cut.train()
+    assert logged(whole) == pytest.approx(logged(cut), abs=1e-5)
+    assert logged(whole, "rewards/margins") == pytest.approx(
+        logged(cut, "rewards/margins"), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not-reentrant", "reentrant"])
+def test_checkpointing_changes_no_loss(tmp_path, tokenizer, adapters, reentrant):
+    losses = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+            peft_config=LoraConfig(**LORA) if adapters else None,
+        )
+        trainer.train()
+        losses.append(logged(trainer))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_bf16_autocast_follows_float32(tmp_path, tokenizer):
+    losses = []
+    for bf16 in (False, True):
+        trainer = make_trainer(tmp_path, tokenizer, bf16=bf16, learning_rate=1e-4)
+        trainer.train()
+        losses.append(logged(trainer))
+    assert losses[1][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[0] == pytest.approx(losses[1], abs=0.05) and losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_resume_continues_exactly(tmp_path, tokenizer, adapters):
+    def trainer(folder, **settings):
+        return make_trainer(
+            folder,
+            tokenizer,
+            peft_config=LoraConfig(**LORA) if adapters else None,
+            max_steps=6,
+            per_device_train_batch_size=2,
+            save_strategy="steps",
+            save_steps=3,
+            **settings,
+        )
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    assert logged(resumed) == logged(whole)
+    assert logged(resumed, "rewards/margins") == logged(whole, "rewards/margins")
+    expected = weights(whole.model)
+    for name, parameter in weights(resumed.model).items():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_what_is_saved_loads_again(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    trainer.train()
+    trainer.save_model(tmp_path / "full")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, trainer.model.get_parameter(name)), name
+
+    base = tiny.model("llama", len(tokenizer))
+    trainer = make_trainer(tmp_path, tokenizer, model=base, peft_config=LoraConfig(**LORA))
+    trainer.train()
+    trainer.save_model(tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(tiny.model("llama", len(tokenizer)), tmp_path / "lora")
+    ids = torch.tensor([[5, 6, 7]])
+    trainer.model.eval()
+    assert torch.equal(loaded(ids).logits, trainer.model(ids).logits)
+
+
+def test_evaluation_measures_what_training_does(tmp_path, tokenizer):
+    rows = Dataset.from_list(tiny.rows())
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+        eval_dataset={"seen": rows, "half": Dataset.from_list(tiny.rows(4))},
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_seen_loss"] < 0.69
+    assert metrics["eval_seen_rewards/accuracies"] == 1.0
+    assert "eval_half_rewards/margins" in metrics
+    fresh = trainer.evaluate(rows)
+    assert fresh["eval_loss"] == pytest.approx(metrics["eval_seen_loss"], abs=1e-6)
+    margins = fresh["eval_rewards/margins"]
+    assert margins == pytest.approx(metrics["eval_seen_rewards/margins"], abs=1e-6)
+
+
+def test_compute_metrics_sees_the_logits(tmp_path, tokenizer):
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["logits"], seen["ids"] = prediction.predictions, prediction.label_ids
+        return {"rows": len(prediction.label_ids)}
+
+    rows = Dataset.from_list(tiny.rows(4))
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        eval_dataset=rows,
+        compute_metrics=compute_metrics,
+        per_device_eval_batch_size=4,
+    )
+    assert trainer.evaluate()["eval_rows"] == 8  # a chosen and a rejected sequence each
+    assert seen["logits"].shape == (*seen["ids"].shape, len(tokenizer))
+
+
+def test_a_streamed_dataset_trains_like_one_in_memory(tmp_path, tokenizer):
+    kept = make_trainer(tmp_path, tokenizer, train_sampling_strategy="sequential")
+    kept.train()
+    streamed = DPOTrainer(
+        model=tiny.model("llama", len(tokenizer)),
+        args=kept.args,
+        train_dataset=IterableDataset.from_generator(lambda: iter(tiny.rows())),
+        processing_class=tokenizer,
+    )
+    streamed.train()
+    assert logged(streamed) == pytest.approx(logged(kept), abs=1e-6)
+
+
+def test_a_collator_written_for_trl_trains_alike(tmp_path, tokenizer):
+    plain = make_trainer(tmp_path, tokenizer)
+    plain.train()
+
+    def trl_collator(rows):
+        inputs = plain.data_collator(rows)
+        return {k: inputs[k] for k in ("input_ids", "attention_mask", "completion_mask")}
+
+    given = make_trainer(tmp_path, tokenizer, data_collator=trl_collator)
+    given.train()
+    assert logged(given) == pytest.approx(logged(plain), abs=1e-5)
+
+
+def test_a_model_name_is_loaded_with_its_tokenizer(tmp_path, tokenizer):
+    tiny.model("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    trainer = make_trainer(
+        tmp_path, None, model=str(tmp_path / "model"), model_init_kwargs={"dtype": "bfloat16"}
+    )
+    trainer.train()
+    assert trainer.model.dtype == torch.bfloat16
+    assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_experts_are_balanced_as_the_model_says(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, model=tiny.model("mixtral", len(tokenizer)))
+    trainer.train()
+    aux_loss = logged(trainer, "aux_loss")[0]
+    weight = trainer.model.config.router_aux_loss_coef
+    assert logged(trainer)[0] == pytest.approx(math.log(2) + weight * aux_loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"ref_model": 1}, "expected if the reference is another"),
+        ({"peft_config": LoraConfig(**LORA, init_lora_weights=False)}, "not initialised to zero"),
+    ],
+    ids=["another-reference", "adapters-not-zero"],
+)
+def test_a_start_elsewhere_is_told_why(tmp_path, tokenizer, settings, reason, caplog):
+    if "ref_model" in settings:
+        settings = {"ref_model": tiny.model("llama", len(tokenizer), seed=1)}
+        reason = "another model"
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("fastdpo").propagate = True
+        make_trainer(tmp_path, tokenizer, **settings).train()
+    message = next(r.getMessage() for r in caplog.records if "ln 2" in r.getMessage())
+    assert reason in message
+
+
+def test_the_summary_says_what_will_run(tmp_path, tokenizer):
+    rows = [*tiny.rows(), tiny.rows(1)[0] | {"prompt": "word " * 90}]
+    trainer = make_trainer(tmp_path, tokenizer, rows=rows, max_length=64)
+    text = describe_run(trainer)
+    assert "8 of 9 rows" in text and "1 dropped: their prompt alone fills max_length" in text
+    assert "a frozen copy of the policy" in text and "padded" in text
+    assert "4 updates of 4 pairs" in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"train_dataset": None}, TypeError, "train_dataset, got none"),
+        ({"train_dataset": tiny.rows()}, TypeError, "train_dataset, got list"),
+        ({"args": "run"}, TypeError, "want a fastdpo.DPOConfig"),
+        ({"quantization_config": object()}, ValueError, "already loaded"),
+        ({"peft_config": "lora"}, TypeError, "want a peft.PeftConfig"),
+        ({"processing_class": object()}, TypeError, "want a tokenizer"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(tmp_path, tokenizer, wrong, error, message):
+    arguments = {
+        "model": tiny.model("llama", len(tokenizer)),
+        "args": DPOConfig(output_dir=tmp_path, report_to="none", use_cpu=True),
+        "train_dataset": Dataset.from_list(tiny.rows()),
+        "processing_class": tokenizer,
+    }
+    with pytest.raises(error, match=message):
+        DPOTrainer(**(arguments | wrong))
+
+
+def test_a_reference_that_is_the_policy_is_refused(tmp_path, tokenizer):
+    model = tiny.model("llama", len(tokenizer))
+    with pytest.raises(ValueError, match="want ref_model apart from model"):
+        make_trainer(tmp_path, tokenizer, model=model, ref_model=model)
+
+
+def test_a_second_trainer_on_the_same_model_starts_where_the_first_ended(tmp_path, tokenizer):
+    first = make_trainer(tmp_path, tokenizer)
+    first.train()
+    second = make_trainer(tmp_path, tokenizer, model=copy.deepcopy(first.model))
+    second.train()
+    assert logged(second)[0] == pytest.approx(math.log(2), abs=1e-6)
