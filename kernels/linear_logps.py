@@ -6,7 +6,7 @@
 The vocabulary is walked once, a tile of columns at a time, with a running maximum
 (arXiv:1805.02867). The gradient needs the loss in one number a row only,
 
-    dlogp / dhidden = scale * (c[label] head[label] - sum_v p_v c_v head_v)    c = 1 - (z / softcap)²
+    dlogp / dhidden = scale * (c[label] head[label] - sum_v p_v c_v head_v)   c = 1 - (z / softcap)²
 
 so the walk sums its second term as well (attention with the head as keys and values), and the
 backward of a frozen head is one row scale: two products in all. A trained head takes a third, and
@@ -205,7 +205,7 @@ class _Tiles:
         )
 
     def scratch(self, rows: slice, columns: slice, keep: bool) -> tuple[Tensor, Tensor]:
-        """z and p of one piece: p apart from z where the products take a narrower dtype, or kept."""
+        """z and p of one piece; p is apart from z where it is kept, or of a narrower dtype."""
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         size = shape[0] * shape[1]
         if keep:

@@ -1,0 +1,26 @@
+# Every target first sets up .venv, which .venv/.ready marks as done.
+PYTHON ?= python3
+BIN := .venv/bin
+# a machine without a GPU needs no more of torch than this build has; pip finds it by the pin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test bench lint
+demo: .venv/.ready
+	$(BIN)/fastdpo demo --output_dir demo_run
+
+test: .venv/.ready
+	$(BIN)/python -m pytest --quiet
+
+bench: .venv/.ready
+	$(PIP) --editable '.[bench]'
+	$(BIN)/python -m pytest --quiet bench
+
+lint: .venv/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	touch $@

@@ -1,0 +1,106 @@
+"""One preference row, checked: texts, conversations or token ids, with its prompt apart."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastdpo.messages import (
+    FieldError,
+    check_conversation,
+    is_conversation,
+    parsed,
+    without_nulls,
+)
+
+TEXT_FIELDS = ("prompt", "chosen", "rejected")
+ID_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REFERENCE_FIELDS = ("ref_chosen_logps", "ref_rejected_logps")
+OPTION_FIELDS = ("tools", "chat_template_kwargs")
+FIELDS = (*TEXT_FIELDS, *ID_FIELDS, *REFERENCE_FIELDS, *OPTION_FIELDS)
+
+
+def checked_row(row: Any) -> dict[str, Any]:
+    """The known fields of `row`, its implicit prompt made explicit; FieldError if malformed."""
+    if not isinstance(row, Mapping):
+        raise FieldError("row", "an object with prompt, chosen and rejected", row)
+    row = {name: row[name] for name in FIELDS if row.get(name) is not None}
+    checked = _checked_ids(row) if ID_FIELDS[0] in row else _checked_texts(row)
+    return checked | _checked_reference(row)
+
+
+def _checked_ids(row: dict[str, Any]) -> dict[str, Any]:
+    for field in ID_FIELDS:
+        ids = row.get(field)
+        if not isinstance(ids, list) or not ids:
+            raise FieldError(field, "token ids", "no such field" if ids is None else ids)
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise FieldError(field, "token ids, whole numbers from 0", token)
+    return {field: row[field] for field in ID_FIELDS}
+
+
+def _checked_texts(row: dict[str, Any]) -> dict[str, Any]:
+    for field in ("chosen", "rejected"):
+        if field not in row:
+            raise FieldError(field, "a text or messages", "no such field")
+    kinds = {field: type(row[field]) for field in TEXT_FIELDS if field in row}
+    for field, kind in kinds.items():
+        if kind not in (str, list):
+            raise FieldError(field, "a text or messages", row[field])
+        if kind is not kinds["chosen"]:
+            raise FieldError(field, f"a {kinds['chosen'].__name__}, as chosen is", row[field])
+        if not row[field]:
+            raise FieldError(field, "a text or messages", row[field])
+    texts = {field: row[field] for field in kinds}
+    conversation = is_conversation(row["chosen"])
+    if conversation:
+        texts = {field: without_nulls(messages) for field, messages in texts.items()}
+    if "prompt" not in texts:
+        texts = _with_prompt(texts["chosen"], texts["rejected"])
+    if not conversation:
+        return texts
+    check_conversation(*(texts[field] for field in TEXT_FIELDS))
+    options = {
+        "tools": parsed("tools", row.get("tools"), list),
+        "chat_template_kwargs": parsed(
+            "chat_template_kwargs", row.get("chat_template_kwargs"), dict
+        ),
+    }
+    return texts | {name: value for name, value in options.items() if value}
+
+
+def _with_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
+    """The longest common beginning as the prompt; a space before the split goes with the rest."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if is_conversation(chosen):
+        if shared == min(len(chosen), len(rejected)):
+            shared = _last_turn(chosen[:shared])  # one is the beginning of the other, or equal
+    elif shared and shared == min(len(chosen), len(rejected)):
+        raise FieldError("prompt", "a prompt where one text is the beginning of the other", "none")
+    elif shared and chosen[shared - 1] == " ":
+        shared -= 1
+    if not shared:
+        raise FieldError(
+            "prompt", "a prompt, or a beginning that chosen and rejected share", "none"
+        )
+    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def _last_turn(messages: list[dict]) -> int:
+    """Where the assistant's last turn begins: after the last message of a user."""
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    return len(roles) - roles[::-1].index("user") if "user" in roles else 0
+
+
+def _checked_reference(row: dict[str, Any]) -> dict[str, float]:
+    given = [field for field in REFERENCE_FIELDS if field in row]
+    for field in given:
+        value = row[field]
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise FieldError(field, "a finite number", value)
+    if len(given) == 1:
+        missing = next(field for field in REFERENCE_FIELDS if field not in row)
+        raise FieldError(missing, f"a number, as {given[0]} has one", "no such field")
+    return {field: float(row[field]) for field in given}
