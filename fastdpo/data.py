@@ -256,9 +256,7 @@ class _DropAsItComes:
 
 def _counted(pairs: Dataset) -> PairCounts:
     status = np.array(pairs["status"])
-    kept = [
-        row for row in pairs.select_columns(list(ID_FIELDS)).select(np.flatnonzero(status == KEPT))
-    ]
+    kept = list(pairs.select_columns(list(ID_FIELDS)).select(np.flatnonzero(status == KEPT)))
     return PairCounts(
         rows=len(status),
         pairs=len(kept),

@@ -22,7 +22,7 @@ class MetricSums:
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Each sum over its weight, over all ranks, then start again: the one wait for the device"""
+        """Each sum over its weight, over all ranks; starts again. The wait for the device"""
         if not self._sums:
             return {}
         names = sorted(self._sums)

@@ -43,7 +43,7 @@ def load_policy(name: str, *, quantization_config: Any = None, **init_kwargs: An
 
 
 def with_adapters(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    """`model` with new adapters, the only parameters that train; bfloat16 ones on a quantised model.
+    """`model` with new adapters, which alone train; on a quantised model in bfloat16.
 
     TypeError or ValueError where peft_config is none, the model has adapters, or they would change
     the prompt instead of the layers (a prompt-learning adapter: not there yet).

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def scored_pairs(inputs):
     before = inputs["input_ids"].flatten()[batch.scored_rows_C]
     pairs = list(zip(before.tolist(), batch.labels_C.tolist(), strict=True))
     ends = batch.cu_seqlens.tolist()
-    return [pairs[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [pairs[a:b] for a, b in pairwise(ends)]
 
 
 def test_chosen_stand_before_rejected_padded_to_the_longest():
