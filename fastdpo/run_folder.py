@@ -18,7 +18,7 @@ RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"  # transformers writes it last, so a checkpoint with it is whole
 
 # Settings that cannot change what is trained. Any other one counts, a later transformers' too.
-NOT_IDENTITY = frozenset(
+NOT_IDENTITY = frozenset(  # noqa: SIM905, a word each reads better than a string each
     # where it goes, how it is told
     "output_dir logging_strategy logging_steps logging_first_step log_on_each_node log_level "
     "log_level_replica logging_nan_inf_filter include_num_input_tokens_seen disable_tqdm report_to "

@@ -1,19 +1,15 @@
 """What a run is about to do, in the lines a person reads before it starts."""
 
-from typing import TYPE_CHECKING
-
 from peft import PeftModel
+from transformers import Trainer
 
 from fastdpo import ops
 from fastdpo.data import PairCounts
 from fastdpo.model import causal_lm_of
 
-if TYPE_CHECKING:
-    from fastdpo.trainer import DPOTrainer
 
-
-def describe_run(trainer: "DPOTrainer") -> str:
-    """Model, data, layout, kernels, reference and steps, a line each."""
+def describe_run(trainer: Trainer) -> str:
+    """Model, data, layout, kernels, reference and steps of a DPOTrainer, a line each."""
     lines = {"model": _model_line(trainer)}
     for name, counts in trainer.pair_counts.items():
         lines[f"{name} pairs"] = _counts_line(counts)
@@ -25,7 +21,7 @@ def describe_run(trainer: "DPOTrainer") -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
 
-def _model_line(trainer: "DPOTrainer") -> str:
+def _model_line(trainer: Trainer) -> str:
     model = trainer.model
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -54,14 +50,14 @@ def _counts_line(counts: PairCounts | None) -> str:
     return "; ".join(parts)
 
 
-def _kernels_line(trainer: "DPOTrainer") -> str:
+def _kernels_line(trainer: Trainer) -> str:
     device = trainer.args.device
     head = causal_lm_of(trainer.model).get_output_embeddings()
     products = "trained head" if head.weight.requires_grad else "frozen head, two products"
     return f"{ops.implementation(device)} on {device.type}, {products}"
 
 
-def _updates_line(trainer: "DPOTrainer") -> str:
+def _updates_line(trainer: Trainer) -> str:
     args = trainer.args
     per_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     length = (

@@ -44,6 +44,7 @@ from fastdpo.reference import (
     score_all,
 )
 from fastdpo.start_check import check_start
+from fastdpo.summary import describe_run
 
 PAIR_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 REFERENCE_COLUMNS = ["ref_chosen_logps", "ref_rejected_logps"]
@@ -172,6 +173,10 @@ class DPOTrainer(Trainer):
         if args.precompute_ref_log_probs:
             self._precompute_reference()
         self.model.add_model_tags(["fastdpo", "dpo"])
+
+    def summary(self) -> str:
+        """What is about to run: model, pairs, dropped rows, layout, kernels, reference, updates."""
+        return describe_run(self)
 
     # The data
 

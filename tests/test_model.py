@@ -116,7 +116,7 @@ def test_experts_loss_is_weighed_as_the_model_says_unless_told():
     assert aux_loss_weight(mixtral, None) == mixtral.config.router_aux_loss_coef > 0
     assert aux_loss_weight(mixtral, 0.0) == 0.0
     assert aux_loss_weight(llama, None) == 0.0
-    with pytest.raises(ValueError, match="router_aux_loss_coef.*llama"):
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef.*llama"):
         aux_loss_weight(llama, 0.1)
 
 

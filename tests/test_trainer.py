@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.batch import PairBatch
-from fastdpo.summary import describe_run
 
 TRL_ARGUMENTS = [
     "model",
@@ -383,7 +382,7 @@ def test_a_start_elsewhere_is_told_why(tmp_path, tokenizer, settings, reason, ca
 def test_the_summary_says_what_will_run(tmp_path, tokenizer):
     rows = [*tiny.rows(), tiny.rows(1)[0] | {"prompt": "word " * 90}]
     trainer = make_trainer(tmp_path, tokenizer, rows=rows, max_length=64)
-    text = describe_run(trainer)
+    text = trainer.summary()
     assert "8 of 9 rows" in text and "1 dropped: their prompt alone fills max_length" in text
     assert "a frozen copy of the policy" in text and "padded" in text
     assert "4 updates of 4 pairs" in text

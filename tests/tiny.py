@@ -68,7 +68,7 @@ def config(family: str, vocab_size: int):
 
 
 def model(family: str, vocab_size: int, dtype=torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A model of `family` with weights larger than usual, so that no probability is all the same."""
+    """A model of `family` with large weights, so that its probabilities are not all alike."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
