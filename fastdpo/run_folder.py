@@ -18,7 +18,7 @@ RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"  # transformers writes it last, so a checkpoint with it is whole
 
 # Settings that cannot change what is trained. Any other one counts, a later transformers' too.
-NOT_IDENTITY = frozenset(  # noqa: SIM905, a word each reads better than a string each
+NOT_IDENTITY = frozenset(
     # where it goes, how it is told
     "output_dir logging_strategy logging_steps logging_first_step log_on_each_node log_level "
     "log_level_replica logging_nan_inf_filter include_num_input_tokens_seen disable_tqdm report_to "
@@ -35,7 +35,7 @@ NOT_IDENTITY = frozenset(  # noqa: SIM905, a word each reads better than a strin
     # who reads and tokenises, and how patiently
     "dataset_num_proc dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
     "dataloader_persistent_workers dataloader_multiprocessing_context ddp_timeout "
-    "torch_empty_cache_steps".split()
+    "torch_empty_cache_steps".split()  # noqa: SIM905
 )
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 OPTIMIZER = ("optimizer*", "global_step*")  # the latter is DeepSpeed's
