@@ -35,7 +35,7 @@ NOT_IDENTITY = frozenset(
     # who reads and tokenises, and how patiently
     "dataset_num_proc dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
     "dataloader_persistent_workers dataloader_multiprocessing_context ddp_timeout "
-    "torch_empty_cache_steps".split()  # noqa: SIM905
+    "torch_empty_cache_steps".split()
 )
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 OPTIMIZER = ("optimizer*", "global_step*")  # the latter is DeepSpeed's

@@ -1,0 +1,43 @@
+import pytest
+
+from fastdpo import demo
+from fastdpo.demo_task import build_tokenizer, make_questions, preference_rows
+
+
+def test_the_program_tells_right_from_wrong():
+    question = make_questions()[0]
+    assert question.is_right(question.answer(+1))
+    assert not question.is_right(question.answer(-1))
+    assert not question.is_right(question.answer(+1).rsplit(" ", 1)[0])  # one number short
+
+
+def test_held_out_questions_are_in_no_training_pair():
+    trained = set(demo.train_rows(demo.FULL)["prompt"])
+    assert not trained & {question.prompt for question in demo.held_out()}
+
+
+def test_every_word_has_a_token_and_one_bos():
+    tokenizer = build_tokenizer()
+    for row in preference_rows(make_questions()):
+        ids = tokenizer(row["prompt"] + row["chosen"])["input_ids"]
+        assert tokenizer.pad_token_id not in ids and ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_the_demo_runs_to_its_end_and_both_ways_agree(tmp_path, capsys):
+    assert demo.main(["--tiny", "--output_dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for line in ("reward accuracy", "counted up, exactly", "wall time", "memory over the start"):
+        assert line in printed
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "trained/model.safetensors").exists()
+
+
+def test_times_are_not_compared_where_the_losses_differ(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "SAME_LOSS", -1.0)
+    assert demo.main(["--tiny", "--output_dir", str(tmp_path)]) == 1
+    assert "no times are compared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [demo.FULL, demo.TINY])
+def test_every_update_has_its_pairs(size):
+    assert len(demo.train_rows(size)) == size.dpo_steps * demo.BATCH

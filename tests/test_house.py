@@ -1,0 +1,120 @@
+"""The house as the README draws it: where things are, what imports what, what gets installed."""
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# each module may import those after it
+ORDER = (
+    "demo cli arguments run_folder trainer summary start_check rows data preferences messages "
+    "demo_task metrics policy reference config losses model batch ops"
+).split()
+KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses"}
+
+
+def python(code, *, pythonpath=(), cwd=ROOT):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, pythonpath))}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_kernels_is_no_package_of_its_own():
+    # with an __init__.py it would hide Hugging Face's package `kernels` from transformers
+    assert not (ROOT / "kernels/__init__.py").exists()
+    link = ROOT / "fastdpo/kernels"
+    assert link.is_symlink() and os.readlink(link) == "../kernels"
+
+
+def test_transformers_finds_its_own_package_kernels_from_the_root(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("REAL = True\n__version__ = '0.99.0'\n")
+    done = python(
+        "import kernels; assert kernels.REAL\n"
+        "import transformers\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "import fastdpo.kernels.reference as ours\n"
+        "assert ours.linear_logps",
+        pythonpath=[tmp_path],
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_kernels_stand_alone():
+    for path in (ROOT / "kernels").glob("*.py"):
+        modules = {name.split(".")[0] for name in imported(path)}
+        assert modules <= KERNELS_MAY_IMPORT, path
+        if path.name == "reference.py":
+            assert modules == {"torch"}
+
+
+def test_imports_point_downwards():
+    modules = {path.stem for path in (ROOT / "fastdpo").glob("*.py")} - {"__init__"}
+    assert modules == set(ORDER)
+    for place, module in enumerate(ORDER):
+        if module == "cli":
+            continue  # calls all of them
+        for name in imported(ROOT / f"fastdpo/{module}.py"):
+            parts = name.split(".")
+            if parts[0] == "fastdpo" and len(parts) > 1 and parts[1] in modules:
+                assert ORDER.index(parts[1]) > place, f"{module} imports {parts[1]}"
+
+
+def test_help_needs_no_torch():
+    done = python(
+        "import sys, fastdpo.cli\n"
+        "assert fastdpo.cli.main(['--help']) == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+
+
+def build(*arguments):
+    command = [sys.executable, "-m", "pip", "--quiet", *arguments]
+    command += ["--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The tracked part of the tree, apart: building writes beside what it builds."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "fastdpo", "kernels"):
+        subprocess.run(["cp", "-RP", str(ROOT / name), str(folder)], check=True)
+    return folder
+
+
+def test_a_wheel_holds_the_kernels(checkout, tmp_path):
+    build("wheel", str(checkout), "--wheel-dir", str(tmp_path))
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    for name in ("linear_logps", "pair_loss", "reference"):
+        assert f"fastdpo/kernels/{name}.py" in names
+    assert "fastdpo/py.typed" in names and not any(n.startswith("kernels/") for n in names)
+
+
+def test_an_editable_install_reaches_the_kernels(checkout, tmp_path):
+    build("install", "--editable", str(checkout), "--target", str(tmp_path / "site"))
+    done = python(
+        f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
+        "import fastdpo.kernels.reference as found; print(found.__file__)",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(checkout))
