@@ -373,7 +373,6 @@ def test_a_start_elsewhere_is_told_why(tmp_path, tokenizer, settings, reason, ca
         settings = {"ref_model": tiny.model("llama", len(tokenizer), seed=1)}
         reason = "another model"
     with caplog.at_level(logging.WARNING):
-        logging.getLogger("fastdpo").propagate = True
         make_trainer(tmp_path, tokenizer, **settings).train()
     message = next(r.getMessage() for r in caplog.records if "ln 2" in r.getMessage())
     assert reason in message
