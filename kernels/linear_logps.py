@@ -194,7 +194,8 @@ class _Tiles:
         rows = max(1, min(self.N, TILE_ROWS.get(device, TILE_ROWS["cuda"])))
         columns = TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (4 * rows)
         columns = min(self.V, max(BLOCK_V, columns // BLOCK_V * BLOCK_V))
-        self.row_blocks = [slice(n, min(n + rows, self.N)) for n in range(0, self.N, rows)]
+        firsts = range(0, max(1, self.N), rows)  # no row is one block of none
+        self.row_blocks = [slice(n, min(n + rows, self.N)) for n in firsts]
         self.columns = [slice(v, min(v + columns, self.V)) for v in range(0, self.V, columns)]
         self.operand_dtype = operand_dtype
         wide = torch.float64 if operand_dtype == torch.float64 else torch.float32
@@ -304,7 +305,9 @@ def _head_gradients(ctx, dlogps_N: Tensor) -> tuple[Tensor | None, Tensor | None
     for c, columns in enumerate(tiles.columns):
         head_TD = head_VD[columns].to(operand_dtype)
         bias_T = None if bias_V is None else bias_V[columns].to(tiles.wide)
-        dhead_TD = torch.zeros(head_TD.shape, dtype=tiles.wide, device=head_TD.device)
+        # summed where it is to be, unless that is too narrow to sum in
+        in_place = head_grad and dhead_VD.dtype == tiles.wide
+        dhead_TD = dhead_VD[columns] if in_place else torch.empty_like(head_TD, dtype=tiles.wide)
         dbias_T = torch.zeros(len(head_TD), dtype=tiles.wide, device=head_TD.device)
         for r, block in enumerate(tiles.row_blocks):
             # a tile's peak stands in for lse until its rows are brought to sum to one
@@ -324,10 +327,10 @@ def _head_gradients(ctx, dlogps_N: Tensor) -> tuple[Tensor | None, Tensor | None
             onehot = (onehot_N[block] * is_here_N).to(dlogit_NT.dtype)
             dlogit_NT.scatter_add_(1, column_N[:, None], -onehot[:, None])
             if head_grad:
-                _product(dlogit_NT.T, weighted_ND[block], out=dhead_TD, accumulate=True)
+                _product(dlogit_NT.T, weighted_ND[block], out=dhead_TD, accumulate=r > 0)
             if bias_grad:
                 dbias_T.addmv_(dlogit_NT.T.to(tiles.wide), dz_N[block])
-        if head_grad:
+        if head_grad and not in_place:
             dhead_VD[columns] = dhead_TD
         if bias_grad:
             dbias_V[columns] = dbias_T
