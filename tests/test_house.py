@@ -18,10 +18,14 @@ ORDER = (
 KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses"}
 
 
-def python(code, *, pythonpath=(), cwd=ROOT):
+def python(code, *flags, pythonpath=(), cwd=ROOT):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, pythonpath))}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment
+        [sys.executable, *flags, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
     )
 
 
@@ -113,7 +117,9 @@ def test_an_editable_install_reaches_the_kernels(checkout, tmp_path):
     build("install", "--editable", str(checkout), "--target", str(tmp_path / "site"))
     done = python(
         f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
-        "import fastdpo.kernels.reference as found; print(found.__file__)",
+        "from importlib.util import find_spec\n"
+        "print(find_spec('fastdpo.kernels.reference').origin)",
+        "-S",  # without the site-packages of this run, where fastdpo may be installed too
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
