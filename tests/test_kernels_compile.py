@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdpo.kernels import linear_logps, pair_loss
+from fastdpo.kernels import pair_loss, tiles
 
 chip = int(sys.argv[1])
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -44,7 +44,7 @@ def check(name, kernel, types, constants):
 
 
 float32, int32 = "*fp32", "i32"
-fold = linear_logps._fold_kernel
+fold = tiles._fold_kernel
 for p_type in ("*fp32", "*bf16"):
     for bias, cap, sums in ((False, False, False), (False, False, True), (True, True, True)):
         types = {
@@ -53,7 +53,7 @@ for p_type in ("*fp32", "*bf16"):
             "start": int32, "width": int32, "z_stride": int32, "p_stride": int32,
             "scale": "fp32", "softcap": "fp32",
         }
-        constants = {"HAS_BIAS": bias, "CAP": cap, "SUMS": sums, "BLOCK_V": linear_logps.BLOCK_V}
+        constants = {"HAS_BIAS": bias, "CAP": cap, "SUMS": sums, "BLOCK_V": tiles.BLOCK_V}
         for pointer, present in (("bias_ptr", bias), ("weighted_ptr", sums), ("sum_ptr", sums)):
             if present:
                 types[pointer] = float32

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdpo.kernels import linear_logps as module
 from fastdpo.kernels import reference
-from fastdpo.kernels.linear_logps import BLOCK_V, STATS, linear_logps
+from fastdpo.kernels.linear_logps import STATS, linear_logps
+from fastdpo.kernels.tiles import BLOCK_V
 
 SHAPES = {
     "no-row": (0, 8, 40),

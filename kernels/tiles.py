@@ -1,0 +1,174 @@
+"""One tile of logits taken into what is known of its rows: in torch, and in one Triton launch.
+
+    peak, total, target, rescale <- z_NT = cap(scale * (products_NT + bias_T))
+    p_NT = exp(z - peak) * c                    c = 1 - (z / softcap)², or 1 without a cap
+
+N rows, T columns of the vocabulary from `start` on. README.md says what for.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_V = 1024  # columns that a program of the Triton fold reads at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the walk knows of each row so far; float32, or float64 for float64 inputs."""
+
+    peak_N: Tensor  # largest logit
+    total_N: Tensor  # sum of exp(z - peak)
+    target_N: Tensor  # logit of the label
+    rescale_N: Tensor  # exp(peak before the last tile - peak after it)
+    weighted_N: Tensor | None  # sum of exp(z - peak) * z, for the entropy
+    sum_N: Tensor | None  # sum of z, for the mean logit
+
+    @classmethod
+    def start(cls, N: int, dtype: torch.dtype, device: torch.device, sums: bool) -> "Rows":
+        zeros = [torch.zeros(N, dtype=dtype, device=device) for _ in range(5 if sums else 3)]
+        peak_N = torch.full((N,), -float("inf"), dtype=dtype, device=device)
+        return cls(peak_N, *zeros[:3], *(zeros[3:] or (None, None)))
+
+    def block(self, rows: slice) -> "Rows":
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Rows(*(None if part is None else part[rows] for part in parts))
+
+
+def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
+    """Take the products z_NT of one tile into `rows`, and leave p_NT = exp(z - peak) * c."""
+    if bias_T is not None:
+        z_NT.add_(bias_T)
+    if scale != 1.0:
+        z_NT.mul_(scale)
+    if softcap is not None:
+        z_NT.div_(softcap).tanh_().mul_(softcap)
+    column_N = labels_N - start
+    is_here_N = (column_N >= 0) & (column_N < z_NT.shape[1])
+    target_N = z_NT.gather(1, column_N.clamp(0, z_NT.shape[1] - 1)[:, None]).squeeze(1)
+    torch.where(is_here_N, target_N, rows.target_N, out=rows.target_N)
+
+    peak_N = torch.maximum(rows.peak_N, z_NT.amax(1))
+    torch.exp(rows.peak_N - peak_N, out=rows.rescale_N)
+    rows.peak_N.copy_(peak_N)
+    c_NT = None if softcap is None else (z_NT / softcap).square_().neg_().add_(1.0)
+    if rows.sum_N is not None:
+        rows.sum_N.add_(z_NT.sum(1))
+        exp_NT = torch.exp(z_NT - peak_N[:, None])
+        rows.weighted_N.mul_(rows.rescale_N).add_(torch.linalg.vecdot(exp_NT, z_NT))
+        z_NT.copy_(exp_NT)
+    else:
+        z_NT.sub_(peak_N[:, None]).exp_()
+    rows.total_N.mul_(rows.rescale_N).add_(z_NT.sum(1))
+    if c_NT is not None:
+        z_NT.mul_(c_NT)
+    if p_NT is not z_NT:
+        p_NT.copy_(z_NT)
+
+
+@triton.jit
+def _logit(z_ptr, bias_ptr, v, mask, scale, softcap, HAS_BIAS: tl.constexpr, CAP: tl.constexpr):
+    z_V = tl.load(z_ptr + v, mask=mask, other=0.0)
+    if HAS_BIAS:
+        z_V += tl.load(bias_ptr + v, mask=mask, other=0.0).to(tl.float32)
+    z_V *= scale
+    if CAP:
+        # softcap * tanh(z / softcap), with an exp that cannot overflow
+        decay_V = tl.exp(-2.0 * tl.abs(z_V) / softcap)
+        tanh_V = (1.0 - decay_V) / (1.0 + decay_V)
+        z_V = softcap * tl.where(z_V < 0, -tanh_V, tanh_V)
+    return z_V
+
+
+@triton.jit
+def _fold_kernel(
+    z_ptr,
+    p_ptr,
+    bias_ptr,
+    labels_ptr,
+    peak_ptr,
+    total_ptr,
+    target_ptr,
+    rescale_ptr,
+    weighted_ptr,
+    sum_ptr,
+    start,
+    width,
+    z_stride,
+    p_stride,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)  # n * z_stride outgrows int32 from 16k rows of 128k
+    z_ptr += n * z_stride
+    p_ptr += n * p_stride
+    old_peak = tl.load(peak_ptr + n)
+    tile_peak_V = tl.full((BLOCK_V,), -float("inf"), tl.float32)
+    for first in range(0, width, BLOCK_V):
+        v = first + tl.arange(0, BLOCK_V)
+        z_V = _logit(z_ptr, bias_ptr, v, v < width, scale, softcap, HAS_BIAS, CAP)
+        tile_peak_V = tl.maximum(tile_peak_V, tl.where(v < width, z_V, -float("inf")))
+    peak = tl.maximum(old_peak, tl.max(tile_peak_V))
+    rescale = tl.exp(old_peak - peak)
+
+    column = tl.load(labels_ptr + n) - start
+    target_V = tl.zeros((BLOCK_V,), tl.float32)
+    total_V = tl.zeros((BLOCK_V,), tl.float32)
+    weighted_V = tl.zeros((BLOCK_V,), tl.float32)
+    sum_V = tl.zeros((BLOCK_V,), tl.float32)
+    for first in range(0, width, BLOCK_V):
+        v = first + tl.arange(0, BLOCK_V)
+        z_V = _logit(z_ptr, bias_ptr, v, v < width, scale, softcap, HAS_BIAS, CAP)
+        target_V += tl.where(v == column, z_V, 0.0)
+        exp_V = tl.where(v < width, tl.exp(z_V - peak), 0.0)
+        total_V += exp_V
+        if SUMS:
+            weighted_V += exp_V * z_V
+            sum_V += tl.where(v < width, z_V, 0.0)
+        if CAP:
+            exp_V *= 1.0 - (z_V / softcap) * (z_V / softcap)
+        tl.store(p_ptr + v, exp_V.to(p_ptr.dtype.element_ty), mask=v < width)
+    if (column >= 0) & (column < width):
+        tl.store(target_ptr + n, tl.sum(target_V))
+    tl.store(peak_ptr + n, peak)
+    tl.store(rescale_ptr + n, rescale)
+    tl.store(total_ptr + n, tl.load(total_ptr + n) * rescale + tl.sum(total_V))
+    if SUMS:
+        tl.store(weighted_ptr + n, tl.load(weighted_ptr + n) * rescale + tl.sum(weighted_V))
+        tl.store(sum_ptr + n, tl.load(sum_ptr + n) + tl.sum(sum_V))
+
+
+def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
+    """As _torch_fold, in one launch: a program a row."""
+    _fold_kernel[(z_NT.shape[0],)](
+        z_NT,
+        p_NT,
+        bias_T,
+        labels_N,
+        rows.peak_N,
+        rows.total_N,
+        rows.target_N,
+        rows.rescale_N,
+        rows.weighted_N,
+        rows.sum_N,
+        start,
+        z_NT.shape[1],
+        z_NT.stride(0),
+        p_NT.stride(0),
+        scale,
+        1.0 if softcap is None else softcap,
+        HAS_BIAS=bias_T is not None,
+        CAP=softcap is not None,
+        SUMS=rows.sum_N is not None,
+        BLOCK_V=BLOCK_V,
+    )
+
+
+FOLDS = {"torch": _torch_fold, "triton": _triton_fold}
