@@ -32,6 +32,7 @@ from fastdpo.data import prepare_pairs
 from fastdpo.demo_task import build_tokenizer, make_questions, preference_rows
 from fastdpo.trainer import DPOTrainer
 
+VOCABULARY = 4096  # rows of the embedding and the head; the task's words are a quarter of them
 HELD_OUT = 100  # questions that no preference pair is made of
 BATCH, LEARNING_RATE, BETA = 16, 2e-5, 0.1
 SAME_LOSS = 1e-3  # how far the two runs' losses may be apart before their times mean nothing
@@ -126,7 +127,7 @@ def fit(size: Size):
     draw = random.Random(0)
     tokenizer = build_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=VOCABULARY,
         hidden_size=size.hidden_size,
         intermediate_size=2 * size.hidden_size,
         num_hidden_layers=3,
