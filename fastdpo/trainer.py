@@ -126,17 +126,7 @@ class DPOTrainer(Trainer):
             model = with_adapters(model, peft_config)
         elif isinstance(model, PeftModel) and ref_model is None:
             add_reference_adapter(model)
-        for config in (model.config.get_text_config(), model.generation_config):
-            if config is not None:
-                config.pad_token_id = tokenizer.pad_token_id
-        if args.disable_dropout:
-            disable_dropout(model)
-            if ref_model is not None:
-                disable_dropout(ref_model)
-        if isinstance(model, PeftModel) and (args.gradient_checkpointing_kwargs or {}).get(
-            "use_reentrant"
-        ):
-            model.enable_input_require_grads()  # or reentrant checkpoints have nothing to train
+        _make_ready(model, ref_model, tokenizer.pad_token_id, args)
 
         super().__init__(
             model=model,
@@ -316,6 +306,20 @@ class DPOTrainer(Trainer):
             tokens = self.accelerator.reduce(self.num_train_tokens.clone(), "sum")
             logs["num_tokens"] = tokens.item()
         super().log(logs, start_time)
+
+
+def _make_ready(policy, ref_model, pad_token_id: int, args: DPOConfig) -> None:
+    """What the two models need before they are placed: the pad token, dropout off, checkpoints."""
+    for config in (policy.config.get_text_config(), policy.generation_config):
+        if config is not None:
+            config.pad_token_id = pad_token_id
+    if args.disable_dropout:
+        disable_dropout(policy)
+        if ref_model is not None:
+            disable_dropout(ref_model)
+    checkpointing = args.gradient_checkpointing_kwargs or {}
+    if isinstance(policy, PeftModel) and checkpointing.get("use_reentrant"):
+        policy.enable_input_require_grads()  # or reentrant checkpoints have nothing to train
 
 
 def _check_arguments(model, ref_model, args, train_dataset, quantization_config) -> None:
