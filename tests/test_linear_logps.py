@@ -237,7 +237,7 @@ def test_gradcheck_in_float64():
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.integers(0, 9), st.integers(1, 9), st.integers(1, 3 * BLOCK_V), st.integers(0, 99))
 def test_any_shape_agrees(N, D, V, seed):
     args = inputs((N, D, V), torch.float32, seed=seed)
