@@ -9,7 +9,7 @@ Each answers `logps(policy, batch) -> (S,)` and says in `source` what it is.
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +70,7 @@ class AdaptersOff:
 
 @dataclass(frozen=True, slots=True)
 class FrozenModel:
-    """A model that is not trained, placed and wrapped by the caller."""
+    """A model that is not trained, on the device of its inputs."""
 
     model: nn.Module
     source: str
@@ -109,7 +109,7 @@ def add_reference_adapter(policy: PeftModel) -> None:
 
 
 def score_all(
-    reference: AdaptersOff | FrozenModel, policy: nn.Module, batches: Iterable, gather
+    reference_logps: Callable[[PairBatch], Tensor], batches: Iterable, gather: Callable
 ) -> tuple[Tensor, Tensor]:
     """Reference logps of every pair of `batches`, in order: chosen and rejected, on the CPU.
 
@@ -118,9 +118,8 @@ def score_all(
     """
     chosen, rejected = [], []
     for inputs in batches:
-        batch = PairBatch.from_inputs(inputs)
-        logps_2B = reference.logps(policy, batch)
-        chosen_logps_B, rejected_logps_B = gather(tuple(logps_2B.chunk(2)))
+        logps_S = reference_logps(PairBatch.from_inputs(inputs))
+        chosen_logps_B, rejected_logps_B = gather(tuple(logps_S.chunk(2)))
         chosen.append(chosen_logps_B.cpu())
         rejected.append(rejected_logps_B.cpu())
     return torch.cat(chosen), torch.cat(rejected)

@@ -6,6 +6,7 @@
 The loop, checkpoints, mixed precision and distribution are transformers' and accelerate's.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -171,7 +172,7 @@ class DPOTrainer(Trainer):
     # The data
 
     def _prepare(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
-        """`dataset` tokenised; one that this trainer has tokenised before comes back as it is."""
+        """`dataset` as token ids, its rows counted under `name`; token ids stay as they are."""
         if isinstance(dataset, dict):
             return {key: self._prepare(each, f"{name}_{key}") for key, each in dataset.items()}
         pairs, self.pair_counts[name] = prepare_pairs(dataset, name=name, **self._data_settings)
@@ -206,7 +207,13 @@ class DPOTrainer(Trainer):
 
     def _placed(self, model: nn.Module, source: str) -> FrozenModel:
         attach_scorer(model)
-        return FrozenModel(self.accelerator.prepare_model(model, evaluation_mode=True), source)
+        if getattr(model, "hf_device_map", None) is None:
+            model.to(self.args.device)
+        return FrozenModel(model, source)
+
+    def _reference_logps(self, policy: nn.Module, batch: PairBatch) -> Tensor:
+        with self.accelerator.autocast():  # as the policy's forward has it
+            return self.reference.logps(policy, batch)
 
     def _precompute_reference(self):
         """Score all data now; from here on the reference is a column of the rows."""
@@ -230,10 +237,11 @@ class DPOTrainer(Trainer):
             )
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
         batches = self.accelerator.prepare(loader)
-        with self.accelerator.autocast():  # as training will run it
-            logps = score_all(
-                self.reference, self.model, batches, self.accelerator.gather_for_metrics
-            )
+        logps = score_all(
+            functools.partial(self._reference_logps, self.model),
+            batches,
+            self.accelerator.gather_for_metrics,
+        )
         for name, logps_B in zip(REFERENCE_COLUMNS, logps, strict=True):
             dataset = dataset.add_column(name, logps_B.tolist())
         return dataset
@@ -250,7 +258,7 @@ class DPOTrainer(Trainer):
         """The mean loss of `inputs`, or its share of an update of num_items_in_batch pairs."""
         batch = PairBatch.from_inputs(inputs)
         # before the policy, whose activations would otherwise wait beside the reference's
-        reference_logps_S = self.reference.logps(model, batch)
+        reference_logps_S = self._reference_logps(model, batch)
         scored = score(model, batch, stats=TOKEN_STATS, aux_loss=self.aux_loss_weight > 0)
         losses = LOSSES[self.args.loss_type[0]](
             scored.token_logps_C,

@@ -233,6 +233,18 @@ def test_bf16_autocast_follows_float32(tmp_path, tokenizer):
     assert losses[0] == pytest.approx(losses[1], abs=0.05) and losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("precompute", [False, True], ids=["frozen-copy", "precomputed"])
+def test_under_autocast_policy_and_reference_agree_before_any_step(tmp_path, tokenizer, precompute):
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        bf16=True,
+        precompute_ref_log_probs=precompute,
+        eval_dataset=Dataset.from_list(tiny.rows()),
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_resume_continues_exactly(tmp_path, tokenizer, adapters):
     def trainer(folder, **settings):
