@@ -1,9 +1,9 @@
 """Split a model's body from its head; model + PairBatch -> log-probabilities.
 
-All that fastdpo asks of a model is said here, and nothing else looks inside one:
+All that fastdpo asks of a model is said here and in head.py, and nothing else looks inside one:
 
     body    `base_model`: model inputs -> last_hidden_state (S, L, D)
-    head    `get_output_embeddings()`: weight (V, D), perhaps a bias, perhaps scaled or capped
+    head    what head.py knows of its output embedding
 
 `attach_scorer` teaches a causal language model's forward one more keyword, `scored_rows`. With
 it, the head sees those rows alone and answers with log-probabilities instead of logits; the call
@@ -14,18 +14,16 @@ Without it, the forward is the model's own, and `generate` works as it did.
 import functools
 import types
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 
-from fastdpo import ops
 from fastdpo.batch import PairBatch
+from fastdpo.head import check_head_module, head_logps
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
 
@@ -60,7 +58,7 @@ def attach_scorer(model: nn.Module) -> None:
     causal_lm = causal_lm_of(model)
     if hasattr(causal_lm, "_unscored_forward"):
         return
-    _check_head_module(causal_lm)
+    check_head_module(causal_lm)
     # an attribute, not a closure: a deep copy of the model then calls the copy
     causal_lm._unscored_forward = causal_lm.forward
 
@@ -73,18 +71,6 @@ def attach_scorer(model: nn.Module) -> None:
         return _score(self, scored_rows, labels, stats, **kwargs)
 
     causal_lm.forward = types.MethodType(forward, causal_lm)
-
-
-def _check_head_module(causal_lm: PreTrainedModel) -> None:
-    head = causal_lm.get_output_embeddings()
-    if not isinstance(getattr(head, "weight", None), Tensor) or causal_lm.base_model is causal_lm:
-        name = type(causal_lm).__name__
-        raise ValueError(f"want a body and a linear output embedding, {name} has none")
-    if isinstance(head, BaseTunerLayer):
-        raise ValueError(
-            "want no adapter on the output embedding (not there yet): leave "
-            "'lm_head' out of target_modules"
-        )
 
 
 def score(
@@ -107,36 +93,15 @@ def _score(causal_lm, scored_rows_C, labels_C, stats, *, token_mask=None, **inpu
     outputs = causal_lm.base_model(**inputs)
     hidden_SLD = outputs.last_hidden_state
     hidden_CD = hidden_SLD.flatten(0, 1).index_select(0, scored_rows_C)
-    head = causal_lm.get_output_embeddings()
-    config = causal_lm.config.get_text_config()
-    token_logps_C, stats_C = ops.linear_logps(
-        hidden_CD.to(head.weight.device),
-        head.weight,
-        labels_C.to(head.weight.device),
-        bias_V=getattr(head, "bias", None),
-        scale=logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        stats=("lse", *stats),
-    )
+    token_logps_C, stats_C = head_logps(causal_lm, hidden_CD, labels_C, stats)
     aux_loss = None
     if token_mask is not None:
+        config = causal_lm.config.get_text_config()
         aux_loss = load_balancing_loss_func(
             outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask
         )
-    stats_C = {f"{name}_C": stats_C[name] for name in stats}
+    stats_C = {f"{name}_C": value_C for name, value_C in stats_C.items()}
     return ScoredOutput(token_logps_C=token_logps_C, aux_loss=aux_loss, **stats_C)
-
-
-def logit_scale(config: Any) -> float:
-    """What a model of this text config multiplies its logits by, before any soft-capping."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:  # Cohere; Muse; Falcon-H1
-            return getattr(config, name)
-    logits_scaling = getattr(config, "logits_scaling", None)
-    if logits_scaling is None:
-        return 1.0
-    # HyperCLOVA X multiplies by it, Granite and MiniCPM3 divide
-    return logits_scaling if config.model_type == "hyperclovax" else 1 / logits_scaling
 
 
 def aux_loss_weight(model: nn.Module, router_aux_loss_coef: float | None) -> float:

@@ -12,7 +12,6 @@ from fastdpo.model import (
     aux_loss_weight,
     causal_lm_of,
     check_head,
-    logit_scale,
     score,
 )
 
@@ -120,13 +119,6 @@ def test_experts_loss_is_weighed_as_the_model_says_unless_told():
         aux_loss_weight(llama, 0.1)
 
 
-def test_a_head_adapter_is_refused():
-    lora = LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
-    model = get_peft_model(tiny.model("llama", VOCAB), lora)
-    with pytest.raises(ValueError, match="no adapter on the output embedding"):
-        attach_scorer(model)
-
-
 def test_logits_made_in_an_unknown_way_are_found_out():
     model = tiny.model("llama", VOCAB)
     attach_scorer(model)
@@ -134,22 +126,3 @@ def test_logits_made_in_an_unknown_way_are_found_out():
     causal_lm_of(model).lm_head.register_forward_hook(lambda module, args, logits: logits * 2)
     with pytest.raises(ValueError, match="want the model's own log-probabilities"):
         check_head(model, [5, 6, 7, 8])
-
-
-class Config(dict):
-    __getattr__ = dict.get
-
-
-@pytest.mark.parametrize(
-    ("settings", "scale"),
-    [
-        ({}, 1.0),
-        ({"logit_scale": 0.0625}, 0.0625),
-        ({"logit_scale": None}, 1.0),
-        ({"lm_head_multiplier": 0.5}, 0.5),
-        ({"logits_scaling": 8.0, "model_type": "granite"}, 0.125),
-        ({"logits_scaling": 8.0, "model_type": "hyperclovax"}, 8.0),
-    ],
-)
-def test_logit_scale_of_each_family(settings, scale):
-    assert logit_scale(Config(settings)) == scale
