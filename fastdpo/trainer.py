@@ -26,7 +26,7 @@ from transformers import (
 from fastdpo.batch import PaddedCollator, PairBatch, count_pairs
 from fastdpo.config import DPOConfig
 from fastdpo.data import PairCounts, prepare_pairs
-from fastdpo.losses import LOSSES
+from fastdpo.losses import pair_loss
 from fastdpo.metrics import MetricSums, pair_metrics
 from fastdpo.model import TOKEN_STATS, attach_scorer, aux_loss_weight, check_head, score
 from fastdpo.policy import (
@@ -213,7 +213,7 @@ class DPOTrainer(Trainer):
 
     def _reference_logps(self, policy: nn.Module, batch: PairBatch) -> Tensor:
         with self.accelerator.autocast():  # as the policy's forward has it
-            return self.reference.logps(policy, batch)
+            return self.reference.logps(policy, batch, self.args.ld_alpha)
 
     def _precompute_reference(self):
         """Score all data now; from here on the reference is a column of the rows."""
@@ -260,18 +260,14 @@ class DPOTrainer(Trainer):
         # before the policy, whose activations would otherwise wait beside the reference's
         reference_logps_S = self._reference_logps(model, batch)
         scored = score(model, batch, stats=TOKEN_STATS, aux_loss=self.aux_loss_weight > 0)
-        losses = LOSSES[self.args.loss_type[0]](
-            scored.token_logps_C,
-            batch.cu_seqlens,
-            reference_logps_S,
-            beta=self.args.beta,
-            label_smoothing=self.args.label_smoothing,
+        losses = pair_loss(
+            scored.token_logps_C, batch.cu_seqlens, reference_logps_S, **self.args.loss_settings
         )
         loss = losses.loss_B.sum()
         metrics = pair_metrics(batch, scored, losses)
         if self.aux_loss_weight:
             loss = loss + batch.num_pairs * self.aux_loss_weight * scored.aux_loss
-            metrics["aux_loss"] = (scored.aux_loss.detach(), 1)
+            metrics["aux_loss",] = (scored.aux_loss.detach(), 1)
         mode = "train" if model.training else "eval"
         self.metric_sums[mode].add(metrics)
         if mode == "train":

@@ -386,7 +386,7 @@ def test_a_start_elsewhere_is_told_why(tmp_path, tokenizer, settings, reason, ca
         reason = "another model"
     with caplog.at_level(logging.WARNING):
         make_trainer(tmp_path, tokenizer, **settings).train()
-    message = next(r.getMessage() for r in caplog.records if "ln 2" in r.getMessage())
+    message = next(r.getMessage() for r in caplog.records if "does not start" in r.getMessage())
     assert reason in message
 
 
