@@ -79,9 +79,25 @@ class DPOConfig(TrainingArguments):
         "Which end of a too long sequence stays.",
         choices=["keep_start", "keep_end"],
     )
-    padding_free: bool = _setting(False, "Accepted for TRL's sake; it pads too, and says so.")
+    padding_free: bool = _setting(False, "Accepted for TRL's sake: `layout` decides.")
     pad_to_multiple_of: int | str | None = _setting(
         "auto", "Pad to a multiple of this many tokens; auto: no further than the longest."
+    )
+    layout: str = _setting(
+        "auto",
+        "How pairs stand in a forward. shared: each prompt once, its completions as branches; "
+        "packed: whole sequences end to end; padded: a sequence a row, as in TRL; auto: shared, "
+        "or padded for a model that cannot run it.",
+        choices=["auto", "shared", "packed", "padded"],
+    )
+    strict_layout: bool = _setting(
+        False, "End the run, instead of padding, where a model computes otherwise in its layout."
+    )
+    max_tokens_per_forward: int | str | None = _setting(
+        None,
+        "Run a training batch in packs of at most this many tokens, one after the other, with the "
+        "loss and gradients of the whole. auto: as the free memory of the GPU allows, and less "
+        "after an out-of-memory error. Unset: the whole batch in one forward.",
     )
     on_bad_rows: Literal["raise", "skip"] = _setting(
         "raise", "A malformed row ends the run before it starts, or is left out and counted."
@@ -142,12 +158,19 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.pad_to_multiple_of = _pad_multiple(self.pad_to_multiple_of)
+        self.max_tokens_per_forward = _max_tokens(self.max_tokens_per_forward)
         super().__post_init__()
         self._check_values()
         self._check_loss()
         self._check_unsupported()
         if self.padding_free:
-            logger.warning("padding_free=True changes nothing: batches are padded, as in TRL 1.16.")
+            logger.warning("padding_free=True changes nothing: `layout` says how pairs stand.")
+
+    @property
+    def length_column(self) -> str | None:
+        """The column that transformers' samplers by length read; None where none is asked for."""
+        by_length = ("group_by_length", "batch_rebalance")
+        return self.length_column_name if self.train_sampling_strategy in by_length else None
 
     @property
     def loss_settings(self) -> dict[str, Any]:
@@ -168,6 +191,8 @@ class DPOConfig(TrainingArguments):
         _want(self.max_length is None or self.max_length >= 2, "max_length >= 2", self.max_length)
         modes = ("keep_start", "keep_end")
         _want(self.truncation_mode in modes, f"truncation_mode in {modes}", self.truncation_mode)
+        layouts = ("auto", "shared", "packed", "padded")
+        _want(self.layout in layouts, f"layout of {layouts}", self.layout)
         _want(self.on_bad_rows in ("raise", "skip"), "on_bad_rows raise or skip", self.on_bad_rows)
 
     def _check_loss(self):
@@ -221,4 +246,15 @@ def _pad_multiple(value: int | str | None) -> int | None:
     if value is None or str(value).lower() in ("auto", "none", "null"):
         return None
     _want(str(value).isdigit() and int(value) > 0, "pad_to_multiple_of auto or a count", value)
+    return int(value)
+
+
+def _max_tokens(value: int | str | None) -> int | str | None:
+    """The number in `value`, which the command line hands over as text, "auto" or None."""
+    if value is None or str(value).lower() in ("none", "null"):
+        return None
+    if value == "auto":
+        return value
+    wanted = "max_tokens_per_forward auto or a count"
+    _want(str(value).isdigit() and int(value) > 0, wanted, value)
     return int(value)
