@@ -1,6 +1,6 @@
 """What does the loss of a batch of pairs cost, forward and backward, once its tokens are scored?
 
-    pytest bench/bench_pair_loss.py -s                  batches of real sizes, a minute
+    pytest bench/bench_pair_loss.py -s                  all batches, a minute
     pytest bench/bench_pair_loss.py -s -m "not slow"    a tiny one, seconds
 
 On a CPU fastdpo is the torch twin, on a GPU the kernel. TRL's is its trainer's own _compute_loss,
@@ -24,8 +24,8 @@ from fastdpo.metrics import MetricSums, pair_metrics
 
 BATCHES = {  # B pairs, the longest completion; lengths are drawn from half of that on
     "tiny": (2, 12),
-    "UltraFeedback, 8 pairs": (8, 512),
-    "UltraFeedback, 64 pairs": (64, 512),
+    "8 pairs": (8, 512),
+    "64 pairs": (64, 512),
 }
 LOSS_TYPES = ("sigmoid", "ipo", "apo_zero")
 BETA = 0.1
