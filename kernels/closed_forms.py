@@ -4,9 +4,9 @@
     score        an f-divergence by name: (score of a log-ratio, d score / d log-ratio)
 
 Rewards are beta * scores. A name is a constant of the compiled kernel, so one branch is left of
-each chain below. A tuple of functions would read better, but Triton (3.6 to 3.9) keys its cache on
-disk by the names in such a tuple and not by the functions' text: with a formula changed, it would
-go on running the old one. Papers and equations stand in reference.py, beside each twin.
+each chain below. A tuple of functions would read better, but Triton (tried: 3.6 and 3.9) keys its
+cache on disk by the names in such a tuple and not by the functions' text: with a formula changed,
+it would go on running the old one. Papers and equations stand in reference.py, beside each twin.
 """
 
 import triton

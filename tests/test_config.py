@@ -3,6 +3,7 @@ import re
 import pytest
 
 from fastdpo import DPOConfig
+from fastdpo.arguments import TrainParser
 from fastdpo.losses import COMPARING, F_DIVERGENCES, LOSS_TYPES
 
 # TRL 1.16's DPOConfig, where it differs from transformers.TrainingArguments or adds to it
@@ -145,6 +146,17 @@ def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path, name, value):
 def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **settings)
+
+
+def test_a_mix_is_written_on_the_command_line(tmp_path):
+    flags = "--loss_type sigmoid ipo --loss_weights 1 0.5 --f_divergence_type forward_kl"
+    flags += " --ld_alpha 0.5 --use_cpu --report_to none"
+    (_, made, *_), _ = TrainParser("fastdpo train").parse(
+        [*flags.split(), "--output_dir", str(tmp_path)]
+    )
+    assert made.loss_settings["loss_type"] == ("sigmoid", "ipo")
+    assert made.loss_settings["loss_weights"] == (1.0, 0.5)
+    assert (made.f_divergence_type, made.ld_alpha) == ("forward_kl", 0.5)
 
 
 def test_a_json_object_may_stand_for_model_init_kwargs(tmp_path):
