@@ -1,9 +1,9 @@
 """Split a model's body from its head; model + PairBatch -> log-probabilities.
 
-All that fastdpo asks of a model is said here, and nothing else looks inside one:
+All that fastdpo asks of a model is said here and in head.py, and nothing else looks inside one:
 
     body    `base_model`: model inputs -> last_hidden_state (S, L, D)
-    head    `get_output_embeddings()`: weight (V, D), perhaps a bias, perhaps scaled or capped
+    head    what head.py knows of its output embedding
 
 `attach_scorer` teaches a causal language model's forward one more keyword, `scored_rows`. With
 it, the head sees those rows alone and answers with log-probabilities instead of logits; the call
@@ -14,25 +14,23 @@ Without it, the forward is the model's own, and `generate` works as it did.
 import functools
 import types
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 
-from fastdpo import ops
 from fastdpo.batch import PairBatch
+from fastdpo.head import check_head_module, head_logps
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
 
 
 @dataclass
 class ScoredOutput(ModelOutput):
-    """What a forward with `scored_rows` returns: one value per scored row, in their order.
+    """What a forward with `scored_rows` returns: one value per scored row, or completion token.
 
     token_logps_C: float32, carries the gradient. entropy_C, mean_logit_C: float32, is_top1_C:
     bool, no gradient, None unless asked for. aux_loss: the load-balancing loss of a
@@ -44,6 +42,12 @@ class ScoredOutput(ModelOutput):
     mean_logit_C: Tensor | None = None
     is_top1_C: Tensor | None = None
     aux_loss: Tensor | None = None
+
+    def of_rows(self, rows_C: Tensor) -> "ScoredOutput":
+        """The values of these rows, some perhaps more than once."""
+        per_row = {name: value for name, value in self.items() if name != "aux_loss"}
+        rows = {name: value.index_select(0, rows_C) for name, value in per_row.items()}
+        return ScoredOutput(aux_loss=self.aux_loss, **rows)
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
@@ -60,7 +64,7 @@ def attach_scorer(model: nn.Module) -> None:
     causal_lm = causal_lm_of(model)
     if hasattr(causal_lm, "_unscored_forward"):
         return
-    _check_head_module(causal_lm)
+    check_head_module(causal_lm)
     # an attribute, not a closure: a deep copy of the model then calls the copy
     causal_lm._unscored_forward = causal_lm.forward
 
@@ -75,68 +79,39 @@ def attach_scorer(model: nn.Module) -> None:
     causal_lm.forward = types.MethodType(forward, causal_lm)
 
 
-def _check_head_module(causal_lm: PreTrainedModel) -> None:
-    head = causal_lm.get_output_embeddings()
-    if not isinstance(getattr(head, "weight", None), Tensor) or causal_lm.base_model is causal_lm:
-        name = type(causal_lm).__name__
-        raise ValueError(f"want a body and a linear output embedding, {name} has none")
-    if isinstance(head, BaseTunerLayer):
-        raise ValueError(
-            "want no adapter on the output embedding (not there yet): leave "
-            "'lm_head' out of target_modules"
-        )
-
-
 def score(
     model: nn.Module, batch: PairBatch, *, stats: tuple[str, ...] = (), aux_loss: bool = False
 ) -> ScoredOutput:
-    """`model`, wrapped or not, on `batch`; stats: any of TOKEN_STATS."""
-    router = {"output_router_logits": True, "token_mask": batch.token_mask_SL} if aux_loss else {}
-    return model(
+    """`model`, wrapped or not, on `batch`: a value per completion token. stats: of TOKEN_STATS"""
+    router = {"output_router_logits": True, "token_counts": batch.token_counts} if aux_loss else {}
+    scored = model(
         **batch.model_inputs,
-        scored_rows=batch.scored_rows_C,
-        labels=batch.labels_C,
+        scored_rows=batch.scored_rows_R,
+        labels=batch.labels_R,
         stats=stats,
         use_cache=False,
         **router,
     )
+    return scored if batch.completion_rows_C is None else scored.of_rows(batch.completion_rows_C)
 
 
-def _score(causal_lm, scored_rows_C, labels_C, stats, *, token_mask=None, **inputs) -> ScoredOutput:
+def _score(
+    causal_lm, scored_rows_R, labels_R, stats, *, token_counts=None, **inputs
+) -> ScoredOutput:
+    """The forward with `scored_rows`: token_counts ask for aux_loss, and weigh its tokens."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
     outputs = causal_lm.base_model(**inputs)
     hidden_SLD = outputs.last_hidden_state
-    hidden_CD = hidden_SLD.flatten(0, 1).index_select(0, scored_rows_C)
-    head = causal_lm.get_output_embeddings()
-    config = causal_lm.config.get_text_config()
-    token_logps_C, stats_C = ops.linear_logps(
-        hidden_CD.to(head.weight.device),
-        head.weight,
-        labels_C.to(head.weight.device),
-        bias_V=getattr(head, "bias", None),
-        scale=logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        stats=("lse", *stats),
-    )
+    hidden_RD = hidden_SLD.flatten(0, 1).index_select(0, scored_rows_R)
+    token_logps_R, stats_R = head_logps(causal_lm, hidden_RD, labels_R, stats)
     aux_loss = None
-    if token_mask is not None:
+    if token_counts is not None:
+        config = causal_lm.config.get_text_config()
         aux_loss = load_balancing_loss_func(
-            outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask
+            outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_counts
         )
-    stats_C = {f"{name}_C": stats_C[name] for name in stats}
-    return ScoredOutput(token_logps_C=token_logps_C, aux_loss=aux_loss, **stats_C)
-
-
-def logit_scale(config: Any) -> float:
-    """What a model of this text config multiplies its logits by, before any soft-capping."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:  # Cohere; Muse; Falcon-H1
-            return getattr(config, name)
-    logits_scaling = getattr(config, "logits_scaling", None)
-    if logits_scaling is None:
-        return 1.0
-    # HyperCLOVA X multiplies by it, Granite and MiniCPM3 divide
-    return logits_scaling if config.model_type == "hyperclovax" else 1 / logits_scaling
+    stats_R = {f"{name}_C": value_R for name, value_R in stats_R.items()}
+    return ScoredOutput(token_logps_C=token_logps_R, aux_loss=aux_loss, **stats_R)
 
 
 def aux_loss_weight(model: nn.Module, router_aux_loss_coef: float | None) -> float:

@@ -62,12 +62,20 @@ for p_type in ("*fp32", "*bf16"):
         check(f"fold {p_type} bias={bias} cap={cap} sums={sums}", fold, types, constants)
 
 block = {"BLOCK_C": pair_loss.BLOCK_C}
-pointers = ("token_logps_ptr", "reference_logps_ptr", "loss_ptr", "logps_ptr", "rewards_ptr")
-types = dict.fromkeys((*pointers, "slope_ptr"), float32)
-types |= {"cu_seqlens_ptr": "*i32", "B": int32, "beta": "fp32", "label_smoothing": "fp32"}
-check("pair_loss forward", pair_loss._forward_kernel, types, block)
-types = dict.fromkeys(("dloss_ptr", "slope_ptr", "dtoken_logps_ptr"), float32)
+pointers = ("token_logps_ptr", "reference_logps_ptr", "loss_ptr", "metrics_ptr", "slope_ptr")
+scalars = ("beta", "label_smoothing", "f_alpha_divergence_coef", "discopop_tau", "ld_alpha")
+types = dict.fromkeys(pointers, float32) | dict.fromkeys(scalars, "fp32")
 types |= {"cu_seqlens_ptr": "*i32", "B": int32}
+everything = (pair_loss.LOSS_TYPES, "reverse_kl")
+alone = [((name,), "reverse_kl") for name in pair_loss.LOSS_TYPES]
+divergences = [(("sigmoid",), name) for name in pair_loss.F_DIVERGENCES[1:]]
+for losses, divergence in (everything, *alone, *divergences):
+    weights = tuple(0.5 + i for i in range(len(losses)))
+    constants = {"LOSS_TYPES": losses, "LOSS_WEIGHTS": weights, "F_DIVERGENCE": divergence}
+    name = f"pair_loss {losses} {divergence}"
+    check(name, pair_loss._forward_kernel, types, constants | block)
+types = dict.fromkeys(("dloss_ptr", "slope_ptr", "dtoken_logps_ptr"), float32)
+types |= {"cu_seqlens_ptr": "*i32", "B": int32, "ld_alpha": "fp32"}
 check("pair_loss backward", pair_loss._backward_kernel, types, block)
 """
 
@@ -80,4 +88,4 @@ def test_every_kernel_compiles_without_spills(chip, tmp_path):
         [sys.executable, "-c", COMPILE, str(chip)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("stack 0 local 0") == 8
+    assert done.stdout.count("stack 0 local 0") == 22
