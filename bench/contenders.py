@@ -137,8 +137,6 @@ def _with(contender: Callable, **settings) -> Callable:
 
 FASTEST = {"gradient_checkpointing": False}
 LAYOUTS = {f"fastdpo, {name}": {"layout": name} for name in ("shared", "packed", "padded")}
-if not hasattr(DPOConfig, "layout"):  # goes with the release that has it
-    LAYOUTS = {"fastdpo, padded": {}}
 CONTENDERS: dict[str, Callable] = {
     "naive": naive,
     "fastdpo": fastdpo,
