@@ -45,20 +45,21 @@ step() {
     echo "$name: $status, $((SECONDS - began)) s: $(tail -n 1 "$OUT/$name.txt")" >> "$SUMMARY"
 }
 
-bench() {  # LIMIT_S NAME FILE FILTER: the tables in NAME.txt; a dry run takes the tiny cases
+bench() {  # LIMIT_S NAME TESTS FILTER: the tables in NAME.txt; a dry run takes the tiny cases
     local filter=(-k "$4")
     if [[ -n "$DRY" ]]; then filter=(-m "not slow"); fi
     step "$1" "$2" "$PYTHON" -m pytest -q -s -rs "bench/$3" "${filter[@]}"
 }
 
 # seconds add up to 530; a dry run's tests are those of the losses alone
-TESTS=(tests/test_linear_logps.py tests/test_pair_loss.py tests/test_losses.py tests/test_model.py
-    tests/test_trainer.py)
+TESTS=(tests/test_linear_logps.py tests/test_pair_loss.py tests/test_head.py tests/test_model.py
+    tests/test_layouts.py tests/test_trainer.py)
 if [[ -n "$DRY" ]]; then TESTS=(tests/test_losses.py); fi
-step 110 tests "$PYTHON" -m pytest -q "${TESTS[@]}"
-bench 80 linear_logps bench_linear_logps.py "not tiny"
-bench 150 train_step bench_train_step.py "test_train_step and not tiny and (chat or long) and lora"
-bench 50 precomputed bench_train_step.py "test_precomputed and chat and lora"
-bench 90 layouts bench_layouts.py "chat or long or short"
-step 50 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/trace.json"
+step 90 tests "$PYTHON" -m pytest -q "${TESTS[@]}"
+bench 70 linear_logps bench_linear_logps.py "not tiny"
+bench 30 pair_loss bench_pair_loss.py "64 and not tiny"
+bench 110 train_step bench_train_step.py::test_train_step "chat and lora"
+bench 60 precomputed bench_train_step.py::test_precomputed_reference_step "chat and lora"
+bench 130 layouts bench_layouts.py "chat or long"
+step 40 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/trace.json"
 cat "$SUMMARY"

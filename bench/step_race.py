@@ -3,6 +3,7 @@
 import contextlib
 import math
 import re
+import resource
 import statistics
 import subprocess
 import time
@@ -21,9 +22,10 @@ LOSS_TOLERANCE = 5e-2 if CUDA else 1e-4  # bfloat16 logits round a completion's 
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Of one step: CPU time of all threads, and time on the wall."""
+    """Of one step: CPU time of all threads, what the kernel took of it, and time on the wall."""
 
     cpu: float
+    kernel: float
     wall: float
 
     @property
@@ -34,10 +36,18 @@ class Seconds:
 
 def seconds(step: Callable[[], None]) -> Seconds:
     _synchronize()
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu, kernel, wall = time.process_time(), _kernel_seconds(), time.perf_counter()
     step()
     _synchronize()
-    return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
+    return Seconds(
+        cpu=time.process_time() - cpu,
+        kernel=_kernel_seconds() - kernel,
+        wall=time.perf_counter() - wall,
+    )
+
+
+def _kernel_seconds() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_stime
 
 
 def _synchronize() -> None:
@@ -106,7 +116,8 @@ def report(
     """Print a table, a contender a row, and hand its numbers to `benchmark`.
 
     A ratio is the median, over the steps, of another's cost of a step over the contender's own
-    cost of the same step. Tokens are those of the 2B sequences, padding aside, for everyone.
+    cost of the same step. Tokens are those of the 2B sequences, padding aside, for everyone. The
+    kernel's share is mostly new pages for large tensors, which cost differently on every machine.
     """
     tokens = sum(
         2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) + 2
@@ -118,6 +129,7 @@ def report(
         per_pair = statistics.median(s.cost for s in steps) / task.batch
         rows[name] = {
             "CPU ms/pair": 1e3 * statistics.median(s.cpu for s in steps) / task.batch,
+            "of it kernel": sum(s.kernel for s in steps) / sum(s.cpu for s in steps),
             "wall ms/pair": 1e3 * statistics.median(s.wall for s in steps) / task.batch,
             "pairs/s": 1 / per_pair,
             "tokens/s": tokens / per_pair,

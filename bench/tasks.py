@@ -90,7 +90,8 @@ def random_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     config = copy.deepcopy(MODELS[name])
     config.update({"pad_token_id": PAD_ID, "bos_token_id": None, "eos_token_id": END_ID})
-    return AutoModelForCausalLM.from_config(config).to("cuda" if CUDA else "cpu")
+    with torch.device("cuda" if CUDA else "cpu"):  # drawing half a billion weights on a CPU is slow
+        return AutoModelForCausalLM.from_config(config)
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
