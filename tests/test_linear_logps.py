@@ -6,8 +6,7 @@ from numerics import assert_as_accurate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdpo.kernels import linear_logps as module
-from fastdpo.kernels import reference
+from fastdpo.kernels import reference, vocabulary_walk
 from fastdpo.kernels.linear_logps import STATS, linear_logps
 from fastdpo.kernels.tiles import BLOCK_V
 
@@ -25,8 +24,8 @@ FOLDS = ["torch", "triton"]
 def small_tiles(monkeypatch):
     """Tiles of 4 rows by 2 blocks, so that a test's few rows are walked as thousands are."""
     for device in ("cpu", "cuda"):
-        monkeypatch.setitem(module.TILE_ROWS, device, 4)
-        monkeypatch.setitem(module.TILE_BYTES, device, 4 * 4 * 2 * BLOCK_V)
+        monkeypatch.setitem(vocabulary_walk.TILE_ROWS, device, 4)
+        monkeypatch.setitem(vocabulary_walk.TILE_COLUMNS, device, 2 * BLOCK_V)
 
 
 def inputs(shape, dtype, device="cpu", bias=False, seed=0):
@@ -140,7 +139,7 @@ PRODUCTS = {
 
 @pytest.mark.parametrize(("kind", "products"), PRODUCTS.values(), ids=PRODUCTS)
 def test_products_are_as_few_as_promised(kind, products):
-    N, D, V = shape = (8, 16, 4 * BLOCK_V)
+    N, D, V = shape = (16, 16, 4 * BLOCK_V)
     hidden_ND, head_VD, labels_N, _ = inputs(shape, torch.float32)
     head_VD.requires_grad_(kind.get("head", False))
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(kind.get("grad", True)):
