@@ -1,14 +1,9 @@
-"""Matrix products that accumulate and leave in float32: operands, product, memory for results."""
+"""Matrix products that accumulate and leave in float32, and their operands."""
 
-import ctypes
-import sys
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-HUGE_FROM_BYTES = 32 << 20  # what glibc always maps anew
-_PAGE, _MADV_HUGEPAGE = 4096, 14
 
 
 class HeadRows(Protocol):
@@ -75,18 +70,3 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, narrow: bool
     finally:
         if narrow:
             matmul.fp32_precision = before
-
-
-def new_memory(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty; where it is large and Linux's, in pages of 2 MiB.
-
-    To touch 545 MB for the first time and give it back took 0.21 s in pages of 4 KiB, 0.03 s in
-    huge ones: a quarter of a product of that many weights with 256 rows.
-    """
-    x = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and sys.platform == "linux" and x.nbytes >= HUGE_FROM_BYTES:
-        first = -(-x.data_ptr() // _PAGE) * _PAGE
-        size = (x.data_ptr() + x.nbytes - first) // _PAGE * _PAGE
-        # advice: where the kernel does not take it, pages stay as small as they were
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_HUGEPAGE)
-    return x

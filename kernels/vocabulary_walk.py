@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.kernels.products import HeadRows, Operand, Term, new_memory, product
+from fastdpo.kernels.products import HeadRows, Operand, Term, product
 from fastdpo.kernels.tiles import FOLDS, Rows
 
 # Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
@@ -108,12 +108,10 @@ def walk(tiles: Tiles, rows: Rows) -> tuple[list[Tensor | None], dict]:
     """
     settings, p, us, kept = tiles.settings, tiles.p, [], {}
     for term in tiles.terms:
-        shape = (*term.x_NK.shape,) if term.x_grad else (0,)
-        u_NK = new_memory(*shape, dtype=settings.wide, device=p.device).zero_()
-        us.append(u_NK if term.x_grad else None)
+        us.append(torch.zeros_like(term.x_NK, dtype=settings.wide) if term.x_grad else None)
     budget = settings.head_cache_bytes // p.element_size() if settings.trained else 0
     num_logits = len(tiles.labels_N) * tiles.terms[0].w_VK.shape[0]
-    room = new_memory(min(budget, num_logits), dtype=p.dtype, device=p.device)
+    room = torch.empty(min(budget, num_logits), dtype=p.dtype, device=p.device)
     for c, columns in enumerate(tiles.columns):
         for r, block in enumerate(tiles.blocks):
             size = (block.stop - block.start) * (columns.stop - columns.start)
@@ -157,9 +155,7 @@ class _Trained:
 
     def __init__(self, term: Term, dz_N: Tensor, tiles: Tiles):
         self._x, self._narrow = Operand(term.x_NK, term.dtype, dz_N), term.narrow
-        shape, device, wide = term.w_VK.shape, dz_N.device, tiles.settings.wide
-        self.dw_VK = new_memory(*shape, dtype=term.w_VK.dtype, device=device)
-        self._sum_TK = None
+        self.dw_VK, self._sum_TK, wide = torch.empty_like(term.w_VK), None, tiles.settings.wide
         if self.dw_VK.dtype != wide:
             self._sum_TK = torch.empty_like(self.dw_VK[tiles.columns[0]], dtype=wide)
 

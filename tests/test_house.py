@@ -16,7 +16,7 @@ ORDER = (
     "demo_task metrics policy reference config losses model batch head ops"
 ).split()
 PIECES = {"tiles", "products", "vocabulary_walk"}  # what kernel files share or are made of
-KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "typing", "ctypes", "sys"}
+KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "typing"}
 
 
 def python(code, *flags, pythonpath=(), cwd=ROOT):
