@@ -80,9 +80,10 @@ def _finish_directions(us: list[Tensor | None], tiles: Tiles, total_N, c_target_
             continue
         last = term.w_VK.shape[0] - 1
         for some in tiles.few_rows(term):
-            target_NK = term.w_VK[tiles.labels_N[some].clamp(0, last)].to(u_NK.dtype)
-            target_NK.mul_(c_target_N[some, None])
-            u_NK[some].div_(-total_N[some, None]).add_(target_NK).mul_(tiles.settings.scale)
+            u_NK[some].div_(-total_N[some, None]).addcmul_(
+                term.w_VK[tiles.labels_N[some].clamp(0, last)].to(u_NK.dtype),
+                c_target_N[some, None],
+            ).mul_(tiles.settings.scale)
 
 
 def _is_plain(tiles: Tiles) -> bool:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # each module may import those after it
 ORDER = (
     "demo cli arguments run_folder trainer summary start_check rows data preferences messages "
-    "demo_task metrics policy reference config losses model batch head ops"
+    "demo_task metrics policy reference config losses model batch head quantised ops"
 ).split()
 PIECES = {"tiles", "products", "vocabulary_walk"}  # what kernel files share or are made of
 KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "typing"}
