@@ -94,6 +94,7 @@ def _is_plain(tiles: Tiles) -> bool:
 def _sums(tiles: Tiles) -> tuple[str, ...]:
     """The sums over the vocabulary that the statistics need and nothing else yields."""
     by_products = _is_plain(tiles) and all(term.x_grad for term in tiles.terms)
+    by_products &= not tiles.settings.skip_below  # u is then not whole
     stats = {"log_sum_p2"} if by_products else {"entropy", "mean_logit", "log_sum_p2"}
     return tuple(stats & set(tiles.settings.stats))
 
@@ -149,6 +150,7 @@ def linear_logps(
     softcap: float | None = None,
     stats: tuple[str, ...] = (),
     head_cache_bytes: int = HEAD_CACHE_BYTES,
+    skip_below: float = 0.0,
     fold: str = "triton",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probability of each row's label: float32 (N,), from float32 logits.
@@ -168,6 +170,11 @@ def linear_logps(
         then (token_logps_N, {name: (N,)}).
     head_cache_bytes: tiles of p kept for a trained weight's gradient; the others cost a product
         more. No setting changes the result by more than rounding.
+    skip_below: leave tokens out of the second product that are less likely than this in every
+        row of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12). No logp changes; a row's
+        gradient in hidden_ND by at most its own gradient of logp times scale, times the
+        probability left out, times the longest head row; those of weights not at all. The label's
+        part is exact, however unlikely it is. Faster for peaked rows alone; fold="torch" only.
     fold: "triton" (a GPU, or Triton's interpreter) or "torch" takes a tile into the result.
 
     Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles: on
@@ -183,6 +190,8 @@ def linear_logps(
     reference.linear_logps.
     """
     _check(hidden_ND, head_VD, labels_N, bias_V, low_rank, stats, fold)
+    if skip_below and (fold != "torch" or not 0 <= skip_below < 1):
+        raise ValueError(f"want skip_below in [0, 1), 0 in {fold!r}, got {skip_below}")
     num_rows, device = len(labels_N), hidden_ND.device
     factors = [hidden_ND, head_VD, *(low_rank or ())]
     if num_rows < MIN_ROWS:
@@ -195,6 +204,7 @@ def linear_logps(
         softcap=softcap,
         stats=tuple(stats),
         head_cache_bytes=head_cache_bytes,
+        skip_below=skip_below,
         fold=fold,
         operand_dtype=_operand_dtype(hidden_ND),
         autocast=_autocast_dtype(device) == torch.bfloat16,

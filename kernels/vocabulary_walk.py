@@ -24,6 +24,7 @@ class Settings(NamedTuple):
     softcap: float | None
     stats: tuple[str, ...]
     head_cache_bytes: int
+    skip_below: float
     fold: str
     operand_dtype: torch.dtype  # of the products' operands
     autocast: bool
@@ -119,10 +120,17 @@ def walk(tiles: Tiles, rows: Rows) -> tuple[list[Tensor | None], dict]:
             p_NT = tiles.fold(block, columns, at, room if keep else p)
             if keep:
                 kept[r, c], room = (p_NT, at.peak_N.clone()), room[size:]
+            # a slice of all, or the columns where some row's share, so far, is not below
+            likely = slice(None)
+            if settings.skip_below:
+                reached_NT = p_NT >= settings.skip_below * at.total_N[:, None]
+                likely = reached_NT.any(0).nonzero().squeeze(1)
             for term, u_NK in zip(tiles.terms, us, strict=True):
                 if u_NK is not None:
-                    out_NK = u_NK[block].mul_(at.rescale_N[:, None])
-                    product(p_NT, term.w[columns], out_NK, accumulate=True, narrow=term.narrow)
+                    out_NK, w_TK = u_NK[block].mul_(at.rescale_N[:, None]), term.w[columns]
+                    product(
+                        p_NT[:, likely], w_TK[likely], out_NK, accumulate=True, narrow=term.narrow
+                    )
     return us, kept
 
 

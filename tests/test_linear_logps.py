@@ -308,6 +308,32 @@ def test_a_low_rank_term_is_as_accurate(fold, head_cache_bytes, head_grad, devic
     assert_all_as_accurate(ours, same, truth, times=4)
 
 
+@pytest.mark.parametrize("peakedness", [1.0, 6.0])
+@pytest.mark.parametrize("likely", [True, False], ids=["chosen-like", "rejected-like"])
+def test_skipping_unlikely_tokens_keeps_its_bound(peakedness, likely):
+    hidden_ND, head_VD, labels_N, _ = inputs((11, 16, 3 * BLOCK_V + 7), torch.float32)
+    p_NV = (peakedness * hidden_ND.double() @ head_VD.double().T / 4).softmax(1)
+    labels_N = p_NV.argmax(1) if likely else p_NV.argmin(1)
+    args = (hidden_ND, head_VD * peakedness / 4, labels_N, None, torch.float32)
+    whole = run(linear_logps, *args, fold="torch")
+    some = run(linear_logps, *args, fold="torch", skip_below=2**-12)
+    for name in whole.keys() - {"dhidden", "entropy", "mean_logit"}:
+        assert torch.equal(some[name], whole[name]), name
+    for name in ("entropy", "mean_logit"):
+        torch.testing.assert_close(some[name], whole[name], atol=1e-4, rtol=1e-5)
+    left_out_N = (p_NV * (p_NV < 2**-12)).sum(1)
+    bound_N = torch.arange(1, 12) * left_out_N * args[1].norm(dim=1).max()
+    error_N = (some["dhidden"] - whole["dhidden"]).norm(dim=1)
+    assert error_N.max() > 1e-4, "nothing was skipped"
+    assert (error_N <= bound_N + 1e-4).all()
+
+
+def test_skipping_is_refused_where_it_would_wait_for_the_gpu():
+    hidden_ND, head_VD, labels_N, _ = inputs((3, 4, 50), torch.float32)
+    with pytest.raises(ValueError, match="want skip_below"):
+        linear_logps(hidden_ND, head_VD, labels_N, skip_below=0.1, fold="triton")
+
+
 def test_narrow_products_leave_the_process_setting_as_it_was():
     hidden_ND, head_VD, labels_N, _ = inputs((20, 16, 50), torch.bfloat16)
     before = torch.backends.mkldnn.matmul.fp32_precision
