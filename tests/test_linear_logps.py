@@ -159,6 +159,23 @@ def test_products_are_as_few_as_promised(kind, products):
     assert counter.get_total_flops() == products * 2 * N * V * D
 
 
+@pytest.mark.parametrize(("cache", "products"), [(1 << 30, 2), (0, 3)])
+def test_an_adapter_on_a_frozen_head_takes_thin_products_only(cache, products):
+    N, D, V, R = 16, 32, 4 * BLOCK_V, 2
+    hidden_ND, head_VD, labels_N, _ = inputs((N, D, V), torch.float32)
+    low_rank = torch.randn(N, R, requires_grad=True), torch.randn(V, R, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        linear_logps(
+            hidden_ND.requires_grad_(),
+            head_VD,
+            labels_N,
+            low_rank=low_rank,
+            fold="torch",
+            head_cache_bytes=cache,
+        ).sum().backward()
+    assert counter.get_total_flops() == 2 * N * V * (products * D + (products + 1) * R)
+
+
 class Watch(TorchDispatchMode):
     """Fails on what makes the CPU wait for a GPU, and keeps the size of the largest tensor made."""
 
