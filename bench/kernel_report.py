@@ -36,11 +36,12 @@ HEADS = {  # vocabulary V, whether the logits are capped
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One kernel as one call launches it. arguments: type by name, or a constant's value."""
+    """One kernel as one call launches it: the types of its arguments and its constants."""
 
     name: str
     kernel: object
-    arguments: dict
+    types: dict[str, str]
+    constants: dict
     divisible: tuple[str, ...] = ()  # arguments that are multiples of 16
     has_product: bool = False
 
@@ -48,43 +49,53 @@ class Case:
 def fold_cases():
     """The fold of a tile: each head's full and last tile, alone and with every statistic."""
     pointers = ("z", "labels", "peak", "total", "target", "rescale")
-    sums = {"weighted_ptr": "WEIGHTED", "sum_ptr": "SUM", "squares_ptr": "SQUARES"}
+    integers = ("start", "width", "z_stride", "p_stride")
+    optional = {"bias_ptr": "HAS_BIAS", "weighted_ptr": "WEIGHTED", "sum_ptr": "SUM"}
+    optional |= {"squares_ptr": "SQUARES"}
     for head, (V, capped) in HEADS.items():
         for width in (TILE_COLUMNS["cuda"], V % TILE_COLUMNS["cuda"]):
             for dtype in ("*bf16", "*fp32"):
                 for full in (False, True):
-                    arguments = {f"{name}_ptr": "*fp32" for name in pointers}
-                    arguments |= {"labels_ptr": "*i64", "p_ptr": dtype, "CAP": capped}
-                    arguments |= dict.fromkeys(("start", "width", "z_stride", "p_stride"), "i32")
-                    arguments |= {"scale": "fp32", "softcap": "fp32", "BLOCK_V": tiles.BLOCK_V}
-                    arguments |= {"HAS_BIAS": full, "bias_ptr": "*fp32" if full else None}
-                    for pointer, flag in sums.items():
-                        arguments |= {flag: full, pointer: "*fp32" if full else None}
-                    whole = (
-                        "start",
-                        *(("width", "z_stride", "p_stride") if not width % 16 else ()),
-                    )
+                    types = {f"{name}_ptr": "*fp32" for name in pointers}
+                    types |= {"labels_ptr": "*i64", "p_ptr": dtype, "scale": "fp32"}
+                    types |= dict.fromkeys(integers, "i32") | {"softcap": "fp32"}
+                    constants = {"CAP": capped, "BLOCK_V": tiles.BLOCK_V}
+                    constants |= dict.fromkeys(optional.values(), full)
+                    given = types if full else constants
+                    given |= dict.fromkeys(optional, "*fp32" if full else None)
                     kind = "bias and all sums" if full else "alone"
                     yield Case(
                         name=f"fold {head} {width} columns {dtype[1:]} {kind}",
                         kernel=tiles._fold_kernel,
-                        arguments=arguments,
-                        divisible=whole,
+                        types=types,
+                        constants=constants,
+                        divisible=integers if width % 16 == 0 else ("start",),
                     )
 
 
 def pair_loss_cases():
-    floats = ("token_logps", "reference_logps", "loss", "logps", "rewards", "slope")
-    arguments = {f"{name}_ptr": "*fp32" for name in floats}
-    arguments |= {"cu_seqlens_ptr": "*i32", "B": "i32", "beta": "fp32", "label_smoothing": "fp32"}
-    block = {"BLOCK_C": pair_loss.BLOCK_C}
+    """Every loss and divergence alone, and all losses at once."""
+    floats = ("token_logps", "reference_logps", "loss", "metrics", "slope")
+    scalars = ("beta", "label_smoothing", "f_alpha_divergence_coef", "discopop_tau", "ld_alpha")
+    types = {f"{name}_ptr": "*fp32" for name in floats} | dict.fromkeys(scalars, "fp32")
+    types |= {"cu_seqlens_ptr": "*i32", "B": "i32"}
+    alone = [((name,), "reverse_kl") for name in pair_loss.LOSS_TYPES]
+    divergences = [(("sigmoid",), name) for name in pair_loss.F_DIVERGENCES[1:]]
+    for losses, divergence in ((pair_loss.LOSS_TYPES, "reverse_kl"), *alone, *divergences):
+        weights = tuple(0.5 + i for i in range(len(losses)))
+        constants = {"LOSS_TYPES": losses, "LOSS_WEIGHTS": weights, "F_DIVERGENCE": divergence}
+        yield Case(
+            name=f"pair_loss {'+'.join(losses)} {divergence}",
+            kernel=pair_loss._forward_kernel,
+            types=types,
+            constants=constants | {"BLOCK_C": pair_loss.BLOCK_C},
+        )
+    types = dict.fromkeys(("dloss_ptr", "slope_ptr", "dtoken_logps_ptr"), "*fp32")
     yield Case(
-        name="pair_loss forward", kernel=pair_loss._forward_kernel, arguments=arguments | block
-    )
-    arguments = dict.fromkeys(("dloss_ptr", "slope_ptr", "dtoken_logps_ptr"), "*fp32")
-    arguments |= {"cu_seqlens_ptr": "*i32", "B": "i32"}
-    yield Case(
-        name="pair_loss backward", kernel=pair_loss._backward_kernel, arguments=arguments | block
+        name="pair_loss backward",
+        kernel=pair_loss._backward_kernel,
+        types=types | {"cu_seqlens_ptr": "*i32", "B": "i32", "ld_alpha": "fp32"},
+        constants={"BLOCK_C": pair_loss.BLOCK_C},
     )
 
 
@@ -93,9 +104,8 @@ CASES = (fold_cases, pair_loss_cases)
 
 def compiled(case: Case, chip: int):
     names = case.kernel.arg_names
-    is_type = {name: isinstance(case.arguments[name], str) for name in names}
-    signature = {name: case.arguments[name] if is_type[name] else "constexpr" for name in names}
-    constants = {(names.index(n),): case.arguments[n] for n in names if not is_type[n]}
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
     aligned = [n for n in names if n in case.divisible or signature[n].startswith("*")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(case.kernel, signature, constants, attributes)

@@ -1,37 +1,61 @@
-"""Pairs -> PairBatch: padded token ids, and which of their positions are scored (the collator).
+"""PairBatch: what one forward takes of a batch of pairs, whatever its layout.
 
-    input_ids   chosen 0      prompt 0 | chosen 0   | padding
-                chosen 1      prompt 1 | chosen 1   | padding
-                rejected 0    prompt 0 | rejected 0 | padding
-                rejected 1    prompt 1 | rejected 1 | padding
-
-A layout is a collator: another one may lay the same pairs out differently, as long as it says
-in `scored_rows_C`, `labels_C` and `cu_seqlens` where each completion's predictions are.
+A layout is a collator (collate.py, or a user's own): it may lay tokens out as it likes, as long as
+it says which rows of the hidden states predict which completion tokens.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokensRun:
+    """Tokens that the body ran, padding and all, and tokens that it did not have to.
+
+    shared: run once instead of once for each sequence that has them. padding_avoided: what the
+    same sequences in the padded layout would have had.
+    """
+
+    run: int = 0
+    shared: int = 0
+    padding_avoided: int = 0
+
+    def __add__(self, other: "TokensRun") -> "TokensRun":
+        return TokensRun(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def over_ranks(self, accelerator: Accelerator) -> dict[str, int]:
+        """The sums over all ranks, named for the log."""
+        counts = torch.tensor(astuple(self), device=accelerator.device)
+        names = ("tokens/run", "tokens/shared", "tokens/padding_avoided")
+        return dict(zip(names, accelerator.reduce(counts, "sum").tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairBatch:
-    """B pairs as S = 2B sequences, chosen 0..B-1 then rejected B..2B-1, with C scored tokens.
+    """B pairs as S = 2B completions, chosen 0..B-1 then rejected B..2B-1, with C tokens in all.
 
-    model_inputs: what the model's body takes, each int64 (S, L). token_mask_SL: 1 where there is
-    a token, 0 where there is padding. scored_rows_C: int64, the rows of the (S * L, D) hidden
-    states that predict a completion token. labels_C: int64, the tokens they predict.
-    cu_seqlens: int32 (S + 1,), completion s has rows cu_seqlens[s] to cu_seqlens[s + 1] of the
-    former two. reference_logps_S: float32, or None where the reference is yet to be asked.
+    model_inputs: what the model's body takes; token ids are (S, L) padded, or (1, T) packed.
+    token_counts: int64 like the token ids: how many of the S sequences a token belongs to; 0 for
+        padding.
+    scored_rows_R: int64, the rows of the (S * L, D) or (T, D) hidden states that predict a
+        completion token. labels_R: int64, the tokens they predict.
+    completion_rows_C: int64, for each token of the S completions, end to end, which of the R rows
+        predicts it; None where that is the R rows as they are. A row serves several completions
+        that begin alike.
+    cu_seqlens: int32 (S + 1,): completion s has the tokens cu_seqlens[s] to cu_seqlens[s + 1].
+    reference_logps_S: float32, or None where the reference is yet to be asked.
     """
 
-    model_inputs: dict[str, Tensor]
-    token_mask_SL: Tensor
-    scored_rows_C: Tensor
-    labels_C: Tensor
+    model_inputs: dict[str, Any]
+    token_counts: Tensor
+    scored_rows_R: Tensor
+    labels_R: Tensor
+    completion_rows_C: Tensor | None
     cu_seqlens: Tensor
     reference_logps_S: Tensor | None = None
 
@@ -41,22 +65,28 @@ class PairBatch:
 
     @property
     def num_tokens(self) -> Tensor:
-        """Tokens that run through the body, padding aside: an int64 scalar on the device."""
-        return self.token_mask_SL.sum()
+        """Tokens of the S sequences, padding aside, shared or not: an int64 scalar, on the device.
+
+        (What TRL counts as num_tokens; a layout that shares prompts runs fewer.)
+        """
+        return self.token_counts.sum()
 
     @classmethod
-    def from_inputs(cls, inputs: Mapping[str, Tensor]) -> "PairBatch":
+    def from_inputs(cls, inputs: Mapping[str, Any]) -> "PairBatch":
         """The batch that a collator's dictionary describes.
 
-        PaddedCollator pads on the right, where causal attention never looks from a token: the
+        The padded collator pads on the right, where causal attention never looks from a token: the
         model needs no mask, runs its fastest attention, and does not wait for the device to see
         whether one is needed. A collator written for TRL gives input_ids, attention_mask and
         completion_mask alone: the mask is then passed on, and the scored rows are looked up on
         the device, which makes the CPU wait.
         """
         model_inputs = {"input_ids": inputs["input_ids"]}
+        if "tree" in inputs:
+            model_inputs |= {name: inputs[name] for name in ("position_ids", "tree")}
+            model_inputs["attention_mask"] = no_mask(inputs["input_ids"])
         if "scored_rows" not in inputs:
-            inputs = {**inputs, **_scored(inputs["input_ids"], inputs["completion_mask"])}
+            inputs = {**inputs, **scored_positions(inputs["input_ids"], inputs["completion_mask"])}
             model_inputs["attention_mask"] = inputs["attention_mask"]
         reference_logps_S = None
         if "ref_chosen_logps" in inputs:
@@ -64,22 +94,33 @@ class PairBatch:
             reference_logps_S = torch.cat(logps).float()
         return cls(
             model_inputs=model_inputs,
-            token_mask_SL=inputs["attention_mask"],
-            scored_rows_C=inputs["scored_rows"],
-            labels_C=inputs["completion_labels"],
+            token_counts=inputs["attention_mask"],
+            scored_rows_R=inputs["scored_rows"],
+            labels_R=inputs["completion_labels"],
+            completion_rows_C=inputs.get("completion_rows"),
             cu_seqlens=inputs["cu_seqlens"],
             reference_logps_S=reference_logps_S,
         )
 
 
-def count_pairs(inputs: Mapping[str, Tensor]) -> int:
+def no_mask(input_ids: Tensor) -> Tensor:
+    """A mask that transformers takes for one that is ready, and builds none beside a Tree.
+
+    It has no cell, so that a model which does not hand its tree on fails instead of ignoring it.
+    """
+    return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=input_ids.device)
+
+
+def count_pairs(inputs: Mapping[str, Any]) -> int:
     """B of a collator's dictionary, without a look at any tensor's values."""
+    if "packs" in inputs:
+        return sum(count_pairs(pack) for pack in inputs["packs"])
     if "cu_seqlens" in inputs:
         return (len(inputs["cu_seqlens"]) - 1) // 2
     return len(inputs["input_ids"]) // 2
 
 
-def _scored(input_ids_SL: Tensor, completion_mask_SL: Tensor) -> dict[str, Tensor]:
+def scored_positions(input_ids_SL: Tensor, completion_mask_SL: Tensor) -> dict[str, Tensor]:
     """Scored rows, labels and running lengths. A first token has no row that predicts it."""
     mask_SL = completion_mask_SL.bool().clone()
     mask_SL[:, 0] = False
@@ -90,53 +131,3 @@ def _scored(input_ids_SL: Tensor, completion_mask_SL: Tensor) -> dict[str, Tenso
         "completion_labels": input_ids_SL.flatten()[positions_C],
         "cu_seqlens": torch.nn.functional.pad(lengths_S.cumsum(0), (1, 0)).int(),
     }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PaddedCollator:
-    """Tokenised pairs -> the inputs of one padded forward, as PairBatch.from_inputs reads them.
-
-    Rows hold prompt_ids, chosen_ids and rejected_ids (lists of int), and, where the reference
-    has scored them, ref_chosen_logps and ref_rejected_logps. Each prompt + completion is cut to
-    max_length, at its end (keep_start) or at its beginning (keep_end), then padded on the right
-    to the longest of the batch, or to the next multiple of pad_to_multiple_of.
-    """
-
-    pad_token_id: int
-    max_length: int | None = None
-    truncation_mode: str = "keep_start"
-    pad_to_multiple_of: int | None = None
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        sequences, masks = [], []
-        for side in ("chosen_ids", "rejected_ids"):
-            for row in rows:
-                kept = self._kept(len(row["prompt_ids"]) + len(row[side]))
-                sequences.append((row["prompt_ids"] + row[side])[kept])
-                masks.append(([0] * len(row["prompt_ids"]) + [1] * len(row[side]))[kept])
-        width = max(map(len, sequences))
-        if self.pad_to_multiple_of:
-            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = _padded(sequences, width, self.pad_token_id)
-        completion_mask = _padded(masks, width, 0)
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": _padded([[1] * len(ids) for ids in sequences], width, 0),
-            "completion_mask": completion_mask,
-            **_scored(input_ids, completion_mask),
-        }
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if name in rows[0]:
-                inputs[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
-        return inputs
-
-    def _kept(self, length: int) -> slice:
-        if self.max_length is None or length <= self.max_length:
-            return slice(None)
-        if self.truncation_mode == "keep_start":
-            return slice(self.max_length)
-        return slice(length - self.max_length, None)
-
-
-def _padded(rows: list[list[int]], width: int, value: int) -> Tensor:
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])

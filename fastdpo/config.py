@@ -11,9 +11,12 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
+from fastdpo.losses import COMPARING, F_DIVERGENCES, LOSS_TYPES, SMOOTHED
+
 logger = logging.get_logger(__name__)
 
-LOSS_TYPES = ("sigmoid",)
+# TRL's losses that need more of a batch than one pair's log-probabilities
+NOT_YET = ("bco_pair", "aot", "aot_unpaired", "sft")
 
 
 def _setting(default: Any, text: str, **metadata: Any) -> Any:
@@ -76,9 +79,25 @@ class DPOConfig(TrainingArguments):
         "Which end of a too long sequence stays.",
         choices=["keep_start", "keep_end"],
     )
-    padding_free: bool = _setting(False, "Accepted for TRL's sake; it pads too, and says so.")
+    padding_free: bool = _setting(False, "Accepted for TRL's sake: `layout` decides.")
     pad_to_multiple_of: int | str | None = _setting(
         "auto", "Pad to a multiple of this many tokens; auto: no further than the longest."
+    )
+    layout: str = _setting(
+        "auto",
+        "How pairs stand in a forward. shared: each prompt once, its completions as branches; "
+        "packed: whole sequences end to end; padded: a sequence a row, as in TRL; auto: shared, "
+        "or padded for a model that cannot run it.",
+        choices=["auto", "shared", "packed", "padded"],
+    )
+    strict_layout: bool = _setting(
+        False, "End the run, instead of padding, where a model computes otherwise in its layout."
+    )
+    max_tokens_per_forward: int | str | None = _setting(
+        None,
+        "Run a training batch in packs of at most this many tokens, one after the other, with the "
+        "loss and gradients of the whole. auto: as the free memory of the GPU allows, and less "
+        "after an out-of-memory error. Unset: the whole batch in one forward.",
     )
     on_bad_rows: Literal["raise", "skip"] = _setting(
         "raise", "A malformed row ends the run before it starts, or is left out and counted."
@@ -96,19 +115,36 @@ class DPOConfig(TrainingArguments):
     ref_model_sync_steps: int = _setting(512, "Used by sync_ref_model.")
 
     # The loss
-    loss_type: list[str] = _setting(["sigmoid"], f"The loss; so far one of {LOSS_TYPES}.")
-    loss_weights: list[float] | None = _setting(None, "Weights of a mix of losses. Not there yet.")
-    beta: float = _setting(0.1, "How strongly the policy is held to the reference.")
+    loss_type: list[str] = _setting(
+        ["sigmoid"], f"One or more of {', '.join(LOSS_TYPES)}; more than one are summed."
+    )
+    loss_weights: list[float] | None = _setting(
+        None, "A weight for each of loss_type in that sum; unset: 1."
+    )
+    beta: float = _setting(
+        0.1, "How strongly the policy is held to the reference; the tau of IPO's paper."
+    )
     label_smoothing: float = _setting(
         0.0,
-        "Probability that a preference is the wrong way round (conservative DPO), in [0, 0.5). "
-        "TRL's sigmoid loss ignores it.",
+        "Probability that a preference is the wrong way round, in [0, 0.5): read by sigmoid "
+        "(conservative DPO; TRL's ignores it), robust, and exo_pair, which needs it above 0.",
     )
-    ld_alpha: float | None = _setting(None, "LD-DPO. Not there yet.")
-    f_divergence_type: str = _setting("reverse_kl", "f-DPO. Only reverse_kl so far.")
-    f_alpha_divergence_coef: float = _setting(0.5, "Used by f_divergence_type alpha_divergence.")
+    ld_alpha: float | None = _setting(
+        None,
+        "LD-DPO: weight, in [0, 1], of tokens past the length of the pair's shorter completion; "
+        "unset: 1.",
+    )
+    f_divergence_type: str = _setting(
+        "reverse_kl",
+        "f-DPO: what holds policy to reference. Others than reverse_kl go with loss_type "
+        f"{', '.join(COMPARING)}.",
+        choices=[*F_DIVERGENCES],
+    )
+    f_alpha_divergence_coef: float = _setting(
+        0.5, "Used by f_divergence_type alpha_divergence: at 0 it is forward_kl, at 1 reverse_kl."
+    )
     use_weighting: bool = _setting(False, "WPO. Not there yet.")
-    discopop_tau: float = _setting(0.05, "Used by loss_type discopop.")
+    discopop_tau: float = _setting(0.05, "Used by loss_type discopop; above 0.")
     activation_offloading: bool = _setting(False, "Activations to CPU memory. Not there yet.")
 
     pad_token: str | None = _setting(None, "Deprecated in TRL: set tokenizer.pad_token instead.")
@@ -122,38 +158,82 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.pad_to_multiple_of = _pad_multiple(self.pad_to_multiple_of)
+        self.max_tokens_per_forward = _max_tokens(self.max_tokens_per_forward)
         super().__post_init__()
         self._check_values()
+        self._check_loss()
         self._check_unsupported()
         if self.padding_free:
-            logger.warning("padding_free=True changes nothing: batches are padded, as in TRL 1.16.")
+            logger.warning("padding_free=True changes nothing: `layout` says how pairs stand.")
+
+    @property
+    def length_column(self) -> str | None:
+        """The column that transformers' samplers by length read; None where none is asked for."""
+        by_length = ("group_by_length", "batch_rebalance")
+        return self.length_column_name if self.train_sampling_strategy in by_length else None
+
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """What losses.pair_loss takes, by its names."""
+        return {
+            "beta": self.beta,
+            "loss_type": tuple(self.loss_type),
+            "loss_weights": self.loss_weights and tuple(self.loss_weights),
+            "label_smoothing": self.label_smoothing,
+            "f_divergence_type": self.f_divergence_type,
+            "f_alpha_divergence_coef": self.f_alpha_divergence_coef,
+            "discopop_tau": self.discopop_tau,
+            "ld_alpha": self.ld_alpha,
+        }
 
     def _check_values(self):
-        _want(self.beta > 0, "beta > 0", self.beta)
-        _want(0 <= self.label_smoothing < 0.5, "label_smoothing in [0, 0.5)", self.label_smoothing)
         # one token cannot be predicted and predict
         _want(self.max_length is None or self.max_length >= 2, "max_length >= 2", self.max_length)
         modes = ("keep_start", "keep_end")
         _want(self.truncation_mode in modes, f"truncation_mode in {modes}", self.truncation_mode)
+        layouts = ("auto", "shared", "packed", "padded")
+        _want(self.layout in layouts, f"layout of {layouts}", self.layout)
         _want(self.on_bad_rows in ("raise", "skip"), "on_bad_rows raise or skip", self.on_bad_rows)
+
+    def _check_loss(self):
+        unknown = [name for name in self.loss_type if name not in LOSS_TYPES]
+        wanted = f"loss_type some of {LOSS_TYPES}"
+        if set(unknown) <= set(NOT_YET):
+            wanted += f" ({', '.join(unknown)}: not there yet)"
+        _want(self.loss_type and not unknown, wanted, self.loss_type)
+        count = len(self.loss_type)
+        _want(
+            self.loss_weights is None or len(self.loss_weights) == count,
+            f"loss_weights with {count} weights, as loss_type has",
+            self.loss_weights,
+        )
+        _want(self.beta > 0, "beta > 0", self.beta)
+        _want(self.discopop_tau > 0, "discopop_tau > 0", self.discopop_tau)
+        smoothing = self.label_smoothing
+        _want(0 <= smoothing < 0.5, "label_smoothing in [0, 0.5)", smoothing)
+        if "exo_pair" in self.loss_type:
+            _want(smoothing > 0, "label_smoothing > 0 with loss_type exo_pair (1e-3)", smoothing)
+        _want(
+            not smoothing or set(self.loss_type) & set(SMOOTHED),
+            f"label_smoothing 0 with loss_type {self.loss_type} (it is read by {SMOOTHED})",
+            smoothing,
+        )
+        alpha = self.ld_alpha
+        _want(alpha is None or 0 <= alpha <= 1, "ld_alpha in [0, 1]", alpha)
+        divergence = self.f_divergence_type
+        _want(divergence in F_DIVERGENCES, f"f_divergence_type in {F_DIVERGENCES}", divergence)
+        _want(
+            divergence == "reverse_kl" or set(self.loss_type) <= set(COMPARING),
+            f"f_divergence_type reverse_kl with loss_type {self.loss_type} (others go with "
+            f"{COMPARING})",
+            divergence,
+        )
 
     def _check_unsupported(self):
         """TRL's settings that fastdpo does not run yet: refused, never ignored."""
-        _want(
-            len(self.loss_type) == 1 and self.loss_type[0] in LOSS_TYPES,
-            f"loss_type one of {LOSS_TYPES} (others are not there yet)",
-            self.loss_type,
-        )
-        for name, default in {
-            "loss_weights": None,
-            "ld_alpha": None,
-            "f_divergence_type": "reverse_kl",
-            "use_weighting": False,
-            "sync_ref_model": False,
-            "activation_offloading": False,
-        }.items():
+        for name in ("use_weighting", "sync_ref_model", "activation_offloading"):
             value = getattr(self, name)
-            _want(value == default, f"{name}={default!r} (others are not there yet)", value)
+            _want(not value, f"{name}=False (True is not there yet)", value)
 
 
 def _want(condition: bool, wanted: str, came: Any):
@@ -166,4 +246,15 @@ def _pad_multiple(value: int | str | None) -> int | None:
     if value is None or str(value).lower() in ("auto", "none", "null"):
         return None
     _want(str(value).isdigit() and int(value) > 0, "pad_to_multiple_of auto or a count", value)
+    return int(value)
+
+
+def _max_tokens(value: int | str | None) -> int | str | None:
+    """The number in `value`, which the command line hands over as text, "auto" or None."""
+    if value is None or str(value).lower() in ("none", "null"):
+        return None
+    if value == "auto":
+        return value
+    wanted = "max_tokens_per_forward auto or a count"
+    _want(str(value).isdigit() and int(value) > 0, wanted, value)
     return int(value)

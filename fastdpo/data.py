@@ -55,12 +55,14 @@ def prepare_pairs(
     truncation_mode: str = "keep_start",
     on_bad_rows: str = "raise",
     num_proc: int | None = None,
+    length_column: str | None = None,
 ) -> tuple[Dataset | IterableDataset, PairCounts | None]:
     """`dataset` with the columns prompt_ids, chosen_ids, rejected_ids, and what was counted.
 
     ref_chosen_logps and ref_rejected_logps stay, where the rows have them. A row whose prompt
     alone fills max_length is dropped (keep_start would cut all of its completion); cutting is
-    the collator's. A streamed dataset is read as it trains, and not counted: None.
+    the collator's. length_column: one more column, the tokens of prompt, chosen and rejected, for
+    samplers by length. A streamed dataset is read as it trains, and not counted: None.
 
     RowError at the first malformed row, or with on_bad_rows="skip" a warning that counts them;
     ValueError where no row is left.
@@ -97,7 +99,11 @@ def prepare_pairs(
             f"alone fills max_length={max_length}, {counts.bad} are malformed"
         )
     kept = np.flatnonzero(np.array(pairs["status"]) == KEPT)
-    return pairs.select(kept).remove_columns(["status", "reason"]), counts
+    pairs = pairs.select(kept).remove_columns(["status", "reason"])
+    if length_column is not None:
+        lengths = [sum(len(row[field]) for field in ID_FIELDS) for row in pairs]
+        pairs = pairs.add_column(length_column, lengths)
+    return pairs, counts
 
 
 def _columns(dataset: Dataset | IterableDataset) -> list[str]:

@@ -1,46 +1,60 @@
-"""Log-probabilities of policy and reference -> PairLoss; a function per paper."""
+"""Log-probabilities of policy and reference -> PairLoss: every loss that is a closed form."""
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastdpo import ops
+from fastdpo.kernels import reference
+
+LOSS_TYPES = tuple(reference.LOSSES)
+F_DIVERGENCES = tuple(reference.SCORES)
+SMOOTHED = ("sigmoid", "robust", "exo_pair")  # read label_smoothing
+# The chosen and the rejected reward meet in a difference, where the unknown constant of an
+# f-divergence's reward cancels: without that, f-DPO does not hold (as TRL has it).
+COMPARING = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "discopop")
+PAIR_METRICS = (  # the rows of metrics_MB
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 class PairLoss(NamedTuple):
-    """Of each of B pairs, float32 (B,). Only loss_B carries a gradient."""
+    """Of each of B pairs, float32. Only loss_B carries a gradient.
+
+    loss_B: (B,). metrics_MB: a row for each of PAIR_METRICS. A reward is beta times the
+    log-ratio, policy logps minus reference logps, whatever the loss makes of it.
+    """
 
     loss_B: Tensor
-    chosen_logps_B: Tensor
-    rejected_logps_B: Tensor
-    chosen_reward_B: Tensor
-    rejected_reward_B: Tensor
+    metrics_MB: Tensor
+
+    @property
+    def logps_S(self) -> Tensor:
+        """Of the policy's 2B completions, chosen 0..B-1, then rejected."""
+        return self.metrics_MB[4:].flatten()
 
 
-def completion_logps(token_logps_C: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """logps_S: the sum of each completion's token log-probabilities, float32 (S,)."""
-    return torch.segment_reduce(token_logps_C, "sum", offsets=cu_seqlens.long(), unsafe=True)
+def completion_logps(
+    token_logps_C: Tensor, cu_seqlens: Tensor, ld_alpha: float | None = None
+) -> Tensor:
+    """logps_S: the sum of each completion's token log-probabilities, float32 (S,).
+
+    With ld_alpha, tokens past the length of the pair's shorter completion weigh ld_alpha.
+    """
+    return reference.completion_logps(token_logps_C, cu_seqlens, ld_alpha)
 
 
-def sigmoid_loss(
-    token_logps_C: Tensor,
-    cu_seqlens: Tensor,
-    reference_logps_S: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
+def pair_loss(
+    token_logps_C: Tensor, cu_seqlens: Tensor, reference_logps_S: Tensor, **settings
 ) -> PairLoss:
-    """DPO: -log sigmoid(chosen reward - rejected reward), arXiv:2305.18290, equation 7.
+    """The weighted sum of one or more losses for each pair: kernels/reference.py has the formulas.
 
     token_logps_C: float32, C tokens of S = 2B completions end to end, chosen 0..B-1 then
-    rejected; cu_seqlens: int32 (S + 1,). A reward is beta * (policy logps - reference logps).
-    label_smoothing is the probability that a pair is the wrong way round (conservative DPO).
+    rejected; cu_seqlens: int32 (S + 1,). settings: as kernels.pair_loss.pair_loss has them.
     """
-    loss_B, logps_S, rewards_S = ops.pair_loss(
-        token_logps_C, cu_seqlens, reference_logps_S, beta=beta, label_smoothing=label_smoothing
-    )
-    return PairLoss(loss_B, *logps_S.chunk(2), *rewards_S.chunk(2))
-
-
-LOSSES = {"sigmoid": sigmoid_loss}
+    return PairLoss(*ops.pair_loss(token_logps_C, cu_seqlens, reference_logps_S, **settings))

@@ -30,7 +30,7 @@ TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
 
 @dataclass
 class ScoredOutput(ModelOutput):
-    """What a forward with `scored_rows` returns: one value per scored row, in their order.
+    """What a forward with `scored_rows` returns: one value per scored row, or completion token.
 
     token_logps_C: float32, carries the gradient. entropy_C, mean_logit_C: float32, is_top1_C:
     bool, no gradient, None unless asked for. aux_loss: the load-balancing loss of a
@@ -42,6 +42,12 @@ class ScoredOutput(ModelOutput):
     mean_logit_C: Tensor | None = None
     is_top1_C: Tensor | None = None
     aux_loss: Tensor | None = None
+
+    def of_rows(self, rows_C: Tensor) -> "ScoredOutput":
+        """The values of these rows, some perhaps more than once."""
+        per_row = {name: value for name, value in self.items() if name != "aux_loss"}
+        rows = {name: value.index_select(0, rows_C) for name, value in per_row.items()}
+        return ScoredOutput(aux_loss=self.aux_loss, **rows)
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
@@ -76,32 +82,36 @@ def attach_scorer(model: nn.Module) -> None:
 def score(
     model: nn.Module, batch: PairBatch, *, stats: tuple[str, ...] = (), aux_loss: bool = False
 ) -> ScoredOutput:
-    """`model`, wrapped or not, on `batch`; stats: any of TOKEN_STATS."""
-    router = {"output_router_logits": True, "token_mask": batch.token_mask_SL} if aux_loss else {}
-    return model(
+    """`model`, wrapped or not, on `batch`: a value per completion token. stats: of TOKEN_STATS"""
+    router = {"output_router_logits": True, "token_counts": batch.token_counts} if aux_loss else {}
+    scored = model(
         **batch.model_inputs,
-        scored_rows=batch.scored_rows_C,
-        labels=batch.labels_C,
+        scored_rows=batch.scored_rows_R,
+        labels=batch.labels_R,
         stats=stats,
         use_cache=False,
         **router,
     )
+    return scored if batch.completion_rows_C is None else scored.of_rows(batch.completion_rows_C)
 
 
-def _score(causal_lm, scored_rows_C, labels_C, stats, *, token_mask=None, **inputs) -> ScoredOutput:
+def _score(
+    causal_lm, scored_rows_R, labels_R, stats, *, token_counts=None, **inputs
+) -> ScoredOutput:
+    """The forward with `scored_rows`: token_counts ask for aux_loss, and weigh its tokens."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
     outputs = causal_lm.base_model(**inputs)
     hidden_SLD = outputs.last_hidden_state
-    hidden_CD = hidden_SLD.flatten(0, 1).index_select(0, scored_rows_C)
-    token_logps_C, stats_C = head_logps(causal_lm, hidden_CD, labels_C, stats)
+    hidden_RD = hidden_SLD.flatten(0, 1).index_select(0, scored_rows_R)
+    token_logps_R, stats_R = head_logps(causal_lm, hidden_RD, labels_R, stats)
     aux_loss = None
-    if token_mask is not None:
+    if token_counts is not None:
         config = causal_lm.config.get_text_config()
         aux_loss = load_balancing_loss_func(
-            outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_mask
+            outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_counts
         )
-    stats_C = {f"{name}_C": value_C for name, value_C in stats_C.items()}
-    return ScoredOutput(token_logps_C=token_logps_C, aux_loss=aux_loss, **stats_C)
+    stats_R = {f"{name}_C": value_R for name, value_R in stats_R.items()}
+    return ScoredOutput(token_logps_C=token_logps_R, aux_loss=aux_loss, **stats_R)
 
 
 def aux_loss_weight(model: nn.Module, router_aux_loss_coef: float | None) -> float:

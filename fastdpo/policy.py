@@ -71,6 +71,26 @@ def _is_quantized(model: nn.Module) -> bool:
     return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
 
 
+def make_ready(
+    policy: nn.Module,
+    ref_model: nn.Module | None,
+    *,
+    pad_token_id: int,
+    without_dropout: bool,
+    reentrant_checkpoints: bool,
+) -> None:
+    """What the two models need before they are placed: the pad token, dropout off, checkpoints."""
+    for config in (policy.config.get_text_config(), policy.generation_config):
+        if config is not None:
+            config.pad_token_id = pad_token_id
+    if without_dropout:
+        disable_dropout(policy)
+        if ref_model is not None:
+            disable_dropout(ref_model)
+    if isinstance(policy, PeftModel) and reentrant_checkpoints:
+        policy.enable_input_require_grads()  # or reentrant checkpoints have nothing to train
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout to 0: the layers, and the rates that attention modules apply themselves."""
     for module in model.modules():

@@ -4,7 +4,9 @@
     AdaptersOff     the policy without its adapters, or with a frozen copy of them
     FrozenModel     a second model
 
-Each answers `logps(policy, batch) -> (S,)` and says in `source` what it is.
+Each answers `logps(policy, batch, ld_alpha) -> (S,)` and says in `source` what it is. ld_alpha
+weighs tokens as losses.completion_logps says, None for all alike; what stands in the rows is
+taken as it is.
 """
 
 import contextlib
@@ -29,7 +31,7 @@ class RowLogps:
 
     source: str = "log-probabilities in the rows"
 
-    def logps(self, policy: nn.Module, batch: PairBatch) -> Tensor:
+    def logps(self, policy: nn.Module, batch: PairBatch, ld_alpha: float | None = None) -> Tensor:
         if batch.reference_logps_S is None:
             raise ValueError(
                 "want ref_chosen_logps and ref_rejected_logps in every row, as the training rows "
@@ -50,9 +52,9 @@ class AdaptersOff:
             return "a frozen copy of the policy's adapters"
         return "the policy with its adapters switched off"
 
-    def logps(self, policy: nn.Module, batch: PairBatch) -> Tensor:
+    def logps(self, policy: nn.Module, batch: PairBatch, ld_alpha: float | None = None) -> Tensor:
         with self._as_before():
-            return _frozen_logps(policy, batch)
+            return _frozen_logps(policy, batch, ld_alpha)
 
     @contextlib.contextmanager
     def _as_before(self) -> Iterator[None]:
@@ -75,12 +77,12 @@ class FrozenModel:
     model: nn.Module
     source: str
 
-    def logps(self, policy: nn.Module, batch: PairBatch) -> Tensor:
-        return _frozen_logps(self.model, batch)
+    def logps(self, policy: nn.Module, batch: PairBatch, ld_alpha: float | None = None) -> Tensor:
+        return _frozen_logps(self.model, batch, ld_alpha)
 
 
 @torch.no_grad()
-def _frozen_logps(model: nn.Module, batch: PairBatch) -> Tensor:
+def _frozen_logps(model: nn.Module, batch: PairBatch, ld_alpha: float | None) -> Tensor:
     """logps_S of `batch`, without dropout or checkpointing whatever mode the model is in."""
     was_training = model.training
     model.eval()
@@ -88,7 +90,7 @@ def _frozen_logps(model: nn.Module, batch: PairBatch) -> Tensor:
         scored = score(model, batch)
     finally:
         model.train(was_training)
-    return completion_logps(scored.token_logps_C, batch.cu_seqlens)
+    return completion_logps(scored.token_logps_C, batch.cu_seqlens, ld_alpha)
 
 
 def frozen_copy(policy: nn.Module) -> nn.Module:

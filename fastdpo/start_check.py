@@ -1,4 +1,7 @@
-"""Does a run start where DPO starts? At step 0 with reference = policy, the loss is ln 2."""
+"""Does a run start where DPO starts? At step 0, the policy's log-probabilities are the reference's.
+
+That makes every log-ratio 0, and the sigmoid loss ln 2; what other losses are then, is up to them.
+"""
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -21,14 +24,11 @@ def check_start(
 
     Reads one number from the device.
     """
-    chosen_reference_B, rejected_reference_B = reference_logps_S.chunk(2)
-    chosen_difference_B = losses.chosen_logps_B - chosen_reference_B
-    rejected_difference_B = losses.rejected_logps_B - rejected_reference_B
-    difference = max(chosen_difference_B.abs().max(), rejected_difference_B.abs().max()).item()
+    difference = (losses.logps_S - reference_logps_S).abs().max().item()
     if difference <= TOLERANCE:  # a NaN is no agreement
         return None
     message = (
-        f"the run does not start at loss ln 2 = 0.6931: a completion's log-probability under the "
+        f"the policy does not start at its reference: a completion's log-probability under the "
         f"policy and under the reference ({source}) differ by up to {difference:.3g} nats before "
         f"the first step. {_why(policy, args)}"
     )

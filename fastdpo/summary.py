@@ -13,7 +13,7 @@ def describe_run(trainer: Trainer) -> str:
     lines = {"model": _model_line(trainer)}
     for name, counts in trainer.pair_counts.items():
         lines[f"{name} pairs"] = _counts_line(counts)
-    lines["layout"] = "padded, chosen and rejected in one forward"
+    lines["layout"] = _layout_line(trainer)
     lines["kernels"] = _kernels_line(trainer)
     lines["reference"] = trainer.reference.source
     lines["updates"] = _updates_line(trainer)
@@ -48,6 +48,16 @@ def _counts_line(counts: PairCounts | None) -> str:
         f"{counts.prompt_tokens:,} prompt and {counts.completion_tokens:,} completion tokens"
     )
     return "; ".join(parts)
+
+
+def _layout_line(trainer: Trainer) -> str:
+    line = f"{trainer.layout.name}: {trainer.layout.line}"
+    if trainer.budget is None:
+        return line
+    most = trainer.budget.max_tokens
+    return f"{line}; " + (
+        "in smaller packs once memory runs out" if most is None else f"packs of {most:,} tokens"
+    )
 
 
 def _kernels_line(trainer: Trainer) -> str:

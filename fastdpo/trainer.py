@@ -1,11 +1,12 @@
 """DPOTrainer: transformers.Trainer wired to the stages of a DPO step, and no more.
 
-    rows --prepare_pairs--> pairs --PaddedCollator--> PairBatch --score--> token logps --\\
-                                          reference.logps --> reference logps ------------> loss
+    rows --prepare_pairs--> pairs --collator--> PairBatch --score--> token logps --\\
+                                    reference.logps --> reference logps ------------> loss
 
 The loop, checkpoints, mixed precision and distribution are transformers' and accelerate's.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,21 +19,38 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
 
-from fastdpo.batch import PaddedCollator, PairBatch, count_pairs
+from fastdpo.batch import PairBatch, TokensRun
+from fastdpo.collate import (
+    REFERENCE_COLUMNS,
+    Cut,
+    PackedCollator,
+    PaddedCollator,
+    make_collator,
+)
 from fastdpo.config import DPOConfig
 from fastdpo.data import PairCounts, prepare_pairs
-from fastdpo.losses import LOSSES
+from fastdpo.layout import Layout, choose_layout
+from fastdpo.layout_check import LayoutCheck, longest_rows
+from fastdpo.losses import PairLoss, pair_loss
 from fastdpo.metrics import MetricSums, pair_metrics
-from fastdpo.model import TOKEN_STATS, attach_scorer, aux_loss_weight, check_head, score
+from fastdpo.model import (
+    TOKEN_STATS,
+    ScoredOutput,
+    attach_scorer,
+    aux_loss_weight,
+    check_head,
+    score,
+)
+from fastdpo.pack_trainer import PackTrainer
+from fastdpo.packs import TokenBudget, tokens_that_fit
 from fastdpo.policy import (
-    disable_dropout,
     load_policy,
     load_tokenizer,
+    make_ready,
     model_name,
     with_adapters,
 )
@@ -48,12 +66,11 @@ from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
 
 PAIR_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
-REFERENCE_COLUMNS = ["ref_chosen_logps", "ref_rejected_logps"]
 
 Rows = Dataset | IterableDataset
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(PackTrainer):
     """Direct Preference Optimization (arXiv:2305.18290) of a decoder-only language model.
 
     The arguments are TRL 1.16's:
@@ -62,8 +79,8 @@ class DPOTrainer(Trainer):
     ref_model: the reference; None for the policy as it is now: its new adapters switched off, a
         frozen copy of adapters that were trained before, or a frozen copy of all of it.
     args: DPOConfig; None for the defaults and a folder named after the model.
-    data_collator: None for batch.PaddedCollator; one of your own returns what that one does, or
-        at least input_ids, attention_mask and completion_mask, chosen first, rejected after.
+    data_collator: None for what args.layout asks for (collate.py); one of your own returns what
+        those do, or at least input_ids, attention_mask and completion_mask, chosen first.
     train_dataset, eval_dataset: preference rows as data.prepare_pairs reads them; several
         evaluation sets as a dictionary.
     processing_class: the tokenizer; None for the one beside the model.
@@ -113,6 +130,7 @@ class DPOTrainer(Trainer):
             "truncation_mode": args.truncation_mode,
             "on_bad_rows": args.on_bad_rows,
             "num_proc": args.dataset_num_proc,
+            "length_column": args.length_column,
         }
         train_dataset = self._prepare(train_dataset, "train")
         if eval_dataset is not None:
@@ -127,18 +145,18 @@ class DPOTrainer(Trainer):
             model = with_adapters(model, peft_config)
         elif isinstance(model, PeftModel) and ref_model is None:
             add_reference_adapter(model)
-        _make_ready(model, ref_model, tokenizer.pad_token_id, args)
+        make_ready(
+            model,
+            ref_model,
+            pad_token_id=tokenizer.pad_token_id,
+            without_dropout=args.disable_dropout,
+            reentrant_checkpoints=(args.gradient_checkpointing_kwargs or {}).get("use_reentrant"),
+        )
 
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator
-            or PaddedCollator(
-                pad_token_id=tokenizer.pad_token_id,
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
-                pad_to_multiple_of=args.pad_to_multiple_of,
-            ),
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -154,6 +172,7 @@ class DPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # what loss_is_scaled_for_ga says, before 5.18
         self.metric_sums = {"train": MetricSums(), "eval": MetricSums()}
         self.num_train_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
+        self.tokens = TokensRun()
         self._start_checked = False
         self.aux_loss_weight = aux_loss_weight(self.model, args.router_aux_loss_coef)
         self.reference = self._choose_reference(ref_model)
@@ -161,6 +180,10 @@ class DPOTrainer(Trainer):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # weights in one piece
             first = next(iter(train_dataset))
             check_head(self.model, (first["prompt_ids"] + first["chosen_ids"])[:32])
+        self.layout = Layout("its own", "the data_collator's own")
+        if data_collator is None:
+            self._choose_layout()
+        self.budget = self._token_budget()
         if args.precompute_ref_log_probs:
             self._precompute_reference()
         self.model.add_model_tags(["fastdpo", "dpo"])
@@ -179,12 +202,77 @@ class DPOTrainer(Trainer):
         return pairs
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = PAIR_COLUMNS + REFERENCE_COLUMNS
+        self._signature_columns = [*PAIR_COLUMNS, *REFERENCE_COLUMNS, self.args.length_column]
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of one update, and how many pairs they hold together."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(count_pairs(inputs) for inputs in batches)
+    def _remove_unused_columns(self, dataset, description=None):
+        pairs = super()._remove_unused_columns(dataset, description)
+        return pairs.with_format("numpy") if isinstance(pairs, Dataset) else pairs
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As transformers.Trainer's; padded where compute_metrics wants each sequence's logits."""
+        with self.collating_with(self._collator("padded") if self.compute_metrics else None):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def _collator(self, layout: str) -> PaddedCollator | PackedCollator:
+        args = self.args
+        return make_collator(
+            layout,
+            Cut(max_length=args.max_length, truncation_mode=args.truncation_mode),
+            pad_token_id=self.processing_class.pad_token_id,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+        )
+
+    def _choose_layout(self):
+        """Settle how pairs are laid out, once the models are where they will run."""
+        check = LayoutCheck(
+            row=longest_rows(self.train_dataset)[0],
+            padded=self._collator("padded"),
+            device=self.args.device,
+            autocast=self.accelerator.autocast,
+        )
+        models = [self.model]
+        if isinstance(self.reference, FrozenModel) and self.reference.model is not self.model:
+            models.append(self.reference.model)
+        in_one_piece = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        self.layout = choose_layout(
+            self.args.layout,
+            models,
+            lambda model, layout: in_one_piece and check.difference(model, self._collator(layout)),
+            strict=self.args.strict_layout,
+        )
+        self.data_collator = self._collator(self.layout.name)
+
+    def _token_budget(self) -> TokenBudget | None:
+        """What max_tokens_per_forward asks for; `auto` runs the longest pairs to see."""
+        wanted = self.args.max_tokens_per_forward
+        if wanted is None:
+            return None
+        if wanted != "auto":
+            return TokenBudget(wanted)
+        rows = longest_rows(self.train_dataset)
+        one, two = (self.to_device(self.data_collator(each)) for each in (rows[:1], rows[:2]))
+        return TokenBudget(
+            tokens_that_fit(self._run_once, one, two, self.args.device), may_shrink=True
+        )
+
+    def _run_once(self, inputs: dict) -> None:
+        """A forward and a backward, as a training step has them, that train nothing."""
+        self.model.train()
+        with self.compute_loss_context_manager():
+            scored = score(self.model, PairBatch.from_inputs(inputs), stats=TOKEN_STATS)
+        scored.token_logps_C.sum().backward()
+        self.model.zero_grad()
+
+    def remember_metrics(self):
+        self._before_update = copy.deepcopy(self._counted_in_training())
+
+    def forget_update(self):
+        super().forget_update()
+        counted = copy.deepcopy(self._before_update)
+        self.metric_sums["train"], self.num_train_tokens, self.tokens = counted
+
+    def _counted_in_training(self):
+        return self.metric_sums["train"], self.num_train_tokens, self.tokens
 
     # The reference
 
@@ -213,7 +301,7 @@ class DPOTrainer(Trainer):
 
     def _reference_logps(self, policy: nn.Module, batch: PairBatch) -> Tensor:
         with self.accelerator.autocast():  # as the policy's forward has it
-            return self.reference.logps(policy, batch)
+            return self.reference.logps(policy, batch, self.args.ld_alpha)
 
     def _precompute_reference(self):
         """Score all data now; from here on the reference is a column of the rows."""
@@ -260,30 +348,31 @@ class DPOTrainer(Trainer):
         # before the policy, whose activations would otherwise wait beside the reference's
         reference_logps_S = self._reference_logps(model, batch)
         scored = score(model, batch, stats=TOKEN_STATS, aux_loss=self.aux_loss_weight > 0)
-        losses = LOSSES[self.args.loss_type[0]](
-            scored.token_logps_C,
-            batch.cu_seqlens,
-            reference_logps_S,
-            beta=self.args.beta,
-            label_smoothing=self.args.label_smoothing,
+        losses = pair_loss(
+            scored.token_logps_C, batch.cu_seqlens, reference_logps_S, **self.args.loss_settings
         )
         loss = losses.loss_B.sum()
-        metrics = pair_metrics(batch, scored, losses)
         if self.aux_loss_weight:
             loss = loss + batch.num_pairs * self.aux_loss_weight * scored.aux_loss
-            metrics["aux_loss"] = (scored.aux_loss.detach(), 1)
-        mode = "train" if model.training else "eval"
+        loss = loss / (num_items_in_batch or batch.num_pairs)
+        if "is_filler" in inputs:  # it runs for FSDP's and DDP's count of forwards
+            return 0.0 * loss
+        self._count(batch, scored, losses, "train" if model.training else "eval")
+        if model.training:
+            self.tokens = self.tokens + inputs.get("tokens", TokensRun(batch.token_counts.numel()))
+            if not self._start_checked and self.state.global_step == 0:
+                check_start(losses, reference_logps_S, self.model, self.args, self.reference.source)
+            self._start_checked = True
+        return (loss, scored) if return_outputs else loss
+
+    def _count(self, batch: PairBatch, scored: ScoredOutput, losses: PairLoss, mode: str) -> None:
+        """Add a forward's metrics to those of this logging interval, on the device."""
+        metrics = pair_metrics(batch, scored, losses)
+        if self.aux_loss_weight:
+            metrics["aux_loss",] = (scored.aux_loss.detach(), 1)
         self.metric_sums[mode].add(metrics)
         if mode == "train":
             self.num_train_tokens += batch.num_tokens
-            if not self._start_checked:
-                self._start_checked = True
-                if self.state.global_step == 0:
-                    check_start(
-                        losses, reference_logps_S, self.model, self.args, self.reference.source
-                    )
-        loss = loss / (num_items_in_batch or batch.num_pairs)
-        return (loss, scored) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss, and, where compute_metrics wants them, logits and token ids of every sequence."""
@@ -313,21 +402,9 @@ class DPOTrainer(Trainer):
         if "loss" in logs:
             tokens = self.accelerator.reduce(self.num_train_tokens.clone(), "sum")
             logs["num_tokens"] = tokens.item()
+        if "train_runtime" in logs:
+            logs |= self.tokens.over_ranks(self.accelerator)
         super().log(logs, start_time)
-
-
-def _make_ready(policy, ref_model, pad_token_id: int, args: DPOConfig) -> None:
-    """What the two models need before they are placed: the pad token, dropout off, checkpoints."""
-    for config in (policy.config.get_text_config(), policy.generation_config):
-        if config is not None:
-            config.pad_token_id = pad_token_id
-    if args.disable_dropout:
-        disable_dropout(policy)
-        if ref_model is not None:
-            disable_dropout(ref_model)
-    checkpointing = args.gradient_checkpointing_kwargs or {}
-    if isinstance(policy, PeftModel) and checkpointing.get("use_reentrant"):
-        policy.enable_input_require_grads()  # or reentrant checkpoints have nothing to train
 
 
 def _check_arguments(model, ref_model, args, train_dataset, quantization_config) -> None:

@@ -1,33 +1,62 @@
-"""pair_loss: token log-probabilities of chosen and rejected completions -> DPO's loss and rewards.
+"""pair_loss: token log-probabilities of chosen and rejected completions -> loss and metrics.
 
-    logps_S[s]   = sum of token_logps_C[cu_seqlens[s] : cu_seqlens[s + 1]]
-    rewards_S[s] = beta * (logps_S[s] - reference_logps_S[s])
-    margin_B[b]  = rewards_S[b] - rewards_S[B + b]                chosen b against rejected b
-    loss_B[b]    = -(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin)
+    logps_S[s]    = sum of token_logps_C[cu_seqlens[s] : cu_seqlens[s + 1]]
+    logratio_S[s] = logps_S[s] - reference_logps_S[s]           reward = beta * logratio
+    loss_B[b]     = sum over losses of weight * loss(score(logratio[b]), score(logratio[B + b]))
 
+Sequence b is chosen against sequence B + b. A loss depends on the tokens through two numbers, so
+the forward keeps its slope in each, and the backward writes that slope to a completion's tokens.
 One launch forward, a program a pair; one launch backward, a program a completion.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdpo.kernels.closed_forms import pair_term, score
+
 BLOCK_C = 1024  # tokens read at a time: most completions in one
+LOSS_TYPES = (
+    "sigmoid",
+    "sigmoid_norm",
+    "robust",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+)
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+class _Settings(NamedTuple):
+    """pair_loss's settings, as its kernels take them."""
+
+    loss_type: tuple[str, ...]
+    loss_weights: tuple[float, ...]
+    f_divergence_type: str
+    beta: float
+    label_smoothing: float
+    f_alpha_divergence_coef: float
+    discopop_tau: float
+    ld_alpha: float
 
 
 @triton.jit
-def _segment_sum(token_logps_ptr, start, end, BLOCK_C: tl.constexpr):
+def _segment_sum(token_logps_ptr, start, end, shared, ld_alpha, BLOCK_C: tl.constexpr):
+    """The tokens from start to end, those after the first `shared` weighted by ld_alpha."""
     total_C = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(start, end, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        total_C += tl.load(token_logps_ptr + c, mask=c < end, other=0.0)
+        weight_C = tl.where(c < start + shared, 1.0, ld_alpha)
+        total_C += weight_C * tl.load(token_logps_ptr + c, mask=c < end, other=0.0)
     return tl.sum(total_C)
-
-
-@triton.jit
-def _log_sigmoid(x):
-    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -36,89 +65,120 @@ def _forward_kernel(
     cu_seqlens_ptr,
     reference_logps_ptr,
     loss_ptr,
-    logps_ptr,
-    rewards_ptr,
+    metrics_ptr,
     slope_ptr,
     B,
     beta,
     label_smoothing,
+    f_alpha_divergence_coef,
+    discopop_tau,
+    ld_alpha,
+    LOSS_TYPES: tl.constexpr,
+    LOSS_WEIGHTS: tl.constexpr,
+    F_DIVERGENCE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    chosen = tl.program_id(0)
-    rejected = B + chosen
-    chosen_logp = _segment_sum(
-        token_logps_ptr,
-        tl.load(cu_seqlens_ptr + chosen),
-        tl.load(cu_seqlens_ptr + chosen + 1),
-        BLOCK_C,
-    )
+    b = tl.program_id(0)
+    chosen_start, chosen_end = tl.load(cu_seqlens_ptr + b), tl.load(cu_seqlens_ptr + b + 1)
+    rejected_start = tl.load(cu_seqlens_ptr + B + b)
+    rejected_end = tl.load(cu_seqlens_ptr + B + b + 1)
+    shared = tl.minimum(chosen_end - chosen_start, rejected_end - rejected_start)
+    chosen_logp = _segment_sum(token_logps_ptr, chosen_start, chosen_end, shared, ld_alpha, BLOCK_C)
     rejected_logp = _segment_sum(
-        token_logps_ptr,
-        tl.load(cu_seqlens_ptr + rejected),
-        tl.load(cu_seqlens_ptr + rejected + 1),
-        BLOCK_C,
+        token_logps_ptr, rejected_start, rejected_end, shared, ld_alpha, BLOCK_C
     )
-    chosen_reward = beta * (chosen_logp - tl.load(reference_logps_ptr + chosen))
-    rejected_reward = beta * (rejected_logp - tl.load(reference_logps_ptr + rejected))
-    margin = chosen_reward - rejected_reward
-    right_way = (1.0 - label_smoothing) * _log_sigmoid(margin)
-    tl.store(loss_ptr + chosen, -right_way - label_smoothing * _log_sigmoid(-margin))
-    tl.store(logps_ptr + chosen, chosen_logp)
-    tl.store(logps_ptr + rejected, rejected_logp)
-    tl.store(rewards_ptr + chosen, chosen_reward)
-    tl.store(rewards_ptr + rejected, rejected_reward)
-    # d loss / d margin = eps - sigmoid(-margin), which is exact where sigmoid(margin) rounds to 1
-    slope = beta * (label_smoothing - tl.exp(_log_sigmoid(-margin)))
-    tl.store(slope_ptr + chosen, slope)
-    tl.store(slope_ptr + rejected, -slope)
+    chosen_logratio = chosen_logp - tl.load(reference_logps_ptr + b)
+    rejected_logratio = rejected_logp - tl.load(reference_logps_ptr + B + b)
+
+    chosen_score, chosen_dscore = score(F_DIVERGENCE, chosen_logratio, f_alpha_divergence_coef)
+    rejected_score, rejected_dscore = score(
+        F_DIVERGENCE, rejected_logratio, f_alpha_divergence_coef
+    )
+    loss, dchosen, drejected = 0.0, 0.0, 0.0
+    for i in tl.static_range(len(LOSS_TYPES)):
+        term, dterm_chosen, dterm_rejected = pair_term(
+            tl.constexpr(LOSS_TYPES[i]),  # Triton 3.6 hands over the bare str
+            beta * chosen_score,
+            beta * rejected_score,
+            tl.maximum(chosen_end - chosen_start, 1).to(tl.float32),
+            tl.maximum(rejected_end - rejected_start, 1).to(tl.float32),
+            beta,
+            label_smoothing,
+            discopop_tau,
+        )
+        loss += LOSS_WEIGHTS[i] * term
+        dchosen += LOSS_WEIGHTS[i] * dterm_chosen
+        drejected += LOSS_WEIGHTS[i] * dterm_rejected
+    tl.store(loss_ptr + b, loss)
+    tl.store(slope_ptr + b, beta * dchosen * chosen_dscore)
+    tl.store(slope_ptr + B + b, beta * drejected * rejected_dscore)
+
+    chosen_reward, rejected_reward = beta * chosen_logratio, beta * rejected_logratio
+    tl.store(metrics_ptr + b, chosen_reward)
+    tl.store(metrics_ptr + B + b, rejected_reward)
+    tl.store(metrics_ptr + 2 * B + b, chosen_reward - rejected_reward)
+    tl.store(metrics_ptr + 3 * B + b, (chosen_reward > rejected_reward).to(tl.float32))
+    tl.store(metrics_ptr + 4 * B + b, chosen_logp)
+    tl.store(metrics_ptr + 5 * B + b, rejected_logp)
 
 
 @triton.jit
 def _backward_kernel(
-    dloss_ptr, slope_ptr, cu_seqlens_ptr, dtoken_logps_ptr, B, BLOCK_C: tl.constexpr
+    dloss_ptr, slope_ptr, cu_seqlens_ptr, dtoken_logps_ptr, B, ld_alpha, BLOCK_C: tl.constexpr
 ):
     s = tl.program_id(0)
+    other = (s + B) % (2 * B)  # the other completion of the pair
+    start, end = tl.load(cu_seqlens_ptr + s), tl.load(cu_seqlens_ptr + s + 1)
+    shared = tl.load(cu_seqlens_ptr + other + 1) - tl.load(cu_seqlens_ptr + other)
     dlogp = tl.load(dloss_ptr + s % B) * tl.load(slope_ptr + s)
-    end = tl.load(cu_seqlens_ptr + s + 1)
-    for first in range(tl.load(cu_seqlens_ptr + s), end, BLOCK_C):
+    for first in range(start, end, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        tl.store(dtoken_logps_ptr + c, tl.zeros((BLOCK_C,), tl.float32) + dlogp, mask=c < end)
+        weight_C = tl.where(c < start + shared, 1.0, ld_alpha)
+        tl.store(dtoken_logps_ptr + c, weight_C * dlogp, mask=c < end)
 
 
 class _PairLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token_logps_C, cu_seqlens, reference_logps_S, beta, label_smoothing):
-        S = reference_logps_S.numel()
-        loss_B = torch.empty(S // 2, dtype=torch.float32, device=token_logps_C.device)
-        logps_S, rewards_S, slope_S = (torch.empty_like(reference_logps_S) for _ in range(3))
+    def forward(ctx, token_logps_C, cu_seqlens, reference_logps_S, settings: _Settings):
+        S, device = reference_logps_S.numel(), token_logps_C.device
+        loss_B = torch.empty(S // 2, dtype=torch.float32, device=device)
+        metrics_MB = torch.empty(6, S // 2, dtype=torch.float32, device=device)
+        slope_S = torch.empty_like(reference_logps_S)
         if S:
             _forward_kernel[(S // 2,)](
                 token_logps_C,
                 cu_seqlens,
                 reference_logps_S,
                 loss_B,
-                logps_S,
-                rewards_S,
+                metrics_MB,
                 slope_S,
                 S // 2,
-                beta,
-                label_smoothing,
-                BLOCK_C,
+                settings.beta,
+                settings.label_smoothing,
+                settings.f_alpha_divergence_coef,
+                settings.discopop_tau,
+                settings.ld_alpha,
+                LOSS_TYPES=settings.loss_type,
+                LOSS_WEIGHTS=settings.loss_weights,
+                F_DIVERGENCE=settings.f_divergence_type,
+                BLOCK_C=BLOCK_C,
             )
         ctx.save_for_backward(slope_S, cu_seqlens)
-        ctx.num_tokens = token_logps_C.numel()
-        ctx.mark_non_differentiable(logps_S, rewards_S)
-        return loss_B, logps_S, rewards_S
+        ctx.num_tokens, ctx.ld_alpha = token_logps_C.numel(), settings.ld_alpha
+        ctx.mark_non_differentiable(metrics_MB)
+        return loss_B, metrics_MB
 
     @staticmethod
-    def backward(ctx, dloss_B, _dlogps_S, _drewards_S):
+    def backward(ctx, dloss_B, _dmetrics_MB):
         slope_S, cu_seqlens = ctx.saved_tensors
         S = slope_S.numel()
         dloss_B = dloss_B.contiguous()  # .sum() hands back an expanded gradient, of stride 0
         dtoken_logps_C = torch.empty(ctx.num_tokens, dtype=torch.float32, device=slope_S.device)
         if S:
-            _backward_kernel[(S,)](dloss_B, slope_S, cu_seqlens, dtoken_logps_C, S // 2, BLOCK_C)
-        return dtoken_logps_C, None, None, None, None
+            _backward_kernel[(S,)](
+                dloss_B, slope_S, cu_seqlens, dtoken_logps_C, S // 2, ctx.ld_alpha, BLOCK_C
+            )
+        return dtoken_logps_C, None, None, None
 
 
 def pair_loss(
@@ -127,15 +187,29 @@ def pair_loss(
     reference_logps_S: Tensor,
     *,
     beta: float,
+    loss_type: tuple[str, ...] = ("sigmoid",),
+    loss_weights: tuple[float, ...] | None = None,
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """loss_B, logps_S and rewards_S, float32, of S = 2B completions, chosen 0..B-1, then rejected.
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    discopop_tau: float = 0.05,
+    ld_alpha: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """loss_B and metrics_MB, float32, of S = 2B completions, chosen 0..B-1, then rejected.
 
-    token_logps_C: float32, contiguous; completion s is cu_seqlens[s] to cu_seqlens[s + 1] of it.
-    cu_seqlens: int32 (S + 1,), from 0 to C, unchecked. reference_logps_S: float32. Gradient flows
-    from loss_B alone to token_logps_C; backward keeps 4 bytes a completion. ValueError for other
-    shapes or dtypes. DPO: arXiv:2305.18290, equation 7; label_smoothing is eps of conservative
-    DPO. The same in plain PyTorch: reference.pair_loss.
+    The rows of metrics_MB are chosen reward, rejected reward, margin, accuracy (1 where the
+    margin is above 0, else 0), chosen logps, rejected logps. Gradient flows from loss_B alone to
+    token_logps_C; backward keeps 4 bytes a completion. The same in plain PyTorch, with each
+    loss's paper: reference.pair_loss. ValueError for other shapes, dtypes or names.
+
+    token_logps_C: float32; completion s is cu_seqlens[s] to cu_seqlens[s + 1] of it.
+    cu_seqlens: int32 (S + 1,), from 0 to C, unchecked.
+    reference_logps_S: float32, summed over a completion as its token_logps are.
+    beta, label_smoothing, discopop_tau: as in the losses' formulas.
+    loss_type, loss_weights: the loss is their weighted sum; no weights: each 1.
+    f_divergence_type: what makes the score of a log-ratio (f-DPO); alpha_divergence reads
+        f_alpha_divergence_coef.
+    ld_alpha: weight of tokens past the length of the pair's shorter completion (LD-DPO); None: 1.
     """
     shapes = (token_logps_C.ndim, cu_seqlens.ndim, reference_logps_S.ndim)
     S = reference_logps_S.numel()
@@ -145,10 +219,28 @@ def pair_loss(
     dtypes = (token_logps_C.dtype, cu_seqlens.dtype, reference_logps_S.dtype)
     if dtypes != (torch.float32, torch.int32, torch.float32):
         raise ValueError(f"want float32, int32 and float32, got {dtypes}")
+    loss_weights = loss_weights or (1.0,) * len(loss_type)
+    if not set(loss_type) <= set(LOSS_TYPES) or len(loss_type) != len(loss_weights):
+        raise ValueError(
+            f"want some of {LOSS_TYPES} and a weight for each, got {loss_type} and {loss_weights}"
+        )
+    if f_divergence_type not in F_DIVERGENCES:
+        raise ValueError(f"want f_divergence_type in {F_DIVERGENCES}, got {f_divergence_type!r}")
+    if f_divergence_type == "alpha_divergence" and abs(f_alpha_divergence_coef - 1) < 1e-6:
+        f_divergence_type = "reverse_kl"  # its limit
+    settings = _Settings(
+        loss_type=tuple(loss_type),
+        loss_weights=tuple(map(float, loss_weights)),
+        f_divergence_type=f_divergence_type,
+        beta=float(beta),  # Triton would compile an int 1 into the kernel
+        label_smoothing=float(label_smoothing),
+        f_alpha_divergence_coef=float(f_alpha_divergence_coef),
+        discopop_tau=float(discopop_tau),
+        ld_alpha=1.0 if ld_alpha is None else float(ld_alpha),
+    )
     return _PairLoss.apply(
         token_logps_C.contiguous(),
         cu_seqlens.contiguous(),
         reference_logps_S.contiguous(),
-        beta,
-        label_smoothing,
+        settings,
     )

@@ -3,7 +3,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fastdpo.batch import PaddedCollator, PairBatch, count_pairs
+from fastdpo.batch import PairBatch, count_pairs
+from fastdpo.collate import Cut, PaddedCollator
 
 ROWS = [
     {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
@@ -12,14 +13,15 @@ ROWS = [
 
 
 def collate(rows=ROWS, **settings):
-    return PaddedCollator(pad_token_id=0, **settings)(rows)
+    pad_to = settings.pop("pad_to_multiple_of", None)
+    return PaddedCollator(pad_token_id=0, pad_to_multiple_of=pad_to, cut=Cut(**settings))(rows)
 
 
 def scored_pairs(inputs):
     """(predicting token, predicted token) of every scored row, per completion."""
     batch = PairBatch.from_inputs(inputs)
-    before = inputs["input_ids"].flatten()[batch.scored_rows_C]
-    pairs = list(zip(before.tolist(), batch.labels_C.tolist(), strict=True))
+    before = inputs["input_ids"].flatten()[batch.scored_rows_R]
+    pairs = list(zip(before.tolist(), batch.labels_R.tolist(), strict=True))
     ends = batch.cu_seqlens.tolist()
     return [pairs[a:b] for a, b in pairwise(ends)]
 
@@ -53,7 +55,7 @@ def test_a_batch_of_trls_collator_is_scored_alike():
     inputs = collate()
     trl = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
     ours, theirs = PairBatch.from_inputs(inputs), PairBatch.from_inputs(trl)
-    for name in ("scored_rows_C", "labels_C", "cu_seqlens"):
+    for name in ("scored_rows_R", "labels_R", "cu_seqlens"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert count_pairs(inputs) == count_pairs(trl) == ours.num_pairs == 2
 

@@ -1,8 +1,10 @@
+import re
+
 import pytest
 
 from fastdpo import DPOConfig
-from fastdpo.config import LOSS_TYPES
-from fastdpo.losses import LOSSES
+from fastdpo.arguments import TrainParser
+from fastdpo.losses import COMPARING, F_DIVERGENCES, LOSS_TYPES
 
 # TRL 1.16's DPOConfig, where it differs from transformers.TrainingArguments or adds to it
 TRL_DEFAULTS = {
@@ -57,8 +59,21 @@ def test_checkpointing_can_be_switched_off(tmp_path):
     assert getattr(made, "activation_checkpointing", False) is False
 
 
-def test_every_loss_named_is_a_loss_there_is():
-    assert set(LOSS_TYPES) == set(LOSSES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_loss_is_accepted_by_name(tmp_path, loss_type):
+    smoothing = {"label_smoothing": 1e-3} if loss_type == "exo_pair" else {}
+    assert config(tmp_path, loss_type=loss_type, **smoothing).loss_type == [loss_type]
+
+
+@pytest.mark.parametrize("f_divergence_type", F_DIVERGENCES)
+def test_every_f_divergence_goes_with_losses_that_compare(tmp_path, f_divergence_type):
+    made = config(
+        tmp_path,
+        loss_type=list(COMPARING),
+        label_smoothing=0.1,
+        f_divergence_type=f_divergence_type,
+    )
+    assert made.f_divergence_type == f_divergence_type
 
 
 def test_one_loss_may_be_a_string(tmp_path):
@@ -79,6 +94,13 @@ def test_pad_to_multiple_of_reads_text_of_the_command_line(tmp_path, given, mult
         ("beta", -0.1),
         ("label_smoothing", 0.5),
         ("label_smoothing", -0.1),
+        ("discopop_tau", 0.0),
+        ("ld_alpha", -0.1),
+        ("ld_alpha", 1.1),
+        ("loss_type", []),
+        ("loss_type", ["sigmoid", "simpo"]),
+        ("loss_weights", [1.0, 2.0]),
+        ("f_divergence_type", "backward_kl"),
         ("max_length", 1),
         ("truncation_mode", "middle"),
         ("on_bad_rows", "ignore"),
@@ -87,18 +109,17 @@ def test_pad_to_multiple_of_reads_text_of_the_command_line(tmp_path, given, mult
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"{name}.*got {value!r}"):
+    with pytest.raises(ValueError, match=f"{name}.*got {re.escape(repr(value))}"):
         config(tmp_path, **{name: value})
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("loss_type", ["ipo"]),
+        ("loss_type", ["bco_pair"]),
+        ("loss_type", ["aot"]),
+        ("loss_type", ["aot_unpaired"]),
         ("loss_type", ["sigmoid", "sft"]),
-        ("loss_weights", [1.0]),
-        ("ld_alpha", 0.5),
-        ("f_divergence_type", "forward_kl"),
         ("use_weighting", True),
         ("sync_ref_model", True),
         ("activation_offloading", True),
@@ -107,6 +128,35 @@ def test_a_value_out_of_range_is_refused_by_name(tmp_path, name, value):
 def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path, name, value):
     with pytest.raises(ValueError, match=rf"{name}.*not there yet"):
         config(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "exo_pair"}, "label_smoothing > 0 with loss_type exo_pair"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing 0 with .*'ipo'"),
+        ({"loss_type": "nca_pair", "f_divergence_type": "forward_kl"}, "reverse_kl with .*'nca"),
+        (
+            {"loss_type": ["sigmoid", "apo_zero"], "f_divergence_type": "js_divergence"},
+            "reverse_kl with .*'apo_zero'",
+        ),
+        ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "loss_weights with 2 weights"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **settings)
+
+
+def test_a_mix_is_written_on_the_command_line(tmp_path):
+    flags = "--loss_type sigmoid ipo --loss_weights 1 0.5 --f_divergence_type forward_kl"
+    flags += " --ld_alpha 0.5 --use_cpu --report_to none"
+    (_, made, *_), _ = TrainParser("fastdpo train").parse(
+        [*flags.split(), "--output_dir", str(tmp_path)]
+    )
+    assert made.loss_settings["loss_type"] == ("sigmoid", "ipo")
+    assert made.loss_settings["loss_weights"] == (1.0, 0.5)
+    assert (made.f_divergence_type, made.ld_alpha) == ("forward_kl", 0.5)
 
 
 def test_a_json_object_may_stand_for_model_init_kwargs(tmp_path):

@@ -3,7 +3,8 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fastdpo.batch import PaddedCollator, PairBatch
+from fastdpo.batch import PairBatch
+from fastdpo.collate import PaddedCollator
 from fastdpo.head import check_head_module, logit_scale
 from fastdpo.model import attach_scorer, check_head, score
 
@@ -55,8 +56,8 @@ def test_a_head_adapters_dropout_is_its_own():
     batch = PairBatch.from_inputs(inputs)
     first, second = (score(model.train(), batch).token_logps_C for _ in range(2))
     assert (first - second).abs().max() > 1e-3
-    logps_C = score(model.eval(), batch).token_logps_C
-    torch.testing.assert_close(logps_C, own_logps(model, inputs), atol=2e-5, rtol=1e-5)
+    logps_R = score(model.eval(), batch).token_logps_C
+    torch.testing.assert_close(logps_R, own_logps(model, inputs), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])

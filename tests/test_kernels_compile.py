@@ -24,7 +24,7 @@ def test_every_kernel_compiles_and_fits(chip, tmp_path):
     done = python("-m", "bench.kernel_report", "--chips", str(chip), cache=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if f"sm_{chip}" in line]
-    for kernel in ("fold Qwen2.5-0.5B", "fold Gemma-2-9B", "pair_loss forward"):
+    for kernel in ("fold Qwen2.5-0.5B", "fold Gemma-2-9B", "pair_loss sigmoid"):
         assert any(kernel in row for row in rows), done.stdout
 
 
@@ -38,9 +38,10 @@ def product_kernel(a_ptr, out_ptr, M: tl.constexpr, K: tl.constexpr):
     a = tl.load(a_ptr + m[:, None] * K + k[None, :])
     tl.store(out_ptr + m[:, None] * M + m[None, :], tl.dot(a, a.T))
 
-def check(M, K, has_product=True):
-    arguments = {"a_ptr": "*bf16", "out_ptr": "*fp32", "M": M, "K": K}
-    case = Case(name="product", kernel=product_kernel, arguments=arguments, has_product=has_product)
+def check(M, K):
+    types, constants = {"a_ptr": "*bf16", "out_ptr": "*fp32"}, {"M": M, "K": K}
+    case = Case(name="product", kernel=product_kernel, types=types, constants=constants,
+                has_product=True)
     used = usage(compiled(case, 80))
     return used, faults(case, 80, used)
 
@@ -48,7 +49,7 @@ used, wrong = check(64, 64)
 assert used["tensor_cores"] > 0 and not wrong, (used, wrong)
 used, wrong = check(256, 128)
 assert any("spills" in fault for fault in wrong), (used, wrong)
-assert faults(Case(name="", kernel=None, arguments={}, has_product=True), 80,
+assert faults(Case(name="", kernel=None, types={}, constants={}, has_product=True), 80,
               {"stack": 0, "local": 0, "shared": 1 << 20, "tensor_cores": 0})[1:]
 """
 

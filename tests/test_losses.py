@@ -1,11 +1,11 @@
-"""The DPO loss on numbers worked out by hand."""
+"""Every loss on numbers worked out by hand, through the function that the trainer calls."""
 
 import math
 
 import pytest
 import torch
 
-from fastdpo.losses import completion_logps, sigmoid_loss
+from fastdpo.losses import LOSS_TYPES, PAIR_METRICS, completion_logps, pair_loss
 
 # Two pairs. Token log-probabilities, end to end: chosen 0, chosen 1, rejected 0, rejected 1.
 TOKEN_LOGPS = [-1.0, -0.5, -2.0, -0.5, -0.5, -1.0, -3.0]
@@ -15,14 +15,14 @@ BETA = 0.5
 # chosen 0: -1.5 against -2.5: +1, reward  0.5    rejected 0: -2.0 against -1.0: -1, reward -0.5
 # chosen 1: -2.0 against -1.0: -1, reward -0.5    rejected 1: -3.0 against -1.0: -2, reward -1.0
 MARGINS = [0.5 - -0.5, -0.5 - -1.0]  # 1.0 and 0.5
+# -log sigmoid, and the sigmoid of what the two pairs are made of
+SOFT = {1.0: 0.3132617, 0.5: 0.4740770, -0.5: 0.9740770, -1.0: 1.3132617}
+SIGMOID = {1.0: 0.7310586, 0.5: 0.6224593, -0.5: 0.3775407, -1.0: 0.2689414}
 
 
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-def loss_of(token_logps, **settings):
-    return sigmoid_loss(token_logps, CU_SEQLENS, REFERENCE_LOGPS, beta=BETA, **settings)
+def loss_of(token_logps, *loss_types, **settings):
+    settings = {"beta": BETA, "loss_type": loss_types or ("sigmoid",), **settings}
+    return pair_loss(torch.as_tensor(token_logps), CU_SEQLENS, REFERENCE_LOGPS, **settings)
 
 
 def test_a_completions_logp_is_the_sum_of_its_tokens():
@@ -30,37 +30,122 @@ def test_a_completions_logp_is_the_sum_of_its_tokens():
     assert logps_S.tolist() == [-1.5, -2.0, -2.0, -3.0]
 
 
-def test_rewards_are_beta_times_the_log_ratios():
-    losses = loss_of(torch.tensor(TOKEN_LOGPS))
-    assert losses.chosen_logps_B.tolist() == [-1.5, -2.0]
-    assert losses.rejected_logps_B.tolist() == [-2.0, -3.0]
-    assert losses.chosen_reward_B.tolist() == [0.5, -0.5]
-    assert losses.rejected_reward_B.tolist() == [-0.5, -1.0]
+def test_rewards_are_beta_times_the_log_ratios_whatever_the_loss():
+    for loss_type, divergence in (("sigmoid", "reverse_kl"), ("ipo", "forward_kl")):
+        losses = loss_of(TOKEN_LOGPS, loss_type, f_divergence_type=divergence)
+        assert losses.logps_S.tolist() == [-1.5, -2.0, -2.0, -3.0]
+        metrics = dict(zip(PAIR_METRICS, losses.metrics_MB.tolist(), strict=True))
+        assert metrics == {
+            "rewards/chosen": [0.5, -0.5],
+            "rewards/rejected": [-0.5, -1.0],
+            "rewards/margins": [1.0, 0.5],
+            "rewards/accuracies": [1.0, 1.0],
+            "logps/chosen": [-1.5, -2.0],
+            "logps/rejected": [-2.0, -3.0],
+        }
 
 
-def test_sigmoid_loss_by_hand():
-    # -log sigmoid(1) = log(1 + 1/e) = 0.313262; -log sigmoid(0.5) = 0.474077
-    losses = loss_of(torch.tensor(TOKEN_LOGPS))
-    assert losses.loss_B.tolist() == pytest.approx([0.3132617, 0.4740770], abs=1e-6)
+def test_a_tie_is_no_win():
+    losses = pair_loss(torch.zeros(2), torch.arange(3).int(), torch.zeros(2), beta=1.0)
+    assert losses.metrics_MB[3].tolist() == [0.0]
 
 
-def test_label_smoothing_weighs_both_ways_round():
-    # -log sigmoid(-1) = 1.313262: 0.9 * 0.313262 + 0.1 * 1.313262 = 0.413262
-    losses = loss_of(torch.tensor(TOKEN_LOGPS), label_smoothing=0.1)
-    assert losses.loss_B.tolist() == pytest.approx([0.4132617, 0.5240770], abs=1e-6)
+BY_HAND = {
+    "sigmoid": [SOFT[1.0], SOFT[0.5]],
+    # lengths 2 and 3: 0.5 / 2 + 0.5 / 3 = 5 / 12; one token each: as sigmoid
+    "sigmoid_norm": [math.log1p(math.exp(-5 / 12)), SOFT[0.5]],
+    "hinge": [0.0, 0.5],
+    # log-ratios per token 1/2 + 1/3 and -1 + 2, less 1 / (2 beta) = 1, squared
+    "ipo": [(5 / 6 - 1) ** 2, 0.0],
+    "nca_pair": [1.5 * SOFT[0.5] + 0.5 * SOFT[-0.5], SOFT[-0.5] + 0.5 * (SOFT[0.5] + SOFT[1.0])],
+    # 1 / (2 beta) = 1: (1 - 1)² + (-1 + 1)² and (-1 - 1)² + (-2 + 1)²
+    "sppo_hard": [0.0, 5.0],
+    "apo_zero": [2 * SIGMOID[-0.5], SIGMOID[0.5] + SIGMOID[-1.0]],
+    "apo_down": [SIGMOID[0.5] + SIGMOID[-1.0], 2 * SIGMOID[-0.5]],
+    # the gate sigmoid(margin / 0.05) is all but open: 1 - 2e-9 and 1 - 4.5398e-5
+    "discopop": [math.exp(-1), math.exp(-0.5) * (1 - 4.5398e-5) + SOFT[0.5] * 4.5398e-5],
+}
+BY_HAND_SMOOTHED = {  # label_smoothing 0.1
+    "sigmoid": [0.9 * SOFT[1.0] + 0.1 * SOFT[-1.0], 0.9 * SOFT[0.5] + 0.1 * SOFT[-0.5]],
+    "robust": [
+        (0.9 * SOFT[1.0] - 0.1 * SOFT[-1.0]) / 0.8,
+        (0.9 * SOFT[0.5] - 0.1 * SOFT[-0.5]) / 0.8,
+    ],
+    # KL from (sigmoid(m), sigmoid(-m)) to (0.9, 0.1)
+    "exo_pair": [
+        p * math.log(p / 0.9) + (1 - p) * math.log((1 - p) / 0.1)
+        for p in (SIGMOID[1.0], SIGMOID[0.5])
+    ],
+}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_loss_by_hand(loss_type):
+    for table, label_smoothing in ((BY_HAND, 0.0), (BY_HAND_SMOOTHED, 0.1)):
+        if loss_type in table:
+            loss_B = loss_of(TOKEN_LOGPS, loss_type, label_smoothing=label_smoothing).loss_B
+            assert loss_B.tolist() == pytest.approx(table[loss_type], abs=2e-6)
+    assert loss_type in {**BY_HAND, **BY_HAND_SMOOTHED}
 
 
 def test_gradient_by_hand():
     # d loss / d token = -beta * sigmoid(-margin) for a chosen token, the opposite for a rejected
     token_logps = torch.tensor(TOKEN_LOGPS, requires_grad=True)
     loss_of(token_logps).loss_B.sum().backward()
-    slopes = [BETA * sigmoid(-margin) for margin in MARGINS]
+    slopes = [BETA * SIGMOID[-margin] for margin in MARGINS]
     expected = [-slopes[0]] * 2 + [-slopes[1]] + [slopes[0]] * 3 + [slopes[1]]
     assert token_logps.grad.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_at_the_reference_the_loss_is_ln_2():
+@pytest.mark.parametrize(
+    ("divergence", "score"),
+    [
+        ("forward_kl", lambda x: 1 - math.exp(-x)),
+        ("js_divergence", lambda x: math.log(2 / (1 + math.exp(-x)))),
+        ("alpha_divergence", lambda x: 2 * (1 - math.exp(-x / 2))),  # alpha = 0.5
+    ],
+)
+def test_an_f_divergence_by_hand(divergence, score):
+    margins = [BETA * (score(1) - score(-1)), BETA * (score(-1) - score(-2))]
+    expected = [math.log1p(math.exp(-margin)) for margin in margins]
+    loss_B = loss_of(TOKEN_LOGPS, f_divergence_type=divergence).loss_B
+    assert loss_B.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_alpha_divergence_meets_its_neighbours():
+    settings = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.0}
+    forward = loss_of(TOKEN_LOGPS, f_divergence_type="forward_kl").loss_B
+    assert loss_of(TOKEN_LOGPS, **settings).loss_B.tolist() == forward.tolist()
+    for alpha in (1.0, 1 + 1e-5):  # the limit itself, and close to it
+        loss_B = loss_of(TOKEN_LOGPS, **settings | {"f_alpha_divergence_coef": alpha}).loss_B
+        assert loss_B.tolist() == pytest.approx(BY_HAND["sigmoid"], abs=1e-5)
+
+
+def test_a_mix_is_the_weighted_sum():
+    mix = ("hinge", "sppo_hard", "sigmoid")
+    loss_B = loss_of(TOKEN_LOGPS, *mix, loss_weights=(2.0, 0.5, -1.0)).loss_B
+    expected = [2 * 0.0 + 0.5 * 0.0 - SOFT[1.0], 2 * 0.5 + 0.5 * 5.0 - SOFT[0.5]]
+    assert loss_B.tolist() == pytest.approx(expected, abs=1e-6)
+    unweighted = loss_of(TOKEN_LOGPS, *mix).loss_B
+    assert unweighted.tolist() == pytest.approx([SOFT[1.0], 5.5 + SOFT[0.5]], abs=1e-6)
+
+
+def test_ld_alpha_weighs_what_is_longer_than_the_other():
+    # rejected 0 has one token, -1.0, more than chosen 0; its sum is -1.0 + 0.25 * -1.0
+    token_logps = torch.tensor(TOKEN_LOGPS, requires_grad=True)
+    losses = loss_of(token_logps, ld_alpha=0.25)
+    assert losses.logps_S.tolist() == [-1.5, -2.0, -1.25, -3.0]
+    assert completion_logps(token_logps, CU_SEQLENS, 0.25).tolist() == [-1.5, -2.0, -1.25, -3.0]
+    margin = BETA * (1.0 - -0.25)
+    assert losses.loss_B[0].item() == pytest.approx(math.log1p(math.exp(-margin)))
+    losses.loss_B[0].backward()
+    slope = BETA / (1 + math.exp(margin))
+    expected = [-slope, -slope, 0, slope, slope, 0.25 * slope, 0]
+    assert token_logps.grad.tolist() == pytest.approx(expected)
+
+
+def test_at_the_reference_the_sigmoid_loss_is_ln_2():
     token_logps = torch.tensor(TOKEN_LOGPS)
     logps_S = completion_logps(token_logps, CU_SEQLENS)
-    losses = sigmoid_loss(token_logps, CU_SEQLENS, logps_S, beta=0.1)
+    losses = pair_loss(token_logps, CU_SEQLENS, logps_S, beta=0.1)
     assert losses.loss_B.tolist() == pytest.approx([math.log(2)] * 2)

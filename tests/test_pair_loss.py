@@ -1,85 +1,178 @@
+"""The kernel against its twin in float64, and the twin against finite differences."""
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numerics import assert_as_accurate
+from test_linear_logps import Watch
 
 from fastdpo.kernels import reference
-from fastdpo.kernels.pair_loss import BLOCK_C, pair_loss
+from fastdpo.kernels.pair_loss import BLOCK_C, F_DIVERGENCES, LOSS_TYPES, pair_loss
 
 LENGTHS = {
     "one-token-each": [1, 1],
     "exactly-one-block": [BLOCK_C, 3],
     "ragged-last-block": [BLOCK_C + 1, 2, 5, 2 * BLOCK_C - 1],
     "an-empty-completion": [0, 3, 2, 0],
+    "two-empty-completions": [0, 3, 0, 2],
     "no-pair": [],
 }
+SETTINGS = {"beta": 0.3, "label_smoothing": 0.1, "discopop_tau": 0.4}
+FUNCTIONS = {"kernel": pair_loss, "reference": reference.pair_loss}
+# what may be left of a gradient that autograd makes from a difference of two ones
+LEFT_OVER = {pair_loss: 1e-12, reference.pair_loss: 1e-7}
 
 
 def inputs(lengths, device, dtype=torch.float32):
     random = torch.Generator().manual_seed(0)
     token_logps_C = -torch.rand(sum(lengths), generator=random)
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    reference_logps_S = -torch.rand(len(lengths), generator=random) * 3
+    # log-ratios of a few nats, either way, whatever the length
+    logps_S = torch.segment_reduce(token_logps_C, "sum", offsets=ends.long(), unsafe=True)
+    reference_logps_S = logps_S + 4 * torch.rand(len(lengths), generator=random) - 2
     return token_logps_C.to(device, dtype), ends.to(device), reference_logps_S.to(device, dtype)
 
 
-def run(function, lengths, device, dtype, **settings):
+def run(function, lengths, device, dtype, **changed):
     token_logps_C, cu_seqlens, reference_logps_S = inputs(lengths, device, dtype)
     token_logps_C.requires_grad_()
-    loss_B, logps_S, rewards_S = function(token_logps_C, cu_seqlens, reference_logps_S, **settings)
+    loss_B, metrics_MB = function(
+        token_logps_C, cu_seqlens, reference_logps_S, **{**SETTINGS, **changed}
+    )
     weights_B = torch.arange(1.0, len(loss_B) + 1, device=device, dtype=dtype)
     (loss_B * weights_B).sum().backward()
-    return loss_B.detach(), logps_S, rewards_S, token_logps_C.grad
+    return loss_B.detach(), metrics_MB, token_logps_C.grad
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-def test_value_and_gradient_are_as_accurate_as_pytorch(lengths, label_smoothing, device):
-    settings = {"beta": 0.3, "label_smoothing": label_smoothing}
-    ours = run(pair_loss, lengths, device, torch.float32, **settings)
-    same = run(reference.pair_loss, lengths, device, torch.float32, **settings)
-    truth = run(reference.pair_loss, lengths, device, torch.float64, **settings)
+def assert_kernel_as_accurate(lengths, device, **changed):
+    ours = run(pair_loss, lengths, device, torch.float32, **changed)
+    same = run(reference.pair_loss, lengths, device, torch.float32, **changed)
+    truth = run(reference.pair_loss, lengths, device, torch.float64, **changed)
     for kernel, torch_own, exact in zip(ours, same, truth, strict=True):
+        assert kernel.shape == exact.shape and not kernel.requires_grad
         assert_as_accurate(kernel, torch_own, exact)
 
 
-@pytest.mark.parametrize("reward", [0.0, 40.0, -40.0, 1e4, -1e4])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_extreme_margins_neither_overflow_nor_vanish(reward, label_smoothing, device):
-    def measure(function, dtype):
-        token_logps_C = torch.tensor([reward, 0.0], device=device, dtype=dtype).requires_grad_()
-        loss_B, _, _ = function(
-            token_logps_C,
-            torch.tensor([0, 1, 2], dtype=torch.int32, device=device),
-            torch.zeros(2, device=device, dtype=dtype),
-            beta=1.0,
-            label_smoothing=label_smoothing,
+@pytest.mark.parametrize("f_divergence_type", F_DIVERGENCES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_loss_is_as_accurate_as_pytorch(loss_type, f_divergence_type, device):
+    assert_kernel_as_accurate(
+        [3, 1, 7, 2],
+        device,
+        loss_type=(loss_type,),
+        f_divergence_type=f_divergence_type,
+    )
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("ld_alpha", [None, 0.0, 0.3])
+def test_every_shape_is_as_accurate_as_pytorch(lengths, ld_alpha, device):
+    mix = {"loss_type": ("sigmoid", "ipo"), "loss_weights": (1.0, 0.25)}
+    assert_kernel_as_accurate(lengths, device, ld_alpha=ld_alpha, **mix)
+
+
+def test_the_kernel_knows_the_losses_that_the_reference_knows():
+    assert tuple(reference.LOSSES) == LOSS_TYPES
+    assert tuple(reference.SCORES) == F_DIVERGENCES
+
+
+@given(
+    lengths=st.lists(st.tuples(*[st.integers(0, 5)] * 2), min_size=1, max_size=4),
+    loss_types=st.lists(st.sampled_from(LOSS_TYPES), min_size=1, max_size=3),
+    f_divergence_type=st.sampled_from(F_DIVERGENCES),
+    alpha=st.sampled_from([-0.5, 0.0, 0.5, 1.0, 2.0]),
+    ld_alpha=st.sampled_from([None, 0.0, 0.7, 1.0]),
+)
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_kernel_and_reference_agree(lengths, loss_types, f_divergence_type, alpha, ld_alpha):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lengths = [length for side in zip(*lengths, strict=True) for length in side]
+    changed = {
+        "loss_type": tuple(loss_types),
+        "loss_weights": tuple(0.5 + i for i in range(len(loss_types))),
+        "f_divergence_type": f_divergence_type,
+        "f_alpha_divergence_coef": alpha,
+        "ld_alpha": ld_alpha,
+    }
+    ours = run(pair_loss, lengths, device, torch.float32, **changed)
+    truth = run(reference.pair_loss, lengths, device, torch.float64, **changed)
+    for kernel, exact in zip(ours, truth, strict=True):
+        scale = exact.abs().max().item() if exact.numel() else 0.0
+        torch.testing.assert_close(kernel, exact.float(), rtol=1e-5, atol=3e-6 * (1 + scale))
+
+
+def of_two_tokens(function, chosen, rejected, dtype, device, **changed):
+    """Loss and gradient of one pair whose log-ratios are these."""
+    token_logps_C = torch.tensor([chosen, rejected], device=device, dtype=dtype).requires_grad_()
+    loss_B, _ = function(
+        token_logps_C,
+        torch.tensor([0, 1, 2], dtype=torch.int32, device=device),
+        torch.zeros(2, device=device, dtype=dtype),
+        **{**SETTINGS, "beta": 1.0, **changed},
+    )
+    loss_B.sum().backward()
+    return loss_B.detach(), token_logps_C.grad
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("logratio", [0.0, 20.0, -20.0, 95.0, -95.0, 1e4, -1e4])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_extreme_margins_neither_overflow_nor_vanish(loss_type, logratio, function, device):
+    for chosen, rejected in ((logratio, 0.0), (0.0, logratio)):
+        pair = (chosen, rejected)
+        ours = of_two_tokens(function, *pair, torch.float32, device, loss_type=(loss_type,))
+        truth = of_two_tokens(
+            reference.pair_loss, *pair, torch.float64, device, loss_type=(loss_type,)
         )
-        loss_B.sum().backward()
-        return loss_B.detach(), token_logps_C.grad
-
-    for ours, truth in zip(
-        measure(pair_loss, torch.float32), measure(reference.pair_loss, torch.float64), strict=True
-    ):
-        torch.testing.assert_close(ours, truth.float(), rtol=1e-5, atol=1e-12)
+        for value, exact in zip(ours, truth, strict=True):
+            torch.testing.assert_close(value, exact.float(), rtol=1e-5, atol=LEFT_OVER[function])
 
 
-def test_rewards_and_sums_carry_no_gradient(device):
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("logratio", [60.0, -60.0, 1e4, -1e4])
+@pytest.mark.parametrize("f_divergence_type", F_DIVERGENCES)
+def test_extreme_scores_stay_finite(f_divergence_type, logratio, function, device):
+    settings = {"f_divergence_type": f_divergence_type}
+    ours = of_two_tokens(function, logratio, 0.0, torch.float32, device, **settings)
+    truth = of_two_tokens(reference.pair_loss, logratio, 0.0, torch.float64, device, **settings)
+    for value, exact in zip(ours, truth, strict=True):
+        assert value.isfinite().all()
+        # exp(80) from an exponent rounded to float32: 80 times its rounding
+        torch.testing.assert_close(value, exact.float(), rtol=3e-5, atol=LEFT_OVER[function])
+
+
+def test_metrics_carry_no_gradient(device):
     token_logps_C, cu_seqlens, reference_logps_S = inputs([2, 3], device)
-    for function in (pair_loss, reference.pair_loss):
-        loss_B, logps_S, rewards_S = function(
+    for function in FUNCTIONS.values():
+        loss_B, metrics_MB = function(
             token_logps_C.requires_grad_(), cu_seqlens, reference_logps_S, beta=0.1
         )
-        assert loss_B.requires_grad and not logps_S.requires_grad and not rewards_S.requires_grad
+        assert loss_B.requires_grad and not metrics_MB.requires_grad
 
 
-def test_gradcheck_of_the_specification():
+@pytest.mark.parametrize("f_divergence_type", F_DIVERGENCES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_gradcheck_of_the_specification(loss_type, f_divergence_type):
     token_logps_C, cu_seqlens, reference_logps_S = inputs([3, 1, 2, 4], "cpu", torch.float64)
+    changed = {"loss_type": (loss_type,), "f_divergence_type": f_divergence_type, "ld_alpha": 0.4}
     assert torch.autograd.gradcheck(
-        lambda x: reference.pair_loss(
-            x, cu_seqlens, reference_logps_S, beta=0.5, label_smoothing=0.1
-        )[0],
+        lambda x: reference.pair_loss(x, cu_seqlens, reference_logps_S, **SETTINGS | changed)[0],
         token_logps_C.requires_grad_(),
     )
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.5])
+def test_nothing_waits_for_the_device(ld_alpha):
+    with Watch():
+        run(
+            reference.pair_loss,
+            [3, 0, 2, 4],
+            "cpu",
+            torch.float32,
+            loss_type=LOSS_TYPES,
+            ld_alpha=ld_alpha,
+        )
 
 
 @pytest.mark.parametrize(
@@ -97,3 +190,17 @@ def test_inputs_that_do_not_fit_are_refused(position, wrong, message):
     arguments[position] = wrong
     with pytest.raises(ValueError, match=message):
         pair_loss(*arguments, beta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"loss_type": ("aot",)}, "aot"),
+        ({"loss_type": ("ipo", "hinge"), "loss_weights": (1.0,)}, "a weight for each"),
+        ({"f_divergence_type": "backward_kl"}, "backward_kl"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changed, message):
+    arguments = [torch.zeros(5), torch.tensor([0, 2, 5], dtype=torch.int32), torch.zeros(2)]
+    with pytest.raises(ValueError, match=message):
+        pair_loss(*arguments, beta=0.1, **changed)

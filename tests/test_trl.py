@@ -9,20 +9,45 @@ import fastdpo
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (extra: bench)")
 
+LOSSES = {
+    "sigmoid_norm": {"loss_type": "sigmoid_norm"},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
+    "hinge": {"loss_type": "hinge"},
+    "ipo": {"loss_type": "ipo"},
+    "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 1e-3},
+    "nca_pair": {"loss_type": "nca_pair"},
+    "sppo_hard": {"loss_type": "sppo_hard"},
+    "apo_zero": {"loss_type": "apo_zero"},
+    "apo_down": {"loss_type": "apo_down"},
+    "discopop": {"loss_type": "discopop"},
+    "mix": {"loss_type": ["sigmoid", "ipo", "apo_zero"], "loss_weights": [0.8, 0.01, -0.3]},
+    "forward_kl": {"f_divergence_type": "forward_kl"},
+    "js_divergence": {"f_divergence_type": "js_divergence", "loss_type": "hinge"},
+    "alpha_divergence": {
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 0.3,
+        "loss_type": "sigmoid_norm",
+    },
+    "ld_alpha": {"ld_alpha": 0.4},
+    "ld_alpha-precomputed": {"ld_alpha": 0.4, "precompute_ref_log_probs": True},
+}
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_changing_the_import_changes_no_logged_number(tmp_path, adapters):
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
     tokenizer = tiny.tokenizer()
-    tiny.model("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    tiny.model("llama", len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
 
+
+def assert_logs_alike(model, tmp_path, lora=None, **settings):
     def run(library):
-        lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
         trainer = library.DPOTrainer(
-            model=str(tmp_path / "model"),
+            model=model,
             args=library.DPOConfig(
                 output_dir=tmp_path / library.__name__,
-                max_steps=6,
                 per_device_train_batch_size=4,
                 learning_rate=1e-3,
                 logging_steps=1,
@@ -30,9 +55,10 @@ def test_changing_the_import_changes_no_logged_number(tmp_path, adapters):
                 report_to="none",
                 bf16=False,
                 use_cpu=True,
+                **settings,
             ),
             train_dataset=Dataset.from_list(tiny.rows()),
-            peft_config=lora if adapters else None,
+            peft_config=lora,
         )
         trainer.train()
         return [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -41,3 +67,14 @@ def test_changing_the_import_changes_no_logged_number(tmp_path, adapters):
         assert set(theirs) == set(ours)
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_changing_the_import_changes_no_logged_number(model, tmp_path, adapters):
+    lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if adapters else None
+    assert_logs_alike(model, tmp_path, lora, max_steps=6)
+
+
+@pytest.mark.parametrize("settings", LOSSES.values(), ids=LOSSES)
+def test_every_loss_logs_the_numbers_of_trl(model, tmp_path, settings):
+    assert_logs_alike(model, tmp_path, max_steps=3, **settings)

@@ -1,0 +1,234 @@
+"""Attention along a Tree, for every model that asks transformers' attention interface for one.
+
+`attend_along_trees` registers it under a name of its own and lets a model ask for that name. A
+forward that passes `tree=` then attends along it; any other attends as the model did before.
+
+    by segments     scaled_dot_product_attention for each trunk and each branch; any device
+    varlen          two launches of variable-length flash attention; CUDA, 16-bit
+
+A branch's queries see gathered keys, its trunk's beginning and then itself, aligned at the bottom
+right; autograd of the gather adds the beginning's gradients up.
+"""
+
+import functools
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastdpo.tree import Tree
+
+PREFIX = "fastdpo_"
+HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)  # they grew with torch
+
+
+def attend_along_trees(causal_lm: PreTrainedModel) -> None:
+    """Let `causal_lm` attend along a Tree where its forward is given one, else as it does now."""
+    native = causal_lm.config.get_text_config()._attn_implementation
+    if native.startswith(PREFIX):
+        return
+    name = PREFIX + native
+    AttentionInterface.register(name, functools.partial(tree_attention, native=native))
+    # where there is no tree, its masks are made as before
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[native])
+    causal_lm.set_attn_implementation(name)
+
+
+def attend_as_before(causal_lm: PreTrainedModel) -> None:
+    """Undo attend_along_trees."""
+    name = causal_lm.config.get_text_config()._attn_implementation
+    causal_lm.set_attn_implementation(name.removeprefix(PREFIX))
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    native: str,
+    **settings: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers' attention functions return: (1, T, H, K), and no weights.
+
+    query: (1, H, T, K); key, value: (1, G, T, K); settings: tree, scaling, dropout, sliding_window
+    and softcap, and whatever else a model passes. ValueError for attention that a Tree does not
+    describe: sinks, biases by position, two directions.
+    """
+    if settings.get("tree") is None:
+        attend = _native(module, native)
+        return attend(module, query, key, value, attention_mask, **settings)
+    for name in ("s_aux", "position_bias"):
+        if settings.get(name) is not None:
+            raise ValueError(f"want attention by dot products alone, got {name}")
+    if not settings.get("is_causal", getattr(module, "is_causal", True)):
+        raise ValueError("want causal attention, got attention in both directions")
+    scaling = settings.get("scaling")
+    output = _along_tree(
+        query,
+        key,
+        value,
+        settings["tree"],
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=settings.get("dropout") or 0.0,
+        window=settings.get("sliding_window"),
+        softcap=settings.get("softcap"),
+    )
+    return output, None
+
+
+def _native(module: nn.Module, name: str) -> Callable:
+    if name == "eager":  # a function of each modelling file, registered nowhere
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+@torch.compiler.disable  # each batch has lengths of its own: compiled, it would be so every time
+def _along_tree(query, key, value, tree: Tree, *, scale, dropout, window, softcap) -> Tensor:
+    varlen = _varlen_kernel(query, window, softcap, dropout)
+    settings = {"scale": scale, "window": window, "softcap": softcap, "dropout": dropout}
+    return (_by_segments if varlen is None else varlen)(query, key, value, tree, **settings)
+
+
+def _varlen_kernel(query: Tensor, window, softcap, dropout) -> Callable | None:
+    """The variable-length kernel that can run this attention, None for none."""
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    if not (query.is_cuda and is_half and query.shape[-1] <= 256):
+        return None
+    if HAS_FLASH_ATTN:
+        return functools.partial(_by_varlen, kernel=_flash_attn)
+    if softcap is None and not dropout and (window is None or "window_size" in VARLEN_ARGUMENTS):
+        return functools.partial(_by_varlen, kernel=_torch_varlen)
+    return None
+
+
+# By segments
+
+
+def _by_segments(query, key, value, tree: Tree, **settings) -> Tensor:
+    """Each trunk and each branch by itself; (1, T, H, K)."""
+    lengths = [s.stop - s.start for s in (*tree.trunks, *tree.branches)]
+    # one split and one cat: a slice's backward writes zeros for all that it left out
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    trunk_at = {trunk.start: i for i, trunk in enumerate(tree.trunks)}
+    outputs = []
+    for i, segment in enumerate((*tree.trunks, *tree.branches)):
+        seen_key, seen_value = keys[i], values[i]
+        if i >= len(tree.trunks):
+            t = trunk_at[segment.trunk_start]
+            seen_key, seen_value = (
+                torch.cat([x[t][:, :, : segment.shared], x[i]], dim=2) for x in (keys, values)
+            )
+        outputs.append(_attend(queries[i], seen_key, seen_value, **settings).transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def _attend(query, key, value, *, scale, window, softcap, dropout) -> Tensor:
+    """Causal attention of (1, H, n, K) queries that are the last n of their keys; as query."""
+    n, seen = query.shape[2], key.shape[2]
+    if softcap is not None:
+        mask = _causal_mask(n, seen, window, query.device)
+        return _softcapped(query, key, value, mask, scale, softcap, dropout)
+    is_causal = n == seen and (window is None or window >= seen)
+    mask = None if is_causal else _causal_mask(n, seen, window, query.device)
+    if query.is_cuda and mask is not None:  # grouped heads and a mask: only the slowest kernel
+        key, value = _ungrouped(query, key, value)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _causal_mask(n: int, seen: int, window: int | None, device: torch.device) -> Tensor:
+    """(n, seen), True where the last n of `seen` positions look: back to `window`, themselves in"""
+    mask = torch.ones(n, seen, dtype=torch.bool, device=device).tril_(seen - n)
+    return mask if window is None else mask.triu_(seen - n - window + 1)
+
+
+def _ungrouped(query, key, value) -> tuple[Tensor, Tensor]:
+    """A key and a value head for every query head."""
+    times = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+
+
+def _softcapped(query, key, value, mask, scale, softcap, dropout) -> Tensor:
+    """As Gemma 2's own: scores capped by tanh, softmax in float32."""
+    key, value = _ungrouped(query, key, value)
+    scores = softcap * torch.tanh(query @ key.mT * (scale / softcap))
+    scores = scores.masked_fill(~mask, -float("inf"))
+    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32))
+    return F.dropout(weights.to(query.dtype), dropout) @ value
+
+
+# By variable-length kernels
+
+
+def _by_varlen(query, key, value, tree: Tree, *, kernel, window, **settings) -> Tensor:
+    """Trunks where they stand, branches over gathered keys; (1, T, H, K)."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, K)
+    settings["window_size"] = (-1 if window is None else window - 1, 0)
+    T = tree.trunks[-1].stop
+    longest = max(t.stop - t.start for t in tree.trunks)
+    cu, lengths = (tree.cu_trunks, tree.cu_trunks), (longest, longest)
+    output = kernel(query[:T], key[:T], value[:T], *cu, *lengths, **settings)
+    if tree.branches:
+        cu = (tree.cu_branches, tree.cu_keys)
+        lengths = (
+            max(b.stop - b.start for b in tree.branches),
+            max(b.shared + b.stop - b.start for b in tree.branches),
+        )
+        seen_key, seen_value = (x.index_select(0, tree.key_rows) for x in (key, value))
+        branches = kernel(query[T:], seen_key, seen_value, *cu, *lengths, **settings)
+        output = torch.cat([output, branches])
+    return output[None]
+
+
+def _torch_varlen(query, key, value, *bounds, scale, window_size, softcap, dropout) -> Tensor:
+    """torch's own; what its version does not take yet is done beside it."""
+    settings = {}
+    if "scale" in VARLEN_ARGUMENTS:
+        settings["scale"] = scale
+    else:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    if "window_size" in VARLEN_ARGUMENTS:
+        settings["window_size"] = window_size
+    else:
+        settings["is_causal"] = True
+    if "enable_gqa" in VARLEN_ARGUMENTS:
+        settings["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:
+        key, value = _ungrouped(query, key, value)
+    return varlen_attn(query, key, value, *bounds, **settings)
+
+
+def _flash_attn(query, key, value, *bounds, scale, window_size, softcap, dropout) -> Tensor:
+    """The flash-attn package's: it has soft-capping and dropout."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        *bounds,
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=True,
+        window_size=window_size,
+        softcap=softcap or 0.0,
+    )

@@ -1,0 +1,305 @@
+"""Tokenised pairs -> the inputs of one forward, as PairBatch.from_inputs reads them.
+
+    PaddedCollator                  a sequence a row, padded on the right
+    PackedCollator(share=False)     sequences end to end in one row, no padding
+    PackedCollator(share=True)      the same, and what sequences begin with alike stands once
+
+Rows hold prompt_ids, chosen_ids and rejected_ids (ints, a list or an array) and, where the
+reference has scored them, ref_chosen_logps and ref_rejected_logps. Of B rows become S = 2B
+sequences, prompt + completion, chosen 0..B-1, then rejected. Each is cut to max_length, at its end
+(keep_start) or at its beginning (keep_end).
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import ndarray
+
+from fastdpo.batch import TokensRun, scored_positions
+from fastdpo.tree import Branch, Tree, Trunk
+
+Row = Mapping[str, Any]
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cut:
+    """How a sequence that is too long is cut; max_length None: not at all."""
+
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+
+    def __call__(self, prompt: ndarray, completion: ndarray) -> tuple[ndarray, ndarray]:
+        """What is left of a prompt and of its completion."""
+        if self.max_length is None:
+            return prompt, completion
+        if self.truncation_mode == "keep_start":
+            prompt = prompt[: self.max_length]
+            return prompt, completion[: self.max_length - len(prompt)]
+        completion = completion[max(0, len(completion) - self.max_length) :]
+        return prompt[max(0, len(prompt) + len(completion) - self.max_length) :], completion
+
+    def lengths(self, row: Row) -> tuple[int, int]:
+        """Of the chosen and the rejected sequence of `row`, cut."""
+        limit = self.max_length or sys.maxsize
+        prompt = len(row["prompt_ids"])
+        return (
+            min(limit, prompt + len(row["chosen_ids"])),
+            min(limit, prompt + len(row["rejected_ids"])),
+        )
+
+    def may_split_prompt(self, length: int) -> bool:
+        """Whether a sequence of this length may have lost some of its prompt."""
+        return self.truncation_mode == "keep_end" and length == self.max_length
+
+
+def _sequences(rows: Sequence[Row], cut: Cut) -> list[tuple[ndarray, ndarray]]:
+    """(prompt, completion) of S sequences."""
+    prompts = [np.asarray(row["prompt_ids"], np.int64) for row in rows]
+    return [
+        cut(prompt, np.asarray(row[side], np.int64))
+        for side in ("chosen_ids", "rejected_ids")
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+
+
+def _reference(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.tensor([float(row[name]) for row in rows])
+        for name in REFERENCE_COLUMNS
+        if name in rows[0]
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaddedCollator:
+    """Pads to the longest sequence, or to the next multiple of pad_to_multiple_of."""
+
+    pad_token_id: int
+    cut: Cut = field(default_factory=Cut)
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        sequences = _sequences(rows, self.cut)
+        width = self._width(max(len(prompt) + len(rest) for prompt, rest in sequences))
+        input_ids_SL = np.full((len(sequences), width), self.pad_token_id)
+        attention_mask_SL = np.zeros_like(input_ids_SL)
+        completion_mask_SL = np.zeros_like(input_ids_SL)
+        for s, (prompt, completion) in enumerate(sequences):
+            stop = len(prompt) + len(completion)
+            input_ids_SL[s, : len(prompt)] = prompt
+            input_ids_SL[s, len(prompt) : stop] = completion
+            attention_mask_SL[s, :stop] = 1
+            completion_mask_SL[s, len(prompt) : stop] = 1
+        input_ids, completion_mask = map(torch.from_numpy, (input_ids_SL, completion_mask_SL))
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.from_numpy(attention_mask_SL),
+            "completion_mask": completion_mask,
+            **scored_positions(input_ids, completion_mask),
+            **_reference(rows),
+            "tokens": TokensRun(input_ids_SL.size),
+        }
+
+    def tokens(self, groups: Sequence[Sequence[Row]]) -> int:
+        """Tokens in a forward of these rows, padding and all."""
+        lengths = [n for group in groups for row in group for n in self.cut.lengths(row)]
+        return len(lengths) * self._width(max(lengths))
+
+    def _width(self, longest: int) -> int:
+        multiple = self.pad_to_multiple_of or 1
+        return -(-longest // multiple) * multiple
+
+
+class _Group:
+    """Sequences that are laid out together: one prompt, and the completions that follow it."""
+
+    def __init__(self, prompt: ndarray):
+        self.prompt = prompt
+        self.completions: list[ndarray] = []  # no two alike
+        self.uses: list[int] = []  # how many sequences have each of them
+        self._places: dict[bytes, int] = {}
+
+    def add(self, completion: ndarray) -> int:
+        """The place of `completion` among this group's."""
+        place = self._places.setdefault(completion.tobytes(), len(self.completions))
+        if place == len(self.completions):
+            self.completions.append(completion)
+            self.uses.append(0)
+        self.uses[place] += 1
+        return place
+
+    def lay_out(self) -> None:
+        """Decide how long the shared beginning is and which completion continues the trunk."""
+        self.shared_completion = _common_prefix(self.completions)
+        self.shared = len(self.prompt) + self.shared_completion
+        lengths = map(len, self.completions)
+        # a completion that ends with the shared beginning has nothing to continue it with
+        self.first = next((i for i, n in enumerate(lengths) if n > self.shared_completion), 0)
+
+
+def _common_prefix(arrays: list[ndarray]) -> int:
+    """How many elements all arrays begin with alike."""
+    first, *others = arrays
+    length = len(first)
+    for other in others:
+        length = min(length, len(other))
+        differs = first[:length] != other[:length]
+        if differs.any():
+            length = int(differs.argmax())
+    return length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedCollator:
+    """Lays sequences end to end in one row; with `share`, those of one prompt as a tree."""
+
+    share: bool
+    cut: Cut = field(default_factory=Cut)
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        sequences = _sequences(rows, self.cut)
+        groups, members = self._groups(sequences)
+        row = _PackedRow(groups)
+        lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
+        return {
+            **row.inputs(),
+            **row.scored(members),
+            **_reference(rows),
+            "tokens": TokensRun(
+                run=row.size,
+                shared=sum(lengths) - row.size,
+                padding_avoided=len(lengths) * max(lengths) - sum(lengths),
+            ),
+        }
+
+    def tokens(self, groups: Sequence[Sequence[Row]]) -> int:
+        """Tokens in a forward of these groups of rows, each of one prompt, at the most: what else
+        completions have in common is not looked for."""
+        return sum(map(self._group_tokens, groups))
+
+    def _group_tokens(self, group: Sequence[Row]) -> int:
+        lengths = [n for row in group for n in self.cut.lengths(row)]
+        prompt = len(group[0]["prompt_ids"])
+        if not self.share or self.cut.may_split_prompt(max(lengths)):
+            return sum(lengths)
+        return prompt + sum(n - prompt for n in lengths)
+
+    def _groups(self, sequences) -> tuple[list[_Group], list[tuple[int, int]]]:
+        """Groups, and for each sequence its group and its completion's place there."""
+        groups: list[_Group] = []
+        members, places = [], {}
+        for s, (prompt, completion) in enumerate(sequences):
+            place = places.setdefault(prompt.tobytes() if self.share else s, len(groups))
+            if place == len(groups):
+                groups.append(_Group(prompt))
+            members.append((place, groups[place].add(completion)))
+        return groups, members
+
+
+class _PackedRow:
+    """Where everything stands: trunks first, the other branches of all groups behind them."""
+
+    def __init__(self, groups: list[_Group]):
+        self.groups = groups
+        self.trunks: list[Trunk] = []
+        self.branches: list[Branch] = []
+        self.starts: dict[tuple[int, int], int] = {}  # (group, completion) -> its rest's first row
+        self.size = 0
+        for g, group in enumerate(groups):
+            group.lay_out()
+            start = self._take(len(group.prompt) + len(group.completions[group.first]))
+            self.trunks.append(Trunk(start, self.size))
+            self.starts[g, group.first] = start + group.shared
+        for g, group in enumerate(groups):
+            for c, completion in enumerate(group.completions):
+                rest = len(completion) - group.shared_completion
+                if c != group.first:
+                    start = self.starts[g, c] = self._take(rest)
+                if c != group.first and rest:
+                    branch = Branch(start, self.size, self.trunks[g].start, group.shared)
+                    self.branches.append(branch)
+
+    def _take(self, length: int) -> int:
+        start, self.size = self.size, self.size + length
+        return start
+
+    def inputs(self) -> dict[str, Any]:
+        """Token ids, positions, how many sequences each token belongs to, and the tree."""
+        input_ids_T, position_ids_T, counts_T = (np.empty(self.size, np.int64) for _ in range(3))
+        for trunk, group in zip(self.trunks, self.groups, strict=True):
+            begin = trunk.start + len(group.prompt)
+            input_ids_T[trunk.start : begin] = group.prompt
+            position_ids_T[trunk.start : trunk.start + group.shared] = np.arange(group.shared)
+            input_ids_T[begin : trunk.start + group.shared] = group.completions[0][
+                : group.shared_completion
+            ]
+            counts_T[trunk.start : trunk.start + group.shared] = sum(group.uses)
+        for (g, c), start in self.starts.items():
+            group = self.groups[g]
+            rest = group.completions[c][group.shared_completion :]
+            rows = slice(start, start + len(rest))
+            input_ids_T[rows] = rest
+            position_ids_T[rows] = np.arange(group.shared, group.shared + len(rest))
+            counts_T[rows] = group.uses[c]
+        return {
+            "input_ids": torch.from_numpy(input_ids_T)[None],
+            "position_ids": torch.from_numpy(position_ids_T)[None],
+            "attention_mask": torch.from_numpy(counts_T)[None],
+            "tree": Tree.of(self.trunks, self.branches),
+        }
+
+    def scored(self, members: list[tuple[int, int]]) -> dict[str, Any]:
+        """Scored rows and labels, each once, and where each completion's tokens are among them."""
+        rows, labels, pieces = [], [], {}
+        size = 0
+        completion_rows, lengths = [], []
+        for g, c in members:
+            for piece in ((g, None), (g, c)):  # what the group's completions share, and the rest
+                if piece not in pieces:
+                    piece_rows, piece_labels = self._scored_piece(*piece)
+                    rows.append(piece_rows)
+                    labels.append(piece_labels)
+                    pieces[piece] = np.arange(size, size + len(piece_rows))
+                    size += len(piece_rows)
+                completion_rows.append(pieces[piece])
+            lengths.append(len(pieces[g, None]) + len(pieces[g, c]))
+        completion_rows_C = torch.from_numpy(np.concatenate(completion_rows))
+        inputs = {
+            "scored_rows": torch.from_numpy(np.concatenate(rows)),
+            "completion_labels": torch.from_numpy(np.concatenate(labels)),
+            "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        }
+        if len(completion_rows_C) != size:  # else every row is read once, in this very order
+            inputs["completion_rows"] = completion_rows_C
+        return inputs
+
+    def _scored_piece(self, g: int, c: int | None) -> tuple[ndarray, ndarray]:
+        """Rows that predict the shared beginning's completion tokens (c None) or c's rest, and
+        those tokens. A sequence's first token has no row that predicts it."""
+        group, trunk = self.groups[g], self.trunks[g]
+        if c is None:
+            labels = group.completions[0][: group.shared_completion]
+            rows = trunk.start + len(group.prompt) - 1 + np.arange(len(labels))
+            unpredicted = not len(group.prompt)
+        else:
+            labels = group.completions[c][group.shared_completion :]
+            rows = self.starts[g, c] - 1 + np.arange(len(labels))
+            rows[:1] = trunk.start + group.shared - 1
+            unpredicted = not group.shared
+        return (rows[1:], labels[1:]) if unpredicted else (rows, labels)
+
+
+def make_collator(
+    layout: str, cut: Cut, pad_token_id: int, pad_to_multiple_of: int | None
+) -> PaddedCollator | PackedCollator:
+    """The collator of a layout: padded, packed or shared."""
+    if layout == "padded":
+        return PaddedCollator(
+            pad_token_id=pad_token_id, cut=cut, pad_to_multiple_of=pad_to_multiple_of
+        )
+    return PackedCollator(share=layout == "shared", cut=cut)

@@ -1,0 +1,91 @@
+"""How a batch is laid out for the forward, and whether the model computes the same in it.
+
+    shared      each prompt once, its completions as branches, no padding
+    packed      whole sequences end to end, no padding
+    padded      a sequence a row: what every model runs
+
+`auto` is shared where the model can run it, else padded. What a model does besides attention along
+a tree shows in layout_check.py: one real pair is scored in the layout and padded.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from peft import PeftModel
+from torch import nn
+from transformers.utils import logging
+
+from fastdpo.attention import attend_along_trees, attend_as_before
+from fastdpo.model import causal_lm_of
+
+logger = logging.get_logger(__name__)
+
+LAYOUTS = ("shared", "packed", "padded")
+DESCRIPTIONS = {
+    "shared": "each prompt once with its completions as branches, no padding",
+    "packed": "whole sequences end to end, no padding",
+    "padded": "chosen and rejected in one padded forward",
+}
+# attention along a tree is all that these layers do across tokens
+LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+
+
+class Layout(NamedTuple):
+    """The layout of a run, and in a line what it is or why it is no better one."""
+
+    name: str
+    line: str
+
+
+def why_padded(model: nn.Module) -> str | None:
+    """Why `model` can run the padded layout alone; None if it may run any."""
+    causal_lm = causal_lm_of(model)
+    name, config = type(causal_lm).__name__, causal_lm.config.get_text_config()
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return f"{model.active_peft_config.peft_type.value} puts tokens of its own before each row"
+    if causal_lm.config.is_encoder_decoder:
+        return f"{name} is an encoder-decoder"
+    if causal_lm._is_stateful:
+        return f"{name} carries a state from token to token"
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
+    if others:
+        return f"{name} has layers of type {', '.join(others)}"
+    if not causal_lm._supports_attention_backend:
+        return f"{name} does not use transformers' attention interface"
+    if any(parameter.endswith(("sinks", "sink")) for parameter, _ in causal_lm.named_parameters()):
+        return f"{name} has attention sinks"
+    return None
+
+
+def choose_layout(
+    wanted: str,
+    models: Sequence[nn.Module],
+    probe: Callable[[nn.Module, str], str | None] | None,
+    *,
+    strict: bool,
+) -> Layout:
+    """The layout that all `models` run, and make those models ready for it.
+
+    wanted: "auto" or one of LAYOUTS. probe(model, layout): how the two layouts differ on a real
+    pair, None for not at all; None where the weights are not in one piece. ValueError where a
+    layout asked for by name cannot run, or, when `strict`, where the probe finds a difference.
+    """
+    if wanted == "padded":
+        return Layout("padded", DESCRIPTIONS["padded"])
+    name = "shared" if wanted == "auto" else wanted
+    reason = next(filter(None, map(why_padded, models)), None)
+    is_error = wanted != "auto"
+    if reason is None:
+        for model in models:
+            attend_along_trees(causal_lm_of(model))
+        differences = [probe(model, name) for model in models] if probe else []
+        reason = next(filter(None, differences), None)
+        is_error |= strict
+    if reason is None:
+        return Layout(name, DESCRIPTIONS[name])
+    for model in models:
+        attend_as_before(causal_lm_of(model))
+    if is_error:
+        raise ValueError(f"want layout={wanted!r} for a model that can run it: {reason}")
+    logger.warning(f"layout padded: {reason}")
+    return Layout("padded", f"{DESCRIPTIONS['padded']}: {reason}")

@@ -1,0 +1,95 @@
+"""Does a model compute the same in a packed layout as in the padded one? Asked of one real pair."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.batch import PairBatch
+from fastdpo.collate import Row
+from fastdpo.model import causal_lm_of, score
+
+Collator = Callable[[list[Row]], dict[str, Any]]
+LOOKED_AT = 32  # rows, of which the longest is scored: more of it lies beyond a sliding window
+# rms over tokens, in nats: this many roundings of the dtype that the layers compute in
+ROUNDINGS, LEAST_TOLERANCE = 12, 1e-3
+
+
+def longest_rows(rows: Iterable[Row]) -> list[Row]:
+    """The first few rows, the longest first."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    few = islice(rows, LOOKED_AT)
+    return sorted(few, key=lambda row: sum(len(row[name]) for name in names), reverse=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutCheck:
+    """One pair, its two layouts, and the autocast that the run has."""
+
+    row: Row
+    padded: Collator
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager]
+
+    @torch.no_grad()
+    def difference(self, model: nn.Module, collator: Collator) -> str | None:
+        """What `model` computes otherwise in `collator`'s layout than padded; None for nothing.
+
+        Two forwards of one pair; four, to find the layer, where they differ.
+        """
+        was_training = model.training
+        model.eval()
+        try:
+            batches = [self._batch(each) for each in (self.padded, collator)]
+            with self.autocast():
+                padded, packed = (score(model, batch).token_logps_C for batch in batches)
+            rms = (padded - packed).square().mean().sqrt().item()
+            if rms <= (tolerance := self._tolerance(model)):  # a NaN is no agreement
+                return None
+            where = self._where(model, batches)
+        except (TypeError, ValueError, RuntimeError) as error:
+            return f"{type(causal_lm_of(model)).__name__} cannot run it: {error}"
+        finally:
+            model.train(was_training)
+        return (
+            f"{type(causal_lm_of(model)).__name__} gives other log-probabilities than padded, "
+            f"{rms:.2g} nats a token (up to {tolerance:.2g} is rounding), from {where} on"
+        )
+
+    def _batch(self, collator: Collator) -> PairBatch:
+        inputs = collator([self.row]).items()
+        moved = {k: v.to(self.device) if hasattr(v, "to") else v for k, v in inputs}
+        return PairBatch.from_inputs(moved)
+
+    def _tolerance(self, model: nn.Module) -> float:
+        device = self.device.type
+        with self.autocast():
+            on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return max(LEAST_TOLERANCE, ROUNDINGS * torch.finfo(dtype if on else model.dtype).eps)
+
+    def _where(self, model: nn.Module, batches: list[PairBatch]) -> str:
+        """The first layer whose output differs, and its kind."""
+        with self.autocast():
+            padded, packed = (self._hidden_states(model, batch) for batch in batches)
+        config = causal_lm_of(model).config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or ["attention"] * len(padded)
+        far = 4 * self._tolerance(model)  # as a share of the hidden states
+        for layer, (ours, theirs) in enumerate(zip(packed, padded, strict=True)):
+            if not (ours - theirs).norm() <= far * theirs.norm():
+                return f"layer {layer - 1} ({kinds[layer - 1]})" if layer else "the embedding"
+        return "the head"
+
+    def _hidden_states(self, model: nn.Module, batch: PairBatch) -> list[Tensor]:
+        """Of the embedding and of each layer, at the rows that predict completion tokens."""
+        causal_lm = causal_lm_of(model)
+        outputs = causal_lm.base_model(
+            **batch.model_inputs, output_hidden_states=True, use_cache=False
+        )
+        rows = batch.scored_rows_R
+        if batch.completion_rows_C is not None:
+            rows = rows[batch.completion_rows_C]
+        return [hidden.flatten(0, 1)[rows].float() for hidden in outputs.hidden_states]

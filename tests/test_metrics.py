@@ -1,0 +1,57 @@
+"""What a run logs, from batches on the device to numbers on the host."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_linear_logps import Watch
+
+from fastdpo.losses import pair_loss
+from fastdpo.metrics import MetricSums, pair_metrics
+
+ONE_RANK = SimpleNamespace(reduce=lambda sums, how: sums)
+
+
+def measured(lengths, mean_logit):
+    """Metrics of one batch whose tokens all have log-probability -1 and this mean logit."""
+    token_logps_C = -torch.ones(sum(lengths))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    losses = pair_loss(token_logps_C, cu_seqlens, torch.zeros(len(lengths)), beta=0.5)
+    scored = SimpleNamespace(
+        entropy_C=torch.full_like(token_logps_C, 2.0),
+        mean_logit_C=torch.full_like(token_logps_C, mean_logit),
+        is_top1_C=torch.arange(sum(lengths)) % 2 == 0,
+    )
+    batch = SimpleNamespace(
+        num_pairs=len(lengths) // 2, cu_seqlens=cu_seqlens, labels_C=token_logps_C.long()
+    )
+    return pair_metrics(batch, scored, losses)
+
+
+def test_pairs_and_tokens_weigh_alike_however_they_are_batched():
+    sums = MetricSums()
+    sums.add(measured([4, 2], mean_logit=1.0))  # one pair
+    sums.add(measured([1, 2, 3, 2], mean_logit=2.0))  # two pairs
+    sums.add({("aux_loss",): (torch.tensor(3.0), 1)})
+    metrics = sums.read(ONE_RANK)
+    assert metrics == {
+        "rewards/chosen": pytest.approx(-0.5 * (4 + 1 + 2) / 3),
+        "rewards/rejected": pytest.approx(-0.5 * (2 + 3 + 2) / 3),
+        "rewards/margins": pytest.approx(0.0),
+        "rewards/accuracies": pytest.approx(1 / 3),  # 4 against 2, 1 against 3, 2 against 2
+        "logps/chosen": pytest.approx(-7 / 3),
+        "logps/rejected": pytest.approx(-7 / 3),
+        "entropy": 2.0,
+        "mean_token_accuracy": pytest.approx((2 + 2) / 7),
+        "logits/chosen": pytest.approx((4 * 1 + 3 * 2) / 7),
+        "logits/rejected": pytest.approx((2 * 1 + 5 * 2) / 7),
+        "aux_loss": 3.0,
+    }
+    assert sums.read(ONE_RANK) == {}
+
+
+def test_nothing_waits_for_the_device_before_the_read():
+    sums = MetricSums()
+    with Watch():
+        for _ in range(2):
+            sums.add(measured([4, 2], mean_logit=1.0))
