@@ -135,6 +135,8 @@ class DPOTrainer(PackTrainer):
         train_dataset = self._prepare(train_dataset, "train")
         if eval_dataset is not None:
             eval_dataset = self._prepare(eval_dataset, "eval")
+        # batches move to the GPU from pinned memory while the CPU goes on
+        args.accelerator_config.non_blocking = args.dataloader_pin_memory
         if isinstance(train_dataset, IterableDataset):
             args.accelerator_config.dispatch_batches = False  # ranks' batches differ in width
 
@@ -175,8 +177,12 @@ class DPOTrainer(PackTrainer):
         self.tokens = TokensRun()
         self._start_checked = False
         self.aux_loss_weight = aux_loss_weight(self.model, args.router_aux_loss_coef)
+        head_settings = {
+            "head_cache_bytes": args.head_cache_bytes,
+            "skip_below": args.head_skip_below,
+        }
+        attach_scorer(self.model, **head_settings)
         self.reference = self._choose_reference(ref_model)
-        attach_scorer(self.model)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # weights in one piece
             first = next(iter(train_dataset))
             check_head(self.model, (first["prompt_ids"] + first["chosen_ids"])[:32])
@@ -289,7 +295,6 @@ class DPOTrainer(PackTrainer):
         if isinstance(self.model, PeftModel):
             return AdaptersOff(self.model)
         if self.args.precompute_ref_log_probs:
-            attach_scorer(self.model)
             return FrozenModel(self.model, "the policy before training")
         return self._placed(frozen_copy(self.model), "a frozen copy of the policy")
 

@@ -431,3 +431,14 @@ def test_a_second_trainer_on_the_same_model_starts_where_the_first_ended(tmp_pat
     second = make_trainer(tmp_path, tokenizer, model=copy.deepcopy(first.model))
     second.train()
     assert logged(second)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_heads_cache_changes_no_number_and_its_filter_does(tmp_path, tokenizer):
+    def run(**settings):
+        trainer = make_trainer(tmp_path, tokenizer, max_steps=2, **settings)
+        trainer.train()
+        return logged(trainer, "grad_norm")
+
+    whole = run()
+    assert run(head_cache_bytes=0) == pytest.approx(whole, rel=1e-5)
+    assert run(head_skip_below=0.9)[0] != pytest.approx(whole[0], rel=1e-3)
