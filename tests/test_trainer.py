@@ -351,6 +351,14 @@ def test_a_collator_written_for_trl_trains_alike(tmp_path, tokenizer):
     assert logged(given) == pytest.approx(logged(plain), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"layout": "shared"}, {"max_tokens_per_forward": 100}], ids=str
+)
+def test_what_a_collator_of_ones_own_decides_is_not_asked_for(tmp_path, tokenizer, setting):
+    with pytest.raises(ValueError, match="with a data_collator of your own"):
+        make_trainer(tmp_path, tokenizer, data_collator=lambda rows: {}, **setting)
+
+
 def test_a_model_name_is_loaded_with_its_tokenizer(tmp_path, tokenizer):
     tiny.model("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
