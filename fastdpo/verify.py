@@ -24,8 +24,8 @@ from fastdpo.batch import PairBatch
 from fastdpo.collate import Row, make_collator
 from fastdpo.kernels import reference
 from fastdpo.layout import LAYOUTS, why_padded
-from fastdpo.losses import pair_loss
-from fastdpo.model import TOKEN_STATS, attach_scorer, causal_lm_of, score
+from fastdpo.losses import pair_loss, pair_weights
+from fastdpo.model import attach_scorer, causal_lm_of, score
 from fastdpo.subject import Subject
 
 SIDES = ("chosen", "rejected")
@@ -45,6 +45,15 @@ class Answer(NamedTuple):
     token_logps: list[Tensor]
     loss_B: Tensor
     gradients: dict[str, Tensor | None]
+
+
+class OwnTokens(NamedTuple):
+    """Of a completion's tokens, by the model's own forward: log-probabilities; the variance of
+    their logits; WPO's log sum of p². (C,) each, float32."""
+
+    logps_C: Tensor
+    variance_C: Tensor
+    log_sum_p2_C: Tensor
 
 
 class Plain(NamedTuple):
@@ -110,28 +119,33 @@ def plain_way(subject: Subject) -> Plain:
     offsets_B2 = torch.arange(2.0 * B).sin().view(B, 2) / subject.args.beta
     policy.zero_grad()
     for b in range(B):
-        sides, variances = zip(*(_own_logps(subject, b, side) for side in SIDES), strict=True)
-        token_logps_C = torch.cat(sides)
-        cu_seqlens = torch.tensor([0, len(sides[0]), len(token_logps_C)], dtype=torch.int32)
+        sides = [_own_tokens(subject, b, side) for side in SIDES]
+        token_logps_C = torch.cat([side.logps_C for side in sides])
+        lengths = [len(side.logps_C) for side in sides]
+        cu_seqlens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
         cu_seqlens = cu_seqlens.to(token_logps_C.device)
         logps_2 = reference.completion_logps(token_logps_C.detach(), cu_seqlens)
         reference_logps_2 = logps_2 - offsets_B2[b].to(logps_2)
         loss_1, _ = reference.pair_loss(token_logps_C, cu_seqlens, reference_logps_2, **settings)
-        (slope_C,) = torch.autograd.grad(loss_1.sum(), token_logps_C, retain_graph=True)
+        weight = torch.ones_like(loss_1)
+        if subject.args.use_weighting:
+            alignments_C = token_logps_C - torch.cat([side.log_sum_p2_C for side in sides])
+            weight = sum(side_C.mean() for side_C in alignments_C.split(lengths)).exp()
+        # a weight is no part of the gradient, but as far off as the tokens that it is made of
+        (slope_C,) = torch.autograd.grad((loss_1 * weight).sum(), token_logps_C, retain_graph=True)
+        loss_1 = loss_1 * weight.detach()
         (loss_1.sum() / B).backward()
-        token_logps += [side.detach() for side in sides]
+        token_logps += [side.logps_C.detach() for side in sides]
         losses.append(loss_1.detach())
         reference_logps.append(reference_logps_2)
         slopes.append(slope_C.norm())
-        variance_C += variances
+        variance_C += [side.variance_C for side in sides]
     answer = Answer(token_logps, torch.cat(losses), _take_gradients(subject))
     spread = torch.cat(variance_C).mean().sqrt().item()
     return Plain(answer, torch.stack(reference_logps), torch.stack(slopes), spread)
 
 
-def _own_logps(subject: Subject, b: int, side: str) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (C,) of a completion's tokens, and the variance (C,) of each one's logits;
-    float32."""
+def _own_tokens(subject: Subject, b: int, side: str) -> OwnTokens:
     pair = subject.pairs[b]
     prompt, completion = subject.cut(pair["prompt_ids"], pair[f"{side}_ids"])
     ids_L = torch.tensor(prompt + completion, device=subject.args.device)
@@ -140,14 +154,16 @@ def _own_logps(subject: Subject, b: int, side: str) -> tuple[Tensor, Tensor]:
         logits_LV = subject.policy(input_ids=ids_L[None], use_cache=False).logits[0]
     logits_CV = logits_LV[start - 1 : -1].float()
     labels_C = ids_L[start:].to(logits_CV.device)
-    logps_C = logits_CV.log_softmax(-1).gather(1, labels_C[:, None]).squeeze(1)
+    logps_CV = logits_CV.log_softmax(-1)
+    logps_C = logps_CV.gather(1, labels_C[:, None]).squeeze(1)
     if not (finite_C := logps_C.isfinite()).all():
         t = int(finite_C.int().argmin())
         raise ValueError(
             f"{subject.place(b, side, t)}: want finite numbers from the model's own forward, got "
             f"NaN or Inf, first in {_first_not_finite(subject, ids_L)}"
         )
-    return logps_C, logits_CV.detach().var(-1)
+    with torch.no_grad():
+        return OwnTokens(logps_C, logits_CV.var(-1), (2 * logps_CV).logsumexp(-1))
 
 
 @torch.no_grad()
@@ -183,13 +199,17 @@ def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Ans
             {k: v.to(args.device) if hasattr(v, "to") else v for k, v in inputs}
         )
         with subject.autocast():
-            scored = score(subject.policy, batch, stats=TOKEN_STATS)
+            scored = score(subject.policy, batch, stats=args.token_stats)
         loss_B = pair_loss(
             scored.token_logps_C,
             batch.cu_seqlens,
             reference_logps_B2[chunk].T.flatten(),  # chosen, then rejected
             **args.loss_settings,
         ).loss_B
+        if args.use_weighting:
+            loss_B = loss_B * pair_weights(
+                scored.token_logps_C, scored.log_sum_p2_C, batch.cu_seqlens
+            )
         (loss_B.sum() / B).backward()
         completions = scored.token_logps_C.detach().split(batch.cu_seqlens.diff().tolist())
         chosen, rejected = completions[: len(chunk)], completions[len(chunk) :]
@@ -217,8 +237,8 @@ def describe(subject: Subject, plain: Plain) -> str:
         f"pairs      {len(subject.pairs)}, from 0, with {tokens:,} completion tokens",
         f"tolerance  layers compute in {dtype}: a rounding is {eps:.1e}",
         f"  token      {logp:.1e} nats rms, {LARGEST} times that for one: {LOGP_ROUNDINGS} "
-        f"roundings, at least {LEAST_LOGP:g}, times the logits' standard deviation, "
-        f"{plain.spread:.2g}",
+        f"roundings, at least {LEAST_LOGP:g}, times the logits' standard deviation "
+        f"({plain.spread:.2g}, at least 1)",
         "  loss       what tokens that far off, each in its own direction, make of it",
         f"  gradient   {gradient:.1e} of a parameter's own: {GRADIENT_ROUNDINGS} roundings, "
         f"at least {LEAST_GRADIENT:g}",

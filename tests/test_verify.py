@@ -58,7 +58,11 @@ def what_differs(capsys):
 # A sound engine
 
 
-@pytest.mark.parametrize("more", [(), LORA, ("--bf16", "True")], ids=["full", "lora", "autocast"])
+@pytest.mark.parametrize(
+    "more",
+    [(), LORA, (*LORA[:2], "q_proj", "lm_head"), ("--bf16", "True")],
+    ids=["full", "lora", "lora-on-the-head", "autocast"],
+)
 @pytest.mark.parametrize("model", ["llama", "gemma2"])
 def test_every_layout_agrees(here, model, more, capsys):
     assert run(here, "--per_device_train_batch_size", "3", *more, model=model) == 0
@@ -79,6 +83,15 @@ def test_cut_pairs_agree(here, mode, capsys):
     # at 12 tokens keep_end leaves some completions without any prompt
     flags = ("--max_length", "12", "--truncation_mode", mode, "--loss_type", "ipo")
     assert run(here, *flags, "--max_pairs", "3") == 0
+
+
+def test_weighted_pairs_agree_and_a_wrong_weight_is_found(here, monkeypatch, capsys):
+    for dtype in ("bfloat16", "float32"):
+        assert run(here, "--use_weighting", "True", "--loss_type", "ipo", "--dtype", dtype) == 0
+    monkeypatch.setattr(verify, "pair_weights", lambda *tensors: 1.01)
+    capsys.readouterr()
+    assert run(here, "--use_weighting", "True", "--loss_type", "ipo") == 1
+    assert {what for _, what in what_differs(capsys)} == {"pair", "gradients"}
 
 
 def test_only_the_first_rows_are_looked_at(here, tmp_path, capsys):
