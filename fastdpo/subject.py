@@ -25,11 +25,12 @@ from fastdpo.policy import load_policy, load_tokenizer, make_ready, with_adapter
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """What is verified: a policy on its device, and a few tokenised pairs."""
+    """What is verified: a policy on its device, and the pairs among the first num_rows rows."""
 
     policy: nn.Module
     tokenizer: PreTrainedTokenizerBase
     pairs: list[Row]
+    num_rows: int
     args: DPOConfig
 
     @property
@@ -53,10 +54,12 @@ class Subject:
 
     def place(self, b: int, side: str, t: int) -> str:
         """A completion's t-th scored token, in words."""
-        pair = self.pairs[b]
-        prompt, completion = self.cut(pair["prompt_ids"], pair[f"{side}_ids"])
-        t += not prompt  # then the first token is not scored
-        return f"pair {b}, {side}, token {t} ({self.tokenizer.decode([completion[t]])!r})"
+        ids = self.pairs[b][f"{side}_ids"]
+        prompt, completion = self.cut(self.pairs[b]["prompt_ids"], ids)
+        if self.args.truncation_mode == "keep_end":
+            t += len(ids) - len(completion)
+        t += not prompt  # nothing predicts a sequence's first token
+        return f"pair {b}, {side}, token {t} ({self.tokenizer.decode([ids[t]])!r})"
 
 
 def load_subject(script_args, args: DPOConfig, model_args, dataset_args, max_pairs: int) -> Subject:
@@ -76,7 +79,7 @@ def load_subject(script_args, args: DPOConfig, model_args, dataset_args, max_pai
     tokenizer = load_tokenizer(
         None, name, revision=kwargs["revision"], trust_remote_code=args.trust_remote_code
     )
-    pairs, _ = prepare_pairs(
+    pairs, counts = prepare_pairs(
         Dataset.from_list(list(islice(rows, max_pairs))),
         tokenizer,
         max_length=args.max_length,
@@ -97,7 +100,9 @@ def load_subject(script_args, args: DPOConfig, model_args, dataset_args, max_pai
     if getattr(policy, "hf_device_map", None) is None:
         policy.to(args.device)
     policy.eval()
-    subject = Subject(policy=policy, tokenizer=tokenizer, pairs=list(pairs), args=args)
+    subject = Subject(
+        policy=policy, tokenizer=tokenizer, pairs=list(pairs), num_rows=counts.rows, args=args
+    )
     check_head_module(causal_lm_of(policy))
     _check_weights(subject)
     _check_token_ids(subject)

@@ -234,7 +234,8 @@ def describe(subject: Subject, plain: Plain) -> str:
     tokens = sum(map(len, plain.answer.token_logps))
     lines = (
         f"model      {type(causal_lm_of(policy)).__name__} in {policy.dtype}, {trained:,} trained",
-        f"pairs      {len(subject.pairs)}, from 0, with {tokens:,} completion tokens",
+        f"pairs      {len(subject.pairs)} of the first {subject.num_rows} rows, counted from 0, "
+        f"with {tokens:,} completion tokens",
         f"tolerance  layers compute in {dtype}: a rounding is {eps:.1e}",
         f"  token      {logp:.1e} nats rms, {LARGEST} times that for one: {LOGP_ROUNDINGS} "
         f"roundings, at least {LEAST_LOGP:g}, times the logits' standard deviation "
@@ -324,10 +325,10 @@ def _finding(
     place: Callable[[int], str],
     rms_allowed: float = math.inf,
 ) -> Finding:
-    """The one of N that is furthest off, measured by what it is allowed. A NaN is furthest."""
+    """The one of N that is furthest off, measured by what it is allowed."""
     allowed_N = torch.as_tensor(allowed, device=difference_N.device).expand_as(difference_N)
     rms = difference_N.square().mean().sqrt().item()
-    n = int((difference_N / allowed_N).nan_to_num(nan=math.inf).argmax())
+    n = int((difference_N / allowed_N).argmax())  # a NaN, where there is one
     largest, most = difference_N[n].item(), allowed_N[n].item()
     agrees = largest <= most and rms <= rms_allowed
     return Finding(layout, what, agrees, place(n), largest, rms, most)

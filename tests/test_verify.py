@@ -97,7 +97,15 @@ def test_weighted_pairs_agree_and_a_wrong_weight_is_found(here, monkeypatch, cap
 def test_only_the_first_rows_are_looked_at(here, tmp_path, capsys):
     write_rows(tmp_path / "rows.jsonl", tiny.rows(5))
     assert run(here, "--max_pairs", "2", rows=tmp_path / "rows.jsonl") == 0
-    assert "pairs      2, from 0" in capsys.readouterr().out
+    assert "pairs      2 of the first 2 rows" in capsys.readouterr().out
+
+
+def test_rows_left_out_are_not_counted_as_pairs(here, tmp_path, capsys):
+    rows = tiny.rows(4)
+    rows[1]["prompt"] *= 9  # alone longer than max_length
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert run(here, "--max_length", "40", rows=tmp_path / "rows.jsonl") == 0
+    assert "pairs      3 of the first 4 rows" in capsys.readouterr().out
 
 
 def test_a_named_layout_is_run_alone(here, capsys):
@@ -169,18 +177,47 @@ def test_a_head_off_by_a_scale_is_found(here, monkeypatch, capsys):
     assert {(layout, "token") for layout in LAYOUTS} <= set(what_differs(capsys))
 
 
-def test_one_wrong_token_is_named(here, monkeypatch, capsys):
+def test_a_little_too_much_in_every_token_is_found(here, monkeypatch, capsys):
+    # less than a single token may be off, more than all of them may
     linear_logps = ops.linear_logps
 
-    def wrong(hidden_ND, head_VD, labels_N, **settings):
-        logps_N, found = linear_logps(hidden_ND, head_VD, labels_N, **settings)
-        fourth = torch.arange(len(logps_N)) == 3
-        return logps_N + 0.01 * fourth, found
+    def shifted(*tensors, **settings):
+        logps_N, found = linear_logps(*tensors, **settings)
+        return logps_N + 5e-5, found
 
-    monkeypatch.setattr(ops, "linear_logps", wrong)
+    monkeypatch.setattr(ops, "linear_logps", shifted)
+    assert run(here, "--layout", "padded") == 1
+    assert set(what_differs(capsys)) == {("padded", "token")}
+
+
+def wrong_at(n):
+    """ops.linear_logps, 0.01 off at its n-th row."""
+    linear_logps = ops.linear_logps
+
+    def wrong(*tensors, **settings):
+        logps_N, found = linear_logps(*tensors, **settings)
+        return logps_N + 0.01 * (torch.arange(len(logps_N)) == n), found
+
+    return wrong
+
+
+def test_one_wrong_token_is_named(here, monkeypatch, capsys):
+    monkeypatch.setattr(ops, "linear_logps", wrong_at(3))
     assert run(here, "--layout", "padded") == 1
     line = what_differs(capsys)["padded", "token"]
     assert "pair 0, chosen, token 3 (" in line and " 1.0e-02" in line
+
+
+def test_a_token_is_numbered_as_in_the_row_though_its_beginning_is_cut(
+    here, tmp_path, monkeypatch, capsys
+):
+    # tokens 2 to 5 are left of either completion, and nothing predicts token 2
+    tokens = {"prompt_ids": [5], "chosen_ids": [*range(10, 16)], "rejected_ids": [*range(20, 26)]}
+    write_rows(tmp_path / "rows.jsonl", [tokens])
+    monkeypatch.setattr(ops, "linear_logps", wrong_at(1))
+    flags = ("--layout", "padded", "--max_length", "4", "--truncation_mode", "keep_end")
+    assert run(here, *flags, rows=tmp_path / "rows.jsonl") == 1
+    assert "pair 0, chosen, token 4 (" in what_differs(capsys)["padded", "token"]
 
 
 def test_a_token_scored_too_little_is_found(here, monkeypatch, capsys):
