@@ -13,6 +13,7 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from fastdpo.kernels.linear_logps import HEAD_CACHE_BYTES
 from fastdpo.losses import COMPARING, F_DIVERGENCES, LOSS_TYPES, SMOOTHED
+from fastdpo.model import TOKEN_STATS
 
 logger = logging.get_logger(__name__)
 
@@ -157,7 +158,11 @@ class DPOConfig(TrainingArguments):
     f_alpha_divergence_coef: float = _setting(
         0.5, "Used by f_divergence_type alpha_divergence: at 0 it is forward_kl, at 1 reverse_kl."
     )
-    use_weighting: bool = _setting(False, "WPO. Not there yet.")
+    use_weighting: bool = _setting(
+        False,
+        "WPO (arXiv:2406.11827): a pair weighs the more, the likelier the policy is to write its "
+        "completions itself.",
+    )
     discopop_tau: float = _setting(0.05, "Used by loss_type discopop; above 0.")
     activation_offloading: bool = _setting(False, "Activations to CPU memory. Not there yet.")
 
@@ -185,6 +190,11 @@ class DPOConfig(TrainingArguments):
         """The column that transformers' samplers by length read; None where none is asked for."""
         by_length = ("group_by_length", "batch_rebalance")
         return self.length_column_name if self.train_sampling_strategy in by_length else None
+
+    @property
+    def token_stats(self) -> tuple[str, ...]:
+        """What a training step asks of the head beside log-probabilities."""
+        return (*TOKEN_STATS, "log_sum_p2") if self.use_weighting else TOKEN_STATS
 
     @property
     def loss_settings(self) -> dict[str, Any]:
@@ -247,7 +257,7 @@ class DPOConfig(TrainingArguments):
 
     def _check_unsupported(self):
         """TRL's settings that fastdpo does not run yet: refused, never ignored."""
-        for name in ("use_weighting", "sync_ref_model", "activation_offloading"):
+        for name in ("sync_ref_model", "activation_offloading"):
             value = getattr(self, name)
             _want(not value, f"{name}=False (True is not there yet)", value)
 

@@ -26,22 +26,24 @@ from transformers.utils import ModelOutput
 from fastdpo.batch import PairBatch
 from fastdpo.head import check_head_module, head_logps
 
-TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
+TOKEN_STATS = ("entropy", "mean_logit", "is_top1")  # what metrics are made of
 
 
 @dataclass
 class ScoredOutput(ModelOutput):
     """What a forward with `scored_rows` returns: one value per scored row, or completion token.
 
-    token_logps_C: float32, carries the gradient. entropy_C, mean_logit_C: float32, is_top1_C:
-    bool, no gradient, None unless asked for. aux_loss: the load-balancing loss of a
-    mixture-of-experts model, None unless asked for.
+    token_logps_C: float32, carries the gradient. entropy_C, mean_logit_C, log_sum_p2_C (log of the
+    sum of the vocabulary's squared probabilities): float32, is_top1_C: bool, no gradient, None
+    unless asked for. aux_loss: the load-balancing loss of a mixture-of-experts model, None unless
+    asked for.
     """
 
     token_logps_C: Tensor | None = None
     entropy_C: Tensor | None = None
     mean_logit_C: Tensor | None = None
     is_top1_C: Tensor | None = None
+    log_sum_p2_C: Tensor | None = None
     aux_loss: Tensor | None = None
 
     def of_rows(self, rows_C: Tensor) -> "ScoredOutput":
@@ -85,7 +87,7 @@ def attach_scorer(model: nn.Module, **head_settings: Any) -> None:
 def score(
     model: nn.Module, batch: PairBatch, *, stats: tuple[str, ...] = (), aux_loss: bool = False
 ) -> ScoredOutput:
-    """`model`, wrapped or not, on `batch`: a value per completion token. stats: of TOKEN_STATS"""
+    """`model`, wrapped or not, on `batch`: a value per completion token. stats: ScoredOutput's"""
     router = {"output_router_logits": True, "token_counts": batch.token_counts} if aux_loss else {}
     scored = model(
         **batch.model_inputs,

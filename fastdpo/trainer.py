@@ -34,10 +34,9 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import PairCounts, prepare_pairs
 from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck, longest_rows
-from fastdpo.losses import PairLoss, pair_loss
+from fastdpo.losses import PairLoss, pair_loss, pair_weights
 from fastdpo.metrics import MetricSums, pair_metrics
 from fastdpo.model import (
-    TOKEN_STATS,
     ScoredOutput,
     attach_scorer,
     aux_loss_weight,
@@ -270,7 +269,7 @@ class DPOTrainer(PackTrainer):
         """A forward and a backward, as a training step has them, that train nothing."""
         self.model.train()
         with self.compute_loss_context_manager():
-            scored = score(self.model, PairBatch.from_inputs(inputs), stats=TOKEN_STATS)
+            scored = score(self.model, PairBatch.from_inputs(inputs), stats=self.args.token_stats)
         scored.token_logps_C.sum().backward()
         self.model.zero_grad()
 
@@ -347,10 +346,13 @@ class DPOTrainer(PackTrainer):
         batch = PairBatch.from_inputs(inputs)
         # before the policy, whose activations would otherwise wait beside the reference's
         reference_logps_S = self._reference_logps(model, batch)
-        scored = score(model, batch, stats=TOKEN_STATS, aux_loss=self.aux_loss_weight > 0)
+        scored = score(model, batch, stats=self.args.token_stats, aux_loss=self.aux_loss_weight > 0)
         losses = pair_loss(
             scored.token_logps_C, batch.cu_seqlens, reference_logps_S, **self.args.loss_settings
         )
+        if self.args.use_weighting:
+            weight_B = pair_weights(scored.token_logps_C, scored.log_sum_p2_C, batch.cu_seqlens)
+            losses = losses._replace(loss_B=losses.loss_B * weight_B)
         loss = losses.loss_B.sum()
         if self.aux_loss_weight:
             loss = loss + batch.num_pairs * self.aux_loss_weight * scored.aux_loss

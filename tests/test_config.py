@@ -124,7 +124,6 @@ def test_a_value_out_of_range_is_refused_by_name(tmp_path, name, value):
         ("loss_type", ["aot"]),
         ("loss_type", ["aot_unpaired"]),
         ("loss_type", ["sigmoid", "sft"]),
-        ("use_weighting", True),
         ("sync_ref_model", True),
         ("activation_offloading", True),
     ],
