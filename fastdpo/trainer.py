@@ -80,8 +80,8 @@ class DPOTrainer(PackTrainer):
     ref_model: the reference; None for the policy as it is now: its new adapters switched off, a
         frozen copy of adapters that were trained before, or a frozen copy of all of it.
     args: DPOConfig; None for the defaults and a folder named after the model.
-    data_collator: None for what args.layout asks for (collate.py); one of your own returns what
-        those do, or at least input_ids, attention_mask and completion_mask, chosen first.
+    data_collator: None for what args.layout asks for (collate.py); one of your own pads: it returns
+        what PaddedCollator does, or input_ids, attention_mask and completion_mask, chosen first.
     train_dataset, eval_dataset: preference rows as data.prepare_pairs reads them; several
         evaluation sets as a dictionary.
     processing_class: the tokenizer; None for the one beside the model.
@@ -138,8 +138,8 @@ class DPOTrainer(PackTrainer):
             eval_dataset = self._prepare(eval_dataset, "eval")
         # batches move to the GPU from pinned memory while the CPU goes on
         args.accelerator_config.non_blocking = args.dataloader_pin_memory
-        if isinstance(train_dataset, IterableDataset):
-            args.accelerator_config.dispatch_batches = False  # ranks' batches differ in width
+        # ranks' batches differ in width, and a packed row is no batch of rows to share out
+        args.accelerator_config.dispatch_batches = False
 
         set_seed(args.seed)  # new adapters start at random
         if isinstance(model, str):
@@ -241,11 +241,11 @@ class DPOTrainer(PackTrainer):
         models = [self.model]
         if isinstance(self.reference, FrozenModel) and self.reference.model is not self.model:
             models.append(self.reference.model)
-        in_one_piece = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        are_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.layout = choose_layout(
             self.args.layout,
             models,
-            lambda model, layout: in_one_piece and check.difference(model, self._collator(layout)),
+            None if are_sharded else lambda m, name: check.difference(m, self._collator(name)),
             strict=self.args.strict_layout,
         )
         self.data_collator = self._collator(self.layout.name)
@@ -259,11 +259,14 @@ class DPOTrainer(PackTrainer):
             raise ValueError(f"want max_tokens_per_forward unset under DeepSpeed, got {wanted!r}")
         if wanted != "auto":
             return TokenBudget(wanted)
+        if self.is_fsdp_enabled:  # the model is placed later
+            raise ValueError("want max_tokens_per_forward as a number under FSDP, got 'auto'")
         rows = longest_rows(self.train_dataset)
         one, two = (self.to_device(self.data_collator(each)) for each in (rows[:1], rows[:2]))
-        return TokenBudget(
-            tokens_that_fit(self._run_once, one, two, self.args.device), may_shrink=True
-        )
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        kept = sum(p.numel() * (p.element_size() + 8) for p in trained)  # gradients, Adam's moments
+        most = tokens_that_fit(self._run_once, one, two, self.args.device, kept_bytes=kept)
+        return TokenBudget(most, may_shrink=True)
 
     def _run_once(self, inputs: dict) -> None:
         """A forward and a backward, as a training step has them, that train nothing."""

@@ -2,6 +2,7 @@
 
 from datasets import Dataset, IterableDataset
 
+from fastdpo.collate import PackedCollator
 from fastdpo.config import DPOConfig
 
 
@@ -16,6 +17,8 @@ def check_arguments(
         raise TypeError(f"want a datasets.Dataset or IterableDataset as train_dataset, got {got}")
     if data_collator is not None:
         _check_collators_settings(args)
+    if isinstance(data_collator, PackedCollator):
+        raise ValueError("want layout='shared' or 'packed' in place of a PackedCollator")
     if ref_model is model:
         raise ValueError("want ref_model apart from model; leave it out for a frozen copy")
     if isinstance(model, str):

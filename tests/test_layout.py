@@ -54,6 +54,23 @@ def test_what_cannot_run_packed_says_so_in_a_line(family):
         choose_layout("shared", [model], None, strict=False)
 
 
+def test_sharded_weights_go_unchecked_and_say_so():
+    model = families.model("llama", torch.float32)
+    layout = choose_layout("auto", [model], None, strict=False)
+    assert layout.name == "shared" and "not checked" in layout.line
+    with pytest.raises(ValueError, match="want strict_layout=False with sharded weights"):
+        choose_layout("auto", [model], None, strict=True)
+
+
+def test_memory_that_runs_out_in_the_check_is_no_reason_to_pad(tmp_path, tokenizer, monkeypatch):
+    def run_out(*args, **kwargs):
+        raise torch.OutOfMemoryError("pretended")
+
+    monkeypatch.setattr(attention, "_attend", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        make_trainer(tmp_path, tokenizer)
+
+
 def test_a_prompt_learning_adapter_cannot_run_packed():
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = get_peft_model(families.model("llama", torch.float32), config)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.batch import PairBatch
+from fastdpo.collate import PackedCollator
 
 TRL_ARGUMENTS = [
     "model",
@@ -336,6 +337,34 @@ def test_a_streamed_dataset_trains_like_one_in_memory(tmp_path, tokenizer):
     )
     streamed.train()
     assert logged(streamed) == pytest.approx(logged(kept), abs=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_a_streamed_evaluation_measures_what_a_kept_one_does(tmp_path, tokenizer, layout):
+    rows = tiny.rows(7)
+    rows[5]["chosen"] *= 3  # rows of unlike width
+    reference = tiny.model("llama", len(tokenizer), seed=1)
+
+    def evaluation(dataset):
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            ref_model=copy.deepcopy(reference),
+            eval_dataset=dataset,
+            per_device_eval_batch_size=7,
+            layout=layout,
+        )
+        measured = trainer.evaluate()
+        return {k: v for k, v in measured.items() if "runtime" not in k and "per_second" not in k}
+
+    kept = evaluation(Dataset.from_list(rows))
+    assert evaluation(IterableDataset.from_generator(lambda: iter(rows))) == pytest.approx(kept)
+    assert kept["eval_loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_a_packed_collator_is_asked_for_by_layout(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="want layout='shared' or 'packed' in place"):
+        make_trainer(tmp_path, tokenizer, data_collator=PackedCollator(share=True))
 
 
 def test_a_collator_written_for_trl_trains_alike(tmp_path, tokenizer):
