@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
+from fastdpo.kernels.linear_logps import HEAD_CACHE_BYTES
 from fastdpo.losses import COMPARING, F_DIVERGENCES, LOSS_TYPES, SMOOTHED
 from fastdpo.model import TOKEN_STATS
 
@@ -102,6 +103,19 @@ class DPOConfig(TrainingArguments):
     )
     on_bad_rows: Literal["raise", "skip"] = _setting(
         "raise", "A malformed row ends the run before it starts, or is left out and counted."
+    )
+
+    # The head
+    head_cache_bytes: int = _setting(
+        HEAD_CACHE_BYTES,
+        "Memory in which a trained head's tiles of probabilities wait for their gradient; those "
+        "that do not fit are computed again. It changes speed and memory, no number.",
+    )
+    head_skip_below: float = _setting(
+        0.0,
+        "Leave out of the hidden states' gradient the vocabulary tokens that are less likely than "
+        "this at every position of a tile (Cut Cross-Entropy's filter, 2**-12 there). An "
+        "approximation, faster where the model is sure; CPU only so far. 0: nothing is left out.",
     )
 
     # The reference
@@ -201,6 +215,8 @@ class DPOConfig(TrainingArguments):
         _want(self.max_length is None or self.max_length >= 2, "max_length >= 2", self.max_length)
         modes = ("keep_start", "keep_end")
         _want(self.truncation_mode in modes, f"truncation_mode in {modes}", self.truncation_mode)
+        _want(self.head_cache_bytes >= 0, "head_cache_bytes >= 0", self.head_cache_bytes)
+        _want(0 <= self.head_skip_below < 1, "head_skip_below in [0, 1)", self.head_skip_below)
         layouts = ("auto", "shared", "packed", "padded")
         _want(self.layout in layouts, f"layout of {layouts}", self.layout)
         _want(self.on_bad_rows in ("raise", "skip"), "on_bad_rows raise or skip", self.on_bad_rows)

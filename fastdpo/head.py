@@ -39,12 +39,17 @@ def _check_adapter(head: BaseTunerLayer) -> None:
 
 
 def head_logps(
-    causal_lm: PreTrainedModel, hidden_CD: Tensor, labels_C: Tensor, stats: tuple[str, ...] = ()
+    causal_lm: PreTrainedModel,
+    hidden_CD: Tensor,
+    labels_C: Tensor,
+    stats: tuple[str, ...] = (),
+    **settings: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """token_logps_C, float32, of the labels after the hidden states, and {stat: (C,)}.
 
-    stats: any that kernels.linear_logps knows. Answers on the head's device. A LoRA adapter on the
-    head counts while it is active, dropout included; a quantised head is read a tile at a time.
+    stats, settings: any that kernels.linear_logps knows. Answers on the head's device. A LoRA
+    adapter on the head counts while it is active, dropout included; a quantised head is read a tile
+    at a time.
     """
     head = causal_lm.get_output_embeddings()
     base = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
@@ -60,6 +65,7 @@ def head_logps(
         scale=logit_scale(config),
         softcap=getattr(config, "final_logit_softcapping", None),
         stats=("lse", *stats),
+        **settings,
     )
     return token_logps_C, {name: found[name] for name in stats}
 

@@ -351,6 +351,14 @@ def test_a_collator_written_for_trl_trains_alike(tmp_path, tokenizer):
     assert logged(given) == pytest.approx(logged(plain), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"layout": "shared"}, {"max_tokens_per_forward": 100}], ids=str
+)
+def test_what_a_collator_of_ones_own_decides_is_not_asked_for(tmp_path, tokenizer, setting):
+    with pytest.raises(ValueError, match="with a data_collator of your own"):
+        make_trainer(tmp_path, tokenizer, data_collator=lambda rows: {}, **setting)
+
+
 def test_a_model_name_is_loaded_with_its_tokenizer(tmp_path, tokenizer):
     tiny.model("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -431,3 +439,14 @@ def test_a_second_trainer_on_the_same_model_starts_where_the_first_ended(tmp_pat
     second = make_trainer(tmp_path, tokenizer, model=copy.deepcopy(first.model))
     second.train()
     assert logged(second)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_heads_cache_changes_no_number_and_its_filter_does(tmp_path, tokenizer):
+    def run(**settings):
+        trainer = make_trainer(tmp_path, tokenizer, max_steps=2, **settings)
+        trainer.train()
+        return logged(trainer, "grad_norm")
+
+    whole = run()
+    assert run(head_cache_bytes=0) == pytest.approx(whole, rel=1e-5)
+    assert run(head_skip_below=0.9)[0] != pytest.approx(whole[0], rel=1e-3)

@@ -1,0 +1,57 @@
+"""How much cheaper is a whole training step than TRL's, and than the plain loop's?
+
+    OMP_NUM_THREADS=1 pytest bench/bench_train_step.py -s           minutes
+    pytest bench/bench_train_step.py -s -m "not slow"               one tiny model, seconds
+
+And: is a DPO step whose reference was scored before dearer than a supervised step of the same
+sequences? Whole steps of the public trainers, from one `on_step_begin` to the next. Contenders
+take turns, step by step, on the same batches; a run whose losses differ is not timed.
+"""
+
+import pytest
+
+from bench.contenders import CONTENDERS
+from bench.length_profiles import REAL_PAIRS, TARGETS
+from bench.peak_memory import peak_mib
+from bench.step_race import LOSS_TOLERANCE, losses, race, report
+from bench.tasks import task_of
+
+PEERS = [name for name in ("TRL", "TRL, fastest") if name in CONTENDERS]
+no_real_pairs = pytest.mark.skipif(not REAL_PAIRS.exists(), reason=f"no {REAL_PAIRS.name} here")
+PROFILES = [
+    "tiny",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in TARGETS),
+    pytest.param("real pairs", marks=[pytest.mark.slow, no_real_pairs]),
+]
+
+
+@pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_train_step(benchmark, profile, adapters):
+    task = task_of(profile, adapters=adapters)
+    names = ["naive", *PEERS, "fastdpo", "fastdpo, fastest"]
+    measured = ["naive", "fastdpo, fastest"] if profile == "tiny" else names
+    taken = race(task, names, benchmark)
+    peaks = {name: peak_mib(name, task) for name in measured}
+    report(f"{profile}, {'LoRA' if adapters else 'full'}", task, taken, peaks, benchmark)
+
+
+@pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_precomputed_reference_step(benchmark, profile, adapters):
+    task = task_of(profile, adapters=adapters)
+    names = ["supervised", "fastdpo, reference precomputed"]
+    first = task.pairs[: task.batch]
+    tokens = sum(len(pair[side]) + 1 for pair in first for side in ("chosen_ids", "rejected_ids"))
+
+    def same_sequences(logs):
+        """The supervised loss of the first step, from the log-probabilities that DPO logged."""
+        supervised, dpo = logs.values()
+        logps = dpo[0]["logps/chosen"] + dpo[0]["logps/rejected"]  # means over B pairs
+        assert losses(supervised)[0] == pytest.approx(
+            -logps * task.batch / tokens, abs=LOSS_TOLERANCE
+        )
+
+    taken = race(task, names, benchmark, check=same_sequences)
+    peaks = {} if profile == "tiny" else {name: peak_mib(name, task) for name in names}
+    report(f"{profile}, {'LoRA' if adapters else 'full'}", task, taken, peaks, benchmark)

@@ -1,0 +1,149 @@
+"""Who takes part in a comparison of training steps: same model, pairs, seed, optimizer, precision.
+
+    CONTENDERS[name](task) -> an object with step(), log and close()
+
+TRL runs twice: as it comes, and at its fastest. The one setting that makes it faster is
+gradient_checkpointing=False. Its other candidates: use_liger_kernel needs a GPU, padding_free is
+ignored by 1.16, its head is always the chunked one, and precompute_ref_log_probs takes work out
+of the step instead of doing it faster (bench_train_step.py gives that question a test of its own).
+"""
+
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from bench.length_profiles import Pair
+from bench.naive_loop import NaiveLoop, padded
+from bench.stepped_trainer import SteppedTrainer
+from bench.tasks import CUDA, END_ID, MODELS, PAD_ID, Task, random_model, word_tokenizer
+from fastdpo import DPOConfig, DPOTrainer
+
+BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 1e-3, 1.0
+LORA_RANK = 16
+
+
+def _as_text(pairs: list[Pair]) -> Dataset:
+    """Rows of text; the trainers end each completion with </s>."""
+    names = ("prompt", "chosen", "rejected")
+    rows = [{n: "".join(f" w{i}" for i in pair[f"{n}_ids"]) for n in names} for pair in pairs]
+    return Dataset.from_list(rows)
+
+
+def _lora() -> LoraConfig:
+    return LoraConfig(r=LORA_RANK, target_modules="all-linear", lora_dropout=0.0)
+
+
+def _start_adapters_alike(model: nn.Module) -> None:
+    """Give the first matrices of all adapters the same random values in every contender."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+
+
+def _arguments(task: Task) -> dict:
+    """The settings that all trainers share."""
+    return {
+        "output_dir": f"{tempfile.gettempdir()}/fastdpo-bench",  # nothing is saved
+        "max_steps": task.steps,
+        "per_device_train_batch_size": task.batch,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": MAX_GRAD_NORM,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,  # the losses of every step are compared
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": CUDA,
+        "use_cpu": not CUDA,
+    }
+
+
+def naive(task: Task) -> NaiveLoop:
+    policy = random_model(task.model)
+    if task.adapters:
+        policy = get_peft_model(policy, _lora())
+        _start_adapters_alike(policy)
+    B = task.batch
+    return NaiveLoop(
+        policy,
+        [task.pairs[i * B : (i + 1) * B] for i in range(task.steps)],
+        optimizer=lambda trained: torch.optim.AdamW(
+            trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
+        ),
+        beta=BETA,
+        max_grad_norm=MAX_GRAD_NORM,
+        autocast=CUDA,
+        pad_id=PAD_ID,
+        end_id=END_ID,
+    )
+
+
+def _dpo(
+    library_trainer: type, library_config: type, ref_model: nn.Module | None, task: Task, **settings
+):
+    trainer = library_trainer(
+        model=random_model(task.model),
+        ref_model=ref_model,
+        args=library_config(**_arguments(task), beta=BETA, max_length=None, **settings),
+        train_dataset=_as_text(task.pairs),
+        processing_class=word_tokenizer(MODELS[task.model].vocab_size),
+        peft_config=_lora() if task.adapters else None,
+    )
+    _start_adapters_alike(trainer.model)
+    return SteppedTrainer(trainer)
+
+
+def fastdpo(task: Task, **settings) -> SteppedTrainer:
+    return _dpo(DPOTrainer, DPOConfig, None, task, **settings)
+
+
+def trl(task: Task, **settings) -> SteppedTrainer:
+    from trl import DPOConfig, DPOTrainer
+
+    # without one TRL reads the policy's folder again, and this policy has none
+    ref_model = None if task.adapters else random_model(task.model)
+    return _dpo(DPOTrainer, DPOConfig, ref_model, task, **settings)
+
+
+def supervised(task: Task) -> SteppedTrainer:
+    """transformers' own trainer on the same 2B padded sequences: cross-entropy of completions."""
+    model = random_model(task.model)
+    if task.adapters:
+        model = get_peft_model(model, _lora())
+        _start_adapters_alike(model)
+
+    def collate(pairs: list[Pair]) -> dict:
+        batch = padded(pairs, PAD_ID, END_ID)
+        is_completion = batch.pop("completion_mask").bool()
+        return batch | {"labels": batch["input_ids"].masked_fill(~is_completion, -100)}
+
+    args = TrainingArguments(**_arguments(task), remove_unused_columns=False)
+    dataset = Dataset.from_list(task.pairs)
+    return SteppedTrainer(Trainer(model, args, data_collator=collate, train_dataset=dataset))
+
+
+def _with(contender: Callable, **settings) -> Callable:
+    return lambda task: contender(task, **settings)
+
+
+FASTEST = {"gradient_checkpointing": False}
+LAYOUTS = {f"fastdpo, {name}": {"layout": name} for name in ("shared", "packed", "padded")}
+CONTENDERS: dict[str, Callable] = {
+    "naive": naive,
+    "fastdpo": fastdpo,
+    "fastdpo, fastest": _with(fastdpo, **FASTEST),
+    "fastdpo, reference precomputed": _with(fastdpo, **FASTEST, precompute_ref_log_probs=True),
+    **{name: _with(fastdpo, **FASTEST, **layout) for name, layout in LAYOUTS.items()},
+    "supervised": supervised,
+}
+if find_spec("trl"):
+    CONTENDERS |= {"TRL": trl, "TRL, fastest": _with(trl, **FASTEST)}

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Everything that a GPU decides, within 9 minutes, into one folder of text and JSON:
+#
+#     bench/gpu_report.sh [--dry] [FOLDER]        FOLDER: gpu_report by default; wanted new
+#
+# --dry runs the same steps without a GPU, tiny, to see that they run: it measures nothing.
+# PYTHON names the interpreter, python by default; it has the extras `bench` and `test`.
+# A step that fails or outlasts its limit is named in summary.txt, and the others still run.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+DRY=""
+if [[ "${1:-}" == --dry ]]; then DRY=1; shift; fi
+OUT="${1:-gpu_report}"
+PYTHON="${PYTHON:-python}"
+if [[ -e "$OUT" ]]; then echo "want a new folder, $OUT is there" >&2; exit 2; fi
+mkdir -p "$OUT"
+OUT="$(cd "$OUT" && pwd)"
+SUMMARY="$OUT/summary.txt"
+if [[ -z "$DRY" ]] && ! "$PYTHON" -c "import torch; exit(not torch.cuda.is_available())"; then
+    echo "want a GPU that torch sees, got none (--dry runs without)" | tee "$SUMMARY" >&2
+    exit 2
+fi
+
+{
+    echo "commit $(git describe --always --dirty 2>/dev/null || echo unknown)${DRY:+, a dry run without a GPU}"
+    "$PYTHON" -c "
+import sys, torch, triton, transformers
+names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ['no GPU']
+print(f'{names}, CUDA {torch.version.cuda}, Python {sys.version.split()[0]}')
+print(f'torch {torch.__version__}, triton {triton.__version__}, transformers {transformers.__version__}')"
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
+} > "$SUMMARY" 2>&1
+
+# step LIMIT_S NAME COMMAND...: its output goes to NAME.txt, its fate to the summary
+step() {
+    local limit="$1" name="$2" began=$SECONDS status
+    shift 2
+    timeout --kill-after=5 "$limit" "$@" > "$OUT/$name.txt" 2>&1
+    status=$?
+    case $status in
+        0) status="ok" ;;
+        124 | 137) status="cut off at ${limit} s" ;;
+        *) status="FAILED ($status)" ;;
+    esac
+    echo "$name: $status, $((SECONDS - began)) s: $(tail -n 1 "$OUT/$name.txt")" >> "$SUMMARY"
+}
+
+bench() {  # LIMIT_S NAME FILE FILTER: the tables in NAME.txt; a dry run takes the tiny cases
+    local filter=(-k "$4")
+    if [[ -n "$DRY" ]]; then filter=(-m "not slow"); fi
+    step "$1" "$2" "$PYTHON" -m pytest -q -s -rs "bench/$3" "${filter[@]}"
+}
+
+# seconds add up to 530; a dry run's tests are those of the losses alone
+TESTS=(tests/test_linear_logps.py tests/test_pair_loss.py tests/test_losses.py tests/test_model.py
+    tests/test_layouts.py tests/test_attention.py tests/test_trainer.py)
+if [[ -n "$DRY" ]]; then TESTS=(tests/test_losses.py); fi
+step 110 tests "$PYTHON" -m pytest -q "${TESTS[@]}"
+bench 80 linear_logps bench_linear_logps.py "not tiny"
+bench 150 train_step bench_train_step.py "test_train_step and not tiny and (chat or long) and lora"
+bench 50 precomputed bench_train_step.py "test_precomputed and chat and lora"
+bench 90 layouts bench_layouts.py "chat or long or short"
+step 50 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/trace.json"
+cat "$SUMMARY"

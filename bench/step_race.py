@@ -1,0 +1,169 @@
+"""Contenders take turns, a step each; their losses are compared before their times are shown."""
+
+import contextlib
+import math
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from bench.contenders import CONTENDERS
+from bench.tasks import CUDA, WARMUP_STEPS, Task
+
+LOSS_TOLERANCE = 5e-2 if CUDA else 1e-4  # bfloat16 logits round a completion's sum by 0.7 nats
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Of one step: CPU time of all threads, and time on the wall."""
+
+    cpu: float
+    wall: float
+
+    @property
+    def cost(self) -> float:
+        """What a ratio is made of: a GPU's work is in no CPU time."""
+        return self.wall if CUDA else self.cpu
+
+
+def seconds(step: Callable[[], None]) -> Seconds:
+    _synchronize()
+    cpu, wall = time.process_time(), time.perf_counter()
+    step()
+    _synchronize()
+    return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
+
+
+def _synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def race(
+    task: Task, names: list[str], benchmark, *, check: Callable | None = None
+) -> dict[str, list[Seconds]]:
+    """Seconds of each contender's steps after the warm-up: the same batches in the same order.
+
+    The last contender's turn is a round of `benchmark`, the others' turns are that round's setup.
+    check(logs), given what each contender logged, is called before and after the timing, and
+    raises AssertionError where they did not train alike.
+    """
+    check = check or assert_same_losses
+    taken = {name: [] for name in names}
+    with contextlib.ExitStack() as stack:
+        contenders = {
+            name: stack.enter_context(contextlib.closing(CONTENDERS[name](task))) for name in names
+        }
+        logs = {name: contender.log for name, contender in contenders.items()}
+
+        def turn(name: str) -> None:
+            taken[name].append(seconds(contenders[name].step))
+
+        for contender in contenders.values():
+            for _ in range(WARMUP_STEPS):
+                contender.step()
+        check(logs)
+        benchmark.pedantic(
+            lambda: turn(names[-1]),
+            setup=lambda: [turn(name) for name in names[:-1]] and None,
+            rounds=task.timed_steps,
+        )
+        check(logs)
+    return taken
+
+
+def losses(log: list[dict[str, float]]) -> list[float]:
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def assert_same_losses(logs: dict[str, list[dict[str, float]]]) -> None:
+    """Every step's loss within LOSS_TOLERANCE of the first contender's.
+
+    And the losses must move by more than ten times what they differ, or they would show nothing:
+    the first loss is ln 2, whatever the gradients are.
+    """
+    name, *others = logs
+    expected, furthest = losses(logs[name]), 0.0
+    for other in others:
+        for step, (loss, wanted) in enumerate(zip(losses(logs[other]), expected, strict=True)):
+            furthest = max(furthest, abs(loss - wanted))
+            assert abs(loss - wanted) <= LOSS_TOLERANCE, (
+                f"step {step}: {name} {wanted}, {other} {loss}: a wrong run is not timed"
+            )
+    moved = max(abs(loss - math.log(2)) for loss in expected)
+    assert moved > 10 * furthest, f"losses move by {moved:.1e} and differ by {furthest:.1e}"
+
+
+def report(
+    title: str, task: Task, taken: dict[str, list[Seconds]], peaks: dict[str, float], benchmark
+) -> None:
+    """Print a table, a contender a row, and hand its numbers to `benchmark`.
+
+    A ratio is the median, over the steps, of another's cost of a step over the contender's own
+    cost of the same step. Tokens are those of the 2B sequences, padding aside, for everyone.
+    """
+    tokens = sum(
+        2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) + 2
+        for pair in task.pairs
+    ) / len(task.pairs)
+    against = [name for name in ("naive", "TRL", "TRL, fastest", "supervised") if name in taken]
+    rows = {}
+    for name, steps in taken.items():
+        per_pair = statistics.median(s.cost for s in steps) / task.batch
+        rows[name] = {
+            "CPU ms/pair": 1e3 * statistics.median(s.cpu for s in steps) / task.batch,
+            "wall ms/pair": 1e3 * statistics.median(s.wall for s in steps) / task.batch,
+            "pairs/s": 1 / per_pair,
+            "tokens/s": tokens / per_pair,
+            "peak MiB": peaks.get(name, math.nan),
+            "of naive's peak": peaks.get(name, math.nan) / peaks.get("naive", math.nan),
+            **{
+                f"{other} / this": statistics.median(
+                    theirs.cost / ours.cost
+                    for theirs, ours in zip(taken[other], steps, strict=True)
+                )
+                for other in against
+            },
+        }
+    benchmark.extra_info |= {"title": title, "environment": environment(), "rows": rows}
+    print(f"\n{title}; {len(steps)} steps of {task.batch} pairs; {environment()}")
+    print(_table(rows))
+
+
+def _table(rows: dict[str, dict[str, float]]) -> str:
+    names = list(next(iter(rows.values())))
+    lines = ["| |" + "".join(f" {name} |" for name in names), "| --- |" + " --- |" * len(names)]
+    for contender, row in rows.items():
+        cells = ("" if math.isnan(value) else f"{value:.4g}" for value in row.values())
+        lines.append(f"| {contender} |" + "".join(f" {cell} |" for cell in cells))
+    return "\n".join(lines)
+
+
+def environment() -> str:
+    """Device, versions and commit, which every number belongs to."""
+    device = torch.cuda.get_device_name() if CUDA else _cpu_name()
+    threads = f"{torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
+    versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "peft")]
+    if "TRL" in CONTENDERS:
+        versions.append(f"trl {version('trl')}")
+    return ", ".join([device, threads, *versions, f"commit {_commit()}"])
+
+
+def _cpu_name() -> str:
+    return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,101 @@
+"""What every contender of a comparison is given: a model, pairs of token ids, a tokenizer."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from bench.length_profiles import (
+    DATASETS,
+    TARGETS,
+    TINY,
+    Pair,
+    random_pairs,
+    real_pairs,
+)
+
+PAD_ID, END_ID = 0, 1
+CUDA = torch.cuda.is_available()
+WARMUP_STEPS = 2
+MODELS = {
+    "tiny": LlamaConfig(
+        vocab_size=997,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    ),
+    "4 layers, D=256, V=32000": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    ),
+    "Qwen2.5-0.5B": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+}
+REAL_MODEL = "Qwen2.5-0.5B" if CUDA else "4 layers, D=256, V=32000"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What every contender of one comparison does: a step on each B pairs in turn."""
+
+    model: str
+    pairs: list[Pair]
+    batch: int
+    adapters: bool
+
+    @property
+    def steps(self) -> int:
+        return len(self.pairs) // self.batch
+
+    @property
+    def timed_steps(self) -> int:
+        """All but the warm-up, and the last: it begins where the one before it ends."""
+        return self.steps - WARMUP_STEPS - 1
+
+
+def task_of(profile: str, *, adapters: bool, timed_steps: int = 4) -> Task:
+    """The task of a length profile by its name, of "tiny", or of "real pairs"."""
+    steps = WARMUP_STEPS + timed_steps + 1
+    if profile == "tiny":
+        pairs = random_pairs(TINY, 4 * steps, vocab_size=MODELS["tiny"].vocab_size)
+        return Task(model="tiny", pairs=pairs, batch=4, adapters=adapters)
+    vocab_size = MODELS[REAL_MODEL].vocab_size
+    batch = 8 if profile in TARGETS else 4  # longer pairs, whose naive logits fill the memory
+    if profile == "real pairs":
+        pairs = real_pairs(batch * steps, vocab_size=vocab_size)
+    else:
+        lengths = (TARGETS | DATASETS)[profile]
+        pairs = random_pairs(lengths, batch * steps, vocab_size=vocab_size)
+    return Task(model=REAL_MODEL, pairs=pairs, batch=batch, adapters=adapters)
+
+
+def random_model(name: str) -> nn.Module:
+    """A model of MODELS with random weights, always the same, in float32."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(MODELS[name])
+    config.update({"pad_token_id": PAD_ID, "bos_token_id": None, "eos_token_id": END_ID})
+    return AutoModelForCausalLM.from_config(config).to("cuda" if CUDA else "cpu")
+
+
+def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Token i is the word wi: any pair of token ids is a text, for trainers that take only text."""
+    words = {f"w{i}": i for i in range(2, vocab_size)}
+    tokenizer = Tokenizer(WordLevel({"<pad>": PAD_ID, "</s>": END_ID, **words}))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
