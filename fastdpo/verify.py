@@ -252,7 +252,10 @@ def compare(subject: Subject, plain: Plain) -> Iterator[Finding]:
 
     Layouts are all that the model can run, or the one that args.layout names.
     """
-    attach_scorer(subject.policy)
+    args = subject.args
+    attach_scorer(
+        subject.policy, head_cache_bytes=args.head_cache_bytes, skip_below=args.head_skip_below
+    )
     tolerance = Tolerance.of(subject.compute_dtype, plain.spread)
     wanted, reason = subject.args.layout, why_padded(subject.policy)
     for layout in LAYOUTS if wanted == "auto" else (wanted,):
