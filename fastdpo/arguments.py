@@ -2,7 +2,7 @@
 
 command line, YAML --TrainParser--> ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig
 ScriptArguments, DatasetMixtureConfig --load_datasets--> preference rows
-ModelConfig --peft_config, quantization_config--> what DPOTrainer takes
+ModelConfig --peft_config, quantization_config, init_kwargs--> what DPOTrainer takes
 """
 
 import argparse
@@ -148,6 +148,17 @@ def peft_config(model_args: ModelConfig) -> LoraConfig | None:
     )
 
 
+def init_kwargs(training_args: DPOConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """What both have to say to `from_pretrained`."""
+    return {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+
 def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
     """How `model_args` quantise the model; None for not at all.
 
@@ -258,14 +269,18 @@ class TrainParser(HfArgumentParser):
         super().__init__((ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
         self._let_none_through()
         self.add_argument("--config", help="A YAML file with values for these flags.")
-        self.add_argument(
+        self._own_flag = self._add_own_flag().dest
+
+    def _add_own_flag(self) -> argparse.Action:
+        """The flag of this command alone."""
+        return self.add_argument(
             "--fresh",
             action="store_true",
             help="Start over in the next free folder beside output_dir, never on top of a run.",
         )
 
     def parse(self, argv: Sequence[str]) -> tuple[tuple[Any, ...], list[str]]:
-        """The arguments, one object per dataclass and --fresh; then the flags nobody here knows.
+        """The arguments, one object per dataclass and the command's own flag; then unknown flags.
 
         Those may be flags of `accelerate launch`, from the command line or the YAML file.
         """
@@ -279,7 +294,7 @@ class TrainParser(HfArgumentParser):
         )
         if others.config != path:
             raise ValueError("want --config written in full")
-        return (*arguments, others.fresh), unknown + remaining
+        return (*arguments, getattr(others, self._own_flag)), unknown + remaining
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -303,6 +318,15 @@ class TrainParser(HfArgumentParser):
                 if action.dest == name:
                     action.default = _checked(actions[name], value)
         return unknown
+
+
+class VerifyParser(TrainParser):
+    """The flags of a run, and --max_pairs in place of --fresh."""
+
+    def _add_own_flag(self) -> argparse.Action:
+        return self.add_argument(
+            "--max_pairs", type=int, default=8, help="Compare this many rows, the first ones."
+        )
 
 
 def _or_none(number: type) -> Callable[[str], Any]:

@@ -11,7 +11,6 @@ right; autograd of the gather adds the beginning's gradients up.
 """
 
 import functools
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
@@ -26,8 +25,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo.tree import Tree
 
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:  # not installed, or built for another torch
+    flash_attn_varlen_func = None
+
 PREFIX = "fastdpo_"
-HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)  # they grew with torch
 
 
@@ -105,7 +108,7 @@ def _varlen_kernel(query: Tensor, window, softcap, dropout) -> Callable | None:
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     if not (query.is_cuda and is_half and query.shape[-1] <= 256):
         return None
-    if HAS_FLASH_ATTN:
+    if flash_attn_varlen_func is not None:
         return functools.partial(_by_varlen, kernel=_flash_attn)
     if softcap is None and not dropout and (window is None or "window_size" in VARLEN_ARGUMENTS):
         return functools.partial(_by_varlen, kernel=_torch_varlen)
@@ -219,8 +222,6 @@ def _torch_varlen(query, key, value, *bounds, scale, window_size, softcap, dropo
 
 def _flash_attn(query, key, value, *bounds, scale, window_size, softcap, dropout) -> Tensor:
     """The flash-attn package's: it has soft-capping and dropout."""
-    from flash_attn import flash_attn_varlen_func
-
     return flash_attn_varlen_func(
         query,
         key,

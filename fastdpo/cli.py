@@ -1,4 +1,4 @@
-"""`fastdpo train | demo`: parse, call, print.
+"""`fastdpo train | verify | demo`: parse, call, print.
 
 `fastdpo train` takes the flags and YAML files of `trl dpo`; `fastdpo dpo` is the same. Bad input
 ends with one line on stderr and exit code 2, Ctrl-C with 130; a bug keeps its traceback.
@@ -30,6 +30,9 @@ usage: fastdpo [--version] [--help] COMMAND ...
             fastdpo train --model_name_or_path MODEL --dataset_name ROWS --output_dir FOLDER
             fastdpo train --config run.yaml
           Flags and YAML files are those of `trl dpo`. Run again, it resumes.
+  verify  compare the engine with plain PyTorch on the first rows of a run, with its flags
+            fastdpo verify --model_name_or_path MODEL --dataset_name ROWS [--max_pairs 8]
+          Exit code 0: they agree; 1: they differ, and it says where; 2: bad input.
   demo    preference-tune a small model that comes with nothing to download, and show it
 
 `fastdpo COMMAND --help` lists a command's flags."""
@@ -71,6 +74,8 @@ def _run_command(argv: list[str]) -> int:
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if command in ("train", "dpo"):
         return train(rest, prog=f"fastdpo {command}")
+    if command == "verify":
+        return verify(rest)
     if command == "demo":
         from fastdpo import demo
 
@@ -80,7 +85,7 @@ def _run_command(argv: list[str]) -> int:
     elif command == "--version":
         print(f"fastdpo {fastdpo.__version__}")
     else:
-        raise BadInput(f"want a command, train or demo, got {command!r} (fastdpo --help)")
+        raise BadInput(f"want a command, train, verify or demo, got {command!r} (fastdpo --help)")
     return 0
 
 
@@ -94,10 +99,7 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
         (*arguments, fresh), unknown = TrainParser(prog=prog).parse(argv)
         script_args, training_args, model_args, dataset_args = arguments
         launch_flags = _launch_flags(unknown)
-        if model_args.model_name_or_path is None:
-            raise ValueError("want --model_name_or_path, got none")
-        if script_args.dataset_name is None and not dataset_args.datasets:
-            raise ValueError("want --dataset_name, or datasets in a YAML file, got neither")
+        _check_names(script_args, model_args, dataset_args)
         if not _is_launched() and (launch_flags or training_args.n_gpu > 1):
             return _launch(launch_flags, argv)
         identity = run_identity(*arguments)
@@ -128,6 +130,35 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     return 0
 
 
+def verify(argv: Sequence[str]) -> int:
+    """Hold the engine against plain PyTorch as `argv` says: 0 where they agree, else 1."""
+    from fastdpo.arguments import VerifyParser
+    from fastdpo.subject import load_subject
+    from fastdpo.verify import HEADER, compare, describe, plain_way
+
+    with _bad_input():
+        (*arguments, max_pairs), unknown = VerifyParser(prog="fastdpo verify").parse(argv)
+        if unknown:
+            raise ValueError(f"want flags of `fastdpo train` for one process, got {unknown[0]}")
+        script_args, _, model_args, dataset_args = arguments
+        _check_names(script_args, model_args, dataset_args)
+        subject = load_subject(*arguments, max_pairs)
+        plain = plain_way(subject)
+    print(describe(subject, plain), HEADER, sep="\n", flush=True)
+    agrees = True
+    for finding in compare(subject, plain):
+        print(finding, flush=True)
+        agrees &= finding.agrees
+    return 0 if agrees else 1
+
+
+def _check_names(script_args, model_args, dataset_args) -> None:
+    if model_args.model_name_or_path is None:
+        raise ValueError("want --model_name_or_path, got none")
+    if script_args.dataset_name is None and not dataset_args.datasets:
+        raise ValueError("want --dataset_name, or datasets in a YAML file, got neither")
+
+
 def _choose_folder(training_args, identity: dict[str, Any], fresh: bool) -> "RunFolder":
     """The run's folder, chosen by the main process for all: two would choose two fresh ones."""
     from accelerate.utils import broadcast_object_list
@@ -148,7 +179,12 @@ def _choose_folder(training_args, identity: dict[str, Any], fresh: bool) -> "Run
 def _build_trainer(script_args, training_args, model_args, dataset_args) -> "DPOTrainer":
     import torch
 
-    from fastdpo.arguments import load_datasets, peft_config, quantization_config
+    from fastdpo.arguments import (
+        init_kwargs,
+        load_datasets,
+        peft_config,
+        quantization_config,
+    )
     from fastdpo.trainer import DPOTrainer
 
     train_rows, eval_rows = load_datasets(
@@ -158,13 +194,7 @@ def _build_trainer(script_args, training_args, model_args, dataset_args) -> "DPO
         on_bad_rows=training_args.on_bad_rows,
         seed=training_args.seed,
     )
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = init_kwargs(training_args, model_args)
     trainer = DPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

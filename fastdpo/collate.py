@@ -184,7 +184,7 @@ class PackedCollator:
 
     def _group_tokens(self, group: Sequence[Row]) -> int:
         lengths = [n for row in group for n in self.cut.lengths(row)]
-        prompt = len(group[0]["prompt_ids"])
+        prompt = min(len(group[0]["prompt_ids"]), self.cut.max_length or sys.maxsize)
         if not self.share or self.cut.may_split_prompt(max(lengths)):
             return sum(lengths)
         return prompt + sum(n - prompt for n in lengths)

@@ -11,7 +11,9 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
+from fastdpo.kernels.linear_logps import HEAD_CACHE_BYTES
 from fastdpo.losses import COMPARING, F_DIVERGENCES, LOSS_TYPES, SMOOTHED
+from fastdpo.model import TOKEN_STATS
 
 logger = logging.get_logger(__name__)
 
@@ -96,11 +98,24 @@ class DPOConfig(TrainingArguments):
     max_tokens_per_forward: int | str | None = _setting(
         None,
         "Run a training batch in packs of at most this many tokens, one after the other, with the "
-        "loss and gradients of the whole. auto: as the free memory of the GPU allows, and less "
-        "after an out-of-memory error. Unset: the whole batch in one forward.",
+        "loss and gradients of the whole. auto: as the free memory of the GPU allows, and, in a "
+        "single process, less after an out-of-memory error. Unset: the batch in one forward.",
     )
     on_bad_rows: Literal["raise", "skip"] = _setting(
         "raise", "A malformed row ends the run before it starts, or is left out and counted."
+    )
+
+    # The head
+    head_cache_bytes: int = _setting(
+        HEAD_CACHE_BYTES,
+        "Memory in which a trained head's tiles of probabilities wait for their gradient; those "
+        "that do not fit are computed again. It changes speed and memory, no number.",
+    )
+    head_skip_below: float = _setting(
+        0.0,
+        "Leave out of the hidden states' gradient the vocabulary tokens that are less likely than "
+        "this at every position of a tile (Cut Cross-Entropy's filter, 2**-12 there). An "
+        "approximation, faster where the model is sure; CPU only so far. 0: nothing is left out.",
     )
 
     # The reference
@@ -143,7 +158,11 @@ class DPOConfig(TrainingArguments):
     f_alpha_divergence_coef: float = _setting(
         0.5, "Used by f_divergence_type alpha_divergence: at 0 it is forward_kl, at 1 reverse_kl."
     )
-    use_weighting: bool = _setting(False, "WPO. Not there yet.")
+    use_weighting: bool = _setting(
+        False,
+        "WPO (arXiv:2406.11827): a pair weighs the more, the likelier the policy is to write its "
+        "completions itself.",
+    )
     discopop_tau: float = _setting(0.05, "Used by loss_type discopop; above 0.")
     activation_offloading: bool = _setting(False, "Activations to CPU memory. Not there yet.")
 
@@ -173,6 +192,11 @@ class DPOConfig(TrainingArguments):
         return self.length_column_name if self.train_sampling_strategy in by_length else None
 
     @property
+    def token_stats(self) -> tuple[str, ...]:
+        """What a training step asks of the head beside log-probabilities."""
+        return (*TOKEN_STATS, "log_sum_p2") if self.use_weighting else TOKEN_STATS
+
+    @property
     def loss_settings(self) -> dict[str, Any]:
         """What losses.pair_loss takes, by its names."""
         return {
@@ -191,6 +215,8 @@ class DPOConfig(TrainingArguments):
         _want(self.max_length is None or self.max_length >= 2, "max_length >= 2", self.max_length)
         modes = ("keep_start", "keep_end")
         _want(self.truncation_mode in modes, f"truncation_mode in {modes}", self.truncation_mode)
+        _want(self.head_cache_bytes >= 0, "head_cache_bytes >= 0", self.head_cache_bytes)
+        _want(0 <= self.head_skip_below < 1, "head_skip_below in [0, 1)", self.head_skip_below)
         layouts = ("auto", "shared", "packed", "padded")
         _want(self.layout in layouts, f"layout of {layouts}", self.layout)
         _want(self.on_bad_rows in ("raise", "skip"), "on_bad_rows raise or skip", self.on_bad_rows)
@@ -231,7 +257,7 @@ class DPOConfig(TrainingArguments):
 
     def _check_unsupported(self):
         """TRL's settings that fastdpo does not run yet: refused, never ignored."""
-        for name in ("use_weighting", "sync_ref_model", "activation_offloading"):
+        for name in ("sync_ref_model", "activation_offloading"):
             value = getattr(self, name)
             _want(not value, f"{name}=False (True is not there yet)", value)
 

@@ -1,54 +1,97 @@
 """A causal language model's head: its hidden states and labels -> log-probabilities.
 
-All that fastdpo asks of a model above its body: `get_output_embeddings()`, with a weight (V, D)
-and perhaps a bias, and logits perhaps scaled or soft-capped as its config says.
+All that fastdpo asks of a model above its body: `get_output_embeddings()`, a linear layer, perhaps
+with a bias, quantised, or under PEFT's LoRA, and logits perhaps scaled or soft-capped as the
+model's config says.
 """
 
 from typing import Any
 
+import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdpo import ops
+from fastdpo.quantised import quantised_rows
 
 
 def check_head_module(causal_lm: PreTrainedModel) -> None:
-    """ValueError where the model has no linear head, or an adapter on it (not there yet)."""
+    """ValueError where the model has no linear head, or an adapter on it other than plain LoRA."""
     head = causal_lm.get_output_embeddings()
-    if not isinstance(getattr(head, "weight", None), Tensor) or causal_lm.base_model is causal_lm:
+    base = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    if not isinstance(getattr(base, "weight", None), Tensor) or causal_lm.base_model is causal_lm:
         name = type(causal_lm).__name__
         raise ValueError(f"want a body and a linear output embedding, {name} has none")
-    if isinstance(head, BaseTunerLayer):
+    if base is not head:
+        _check_adapter(head)
+
+
+def _check_adapter(head: BaseTunerLayer) -> None:
+    is_lora = isinstance(head, LoraLayer) and isinstance(head.get_base_layer(), nn.Linear)
+    # DoRA and its like are variants; a bias of B's would be one of the logits
+    if not is_lora or head.lora_variant or any(head.lora_bias.values()):
         raise ValueError(
-            "want no adapter on the output embedding (not there yet): leave "
-            "'lm_head' out of target_modules"
+            "want no adapter on the output embedding but LoRA without variants (DoRA and others) "
+            f"or lora_bias, got {type(head).__name__}: leave 'lm_head' out of target_modules"
         )
 
 
 def head_logps(
-    causal_lm: PreTrainedModel, hidden_CD: Tensor, labels_C: Tensor, stats: tuple[str, ...] = ()
+    causal_lm: PreTrainedModel,
+    hidden_CD: Tensor,
+    labels_C: Tensor,
+    stats: tuple[str, ...] = (),
+    **settings: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """token_logps_C, float32, of the labels after the hidden states, and {stat: (C,)}.
 
-    stats: any that kernels.linear_logps knows. Answers on the head's device.
+    stats, settings: any that kernels.linear_logps knows. Answers on the head's device. A LoRA
+    adapter on the head counts while it is active, dropout included; a quantised head is read a tile
+    at a time.
     """
     head = causal_lm.get_output_embeddings()
+    base = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
     config = causal_lm.config.get_text_config()
+    hidden_CD = hidden_CD.to(base.weight.device)
+    rows = quantised_rows(base, hidden_CD.dtype)
     token_logps_C, found = ops.linear_logps(
-        hidden_CD.to(head.weight.device),
-        head.weight,
-        labels_C.to(head.weight.device),
-        bias_V=getattr(head, "bias", None),
+        hidden_CD,
+        base.weight if rows is None else rows,
+        labels_C.to(base.weight.device),
+        bias_V=getattr(base, "bias", None),
+        low_rank=None if base is head else _low_rank(head, hidden_CD),
         scale=logit_scale(config),
         softcap=getattr(config, "final_logit_softcapping", None),
         stats=("lse", *stats),
+        **settings,
     )
     return token_logps_C, {name: found[name] for name in stats}
 
 
+def _low_rank(head: LoraLayer, hidden_CD: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(s * dropout(hidden) Aᵀ, B) of the active adapters, side by side; None without one."""
+    if head.disable_adapters or head.merged:
+        return None
+    names = [name for name in head.active_adapters if name in head.lora_A]
+    if not names:
+        return None
+    downs = []
+    for name in names:
+        A = head.lora_A[name]
+        x_CD = head.lora_dropout[name](hidden_CD.to(A.weight.dtype))
+        downs.append(head.scaling[name] * A(x_CD))
+    ups = [head.lora_B[name].weight for name in names]
+    return torch.cat(downs, 1), torch.cat(ups, 1)
+
+
 def logit_scale(config: Any) -> float:
     """What a model of this text config multiplies its logits by, before any soft-capping."""
+    if config.model_type == "mpt":  # names one and does not use it
+        return 1.0
+    if getattr(config, "logits_mup_width_multiplier", None) is not None:  # Inkling divides by it
+        return 1 / config.logits_mup_width_multiplier
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:  # Cohere; Muse; Falcon-H1
             return getattr(config, name)

@@ -78,11 +78,14 @@ def choose_layout(
     if reason is None:
         for model in models:
             attend_along_trees(causal_lm_of(model))
+        if probe is None and strict:
+            raise ValueError("want strict_layout=False with sharded weights, which go unchecked")
         differences = [probe(model, name) for model in models] if probe else []
         reason = next(filter(None, differences), None)
         is_error |= strict
     if reason is None:
-        return Layout(name, DESCRIPTIONS[name])
+        unchecked = "" if probe else " (not checked: the weights are not in one piece)"
+        return Layout(name, DESCRIPTIONS[name] + unchecked)
     for model in models:
         attend_as_before(causal_lm_of(model))
     if is_error:

@@ -51,6 +51,8 @@ class LayoutCheck:
             if rms <= (tolerance := self._tolerance(model)):  # a NaN is no agreement
                 return None
             where = self._where(model, batches)
+        except torch.OutOfMemoryError:  # says nothing of the layout, and padded takes more
+            raise
         except (TypeError, ValueError, RuntimeError) as error:
             return f"{type(causal_lm_of(model)).__name__} cannot run it: {error}"
         finally:

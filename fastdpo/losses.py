@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastdpo import ops
@@ -58,3 +59,16 @@ def pair_loss(
     rejected; cu_seqlens: int32 (S + 1,). settings: as kernels.pair_loss.pair_loss has them.
     """
     return PairLoss(*ops.pair_loss(token_logps_C, cu_seqlens, reference_logps_S, **settings))
+
+
+@torch.no_grad()
+def pair_weights(token_logps_C: Tensor, log_sum_p2_C: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """weight_B, float32: how likely the policy is to write both of a pair's completions itself.
+
+    WPO, arXiv:2406.11827, equation 2: of each completion the geometric mean of p / sum p'^2 over
+    its tokens, p' the probabilities of the whole vocabulary. log_sum_p2_C: the logarithm of that
+    sum. Tokens and cu_seqlens as pair_loss has them; an empty completion weighs 1.
+    """
+    logs_S = completion_logps(token_logps_C - log_sum_p2_C, cu_seqlens)
+    chosen_B, rejected_B = (logs_S / cu_seqlens.diff().clamp(min=1)).exp().chunk(2)
+    return chosen_B * rejected_B

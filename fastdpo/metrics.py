@@ -53,9 +53,7 @@ def pair_metrics(
     """
     B = batch.num_pairs
     chosen_tokens, all_tokens = batch.cu_seqlens[B], batch.cu_seqlens[-1]
-    is_chosen_C = (
-        torch.arange(len(scored.is_top1_C), device=chosen_tokens.device) < chosen_tokens
-    )
+    is_chosen_C = torch.arange(len(scored.is_top1_C), device=chosen_tokens.device) < chosen_tokens
     mean_logit_S = completion_logps(scored.mean_logit_C, batch.cu_seqlens)
     token_sums = [
         scored.entropy_C.sum(),

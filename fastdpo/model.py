@@ -14,6 +14,7 @@ Without it, the forward is the model's own, and `generate` works as it did.
 import functools
 import types
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -25,22 +26,24 @@ from transformers.utils import ModelOutput
 from fastdpo.batch import PairBatch
 from fastdpo.head import check_head_module, head_logps
 
-TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
+TOKEN_STATS = ("entropy", "mean_logit", "is_top1")  # what metrics are made of
 
 
 @dataclass
 class ScoredOutput(ModelOutput):
     """What a forward with `scored_rows` returns: one value per scored row, or completion token.
 
-    token_logps_C: float32, carries the gradient. entropy_C, mean_logit_C: float32, is_top1_C:
-    bool, no gradient, None unless asked for. aux_loss: the load-balancing loss of a
-    mixture-of-experts model, None unless asked for.
+    token_logps_C: float32, carries the gradient. entropy_C, mean_logit_C, log_sum_p2_C (log of the
+    sum of the vocabulary's squared probabilities): float32, is_top1_C: bool, no gradient, None
+    unless asked for. aux_loss: the load-balancing loss of a mixture-of-experts model, None unless
+    asked for.
     """
 
     token_logps_C: Tensor | None = None
     entropy_C: Tensor | None = None
     mean_logit_C: Tensor | None = None
     is_top1_C: Tensor | None = None
+    log_sum_p2_C: Tensor | None = None
     aux_loss: Tensor | None = None
 
     def of_rows(self, rows_C: Tensor) -> "ScoredOutput":
@@ -55,9 +58,10 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def attach_scorer(model: nn.Module) -> None:
+def attach_scorer(model: nn.Module, **head_settings: Any) -> None:
     """Let `model(..., scored_rows=..., labels=..., stats=...)` answer with a ScoredOutput.
 
+    head_settings: head_cache_bytes and skip_below, as kernels.linear_logps has them.
     A second call changes nothing. ValueError where the model has no linear head, or an adapter
     on it (the adapter would never be trained: not there yet).
     """
@@ -67,6 +71,7 @@ def attach_scorer(model: nn.Module) -> None:
     check_head_module(causal_lm)
     # an attribute, not a closure: a deep copy of the model then calls the copy
     causal_lm._unscored_forward = causal_lm.forward
+    causal_lm._head_settings = head_settings
 
     @functools.wraps(type(causal_lm).forward)  # generate() reads the signature
     def forward(self, *args, scored_rows=None, labels=None, stats=(), **kwargs):
@@ -82,7 +87,7 @@ def attach_scorer(model: nn.Module) -> None:
 def score(
     model: nn.Module, batch: PairBatch, *, stats: tuple[str, ...] = (), aux_loss: bool = False
 ) -> ScoredOutput:
-    """`model`, wrapped or not, on `batch`: a value per completion token. stats: of TOKEN_STATS"""
+    """`model`, wrapped or not, on `batch`: a value per completion token. stats: ScoredOutput's"""
     router = {"output_router_logits": True, "token_counts": batch.token_counts} if aux_loss else {}
     scored = model(
         **batch.model_inputs,
@@ -103,7 +108,9 @@ def _score(
     outputs = causal_lm.base_model(**inputs)
     hidden_SLD = outputs.last_hidden_state
     hidden_RD = hidden_SLD.flatten(0, 1).index_select(0, scored_rows_R)
-    token_logps_R, stats_R = head_logps(causal_lm, hidden_RD, labels_R, stats)
+    token_logps_R, stats_R = head_logps(
+        causal_lm, hidden_RD, labels_R, stats, **causal_lm._head_settings
+    )
     aux_loss = None
     if token_counts is not None:
         config = causal_lm.config.get_text_config()

@@ -1,4 +1,10 @@
-"""Triton or plain torch? Decided here and nowhere else: by the device of the tensors."""
+"""Triton or plain torch? Decided here and nowhere else: by the device of the tensors.
+
+FASTDPO_DEBUG=1 in the environment makes linear_logps look at what it is given; that makes the CPU
+wait for the GPU at each call.
+"""
+
+import os
 
 import torch
 from torch import Tensor
@@ -6,6 +12,7 @@ from torch import Tensor
 from fastdpo.kernels import linear_logps as _linear_logps
 from fastdpo.kernels import pair_loss as _pair_loss
 from fastdpo.kernels import reference
+from fastdpo.kernels.products import HeadRows
 
 
 def implementation(device: torch.device) -> str:
@@ -13,10 +20,26 @@ def implementation(device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "torch"
 
 
-def linear_logps(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, **settings):
-    """kernels.linear_logps.linear_logps, its tiles folded by what suits the device."""
+def linear_logps(hidden_ND: Tensor, head_VD: Tensor | HeadRows, labels_N: Tensor, **settings):
+    """kernels.linear_logps.linear_logps, its tiles folded by what suits the device.
+
+    With FASTDPO_DEBUG=1, a label outside the vocabulary or a hidden state that is not finite is a
+    ValueError that names the row; without, it makes its row NaN.
+    """
+    if os.environ.get("FASTDPO_DEBUG") == "1":
+        _check_rows(hidden_ND, head_VD.shape[0], labels_N)
     fold = implementation(hidden_ND.device)
     return _linear_logps.linear_logps(hidden_ND, head_VD, labels_N, fold=fold, **settings)
+
+
+def _check_rows(hidden_ND: Tensor, V: int, labels_N: Tensor) -> None:
+    outside = ((labels_N < 0) | (labels_N >= V)).nonzero()
+    if len(outside):
+        n = outside[0].item()
+        raise ValueError(f"want labels in [0, {V}), got {labels_N[n].item()} in row {n}")
+    broken = (~hidden_ND.isfinite().all(1)).nonzero()
+    if len(broken):
+        raise ValueError(f"want finite hidden states, got NaN or Inf in row {broken[0].item()}")
 
 
 def pair_loss(token_logps_C: Tensor, cu_seqlens: Tensor, reference_logps_S: Tensor, **settings):

@@ -1,7 +1,9 @@
 """PackTrainer: transformers.Trainer that runs a training batch in packs of bounded size.
 
 Each pack's loss is its share of the update's, so that gradients add up to those of the whole batch,
-and are reduced over ranks once. When memory runs out, the update is run again in smaller packs.
+and are reduced over ranks once. (A load-balancing loss of experts is each pack's own, as it is each
+microbatch's.) When memory runs out in a forward or a backward of the only process, the update is
+run again in smaller packs; with several, one rank alone could not.
 """
 
 import contextlib

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastdpo.collate import PackedCollator, PaddedCollator, Row
@@ -66,9 +67,9 @@ def split(
     """
     if max_tokens is None:
         return [list(rows)]
-    by_prompt: dict[tuple, list[Row]] = {}
+    by_prompt: dict[bytes, list[Row]] = {}
     for row in rows:
-        by_prompt.setdefault(tuple(row["prompt_ids"]), []).append(row)
+        by_prompt.setdefault(np.asarray(row["prompt_ids"], np.int64).tobytes(), []).append(row)
     groups = []
     for group in by_prompt.values():
         groups += [group] if count([group]) <= max_tokens else [[row] for row in group]
@@ -96,12 +97,18 @@ def into_more(packs: list[list[Row]], at_least: int) -> list[list[Row]]:
 
 
 def tokens_that_fit(
-    run: Callable[[dict], None], smaller: dict, larger: dict, device: torch.device
+    run: Callable[[dict], None],
+    smaller: dict,
+    larger: dict,
+    device: torch.device,
+    *,
+    kept_bytes: int,
 ) -> int | None:
-    """Tokens of a forward and backward in the free memory of `device`; None where none is asked.
+    """Tokens of a forward and backward in what is free of `device` but for kept_bytes.
 
     Read off what run(smaller) and run(larger) take at their peak: the difference is what tokens
-    cost, gradients and all else that does not grow with them aside.
+    cost, gradients and all else that does not grow with them aside. None, for no bound until
+    memory runs out, where the device is no GPU or the two have as many tokens.
     """
     tokens = larger["tokens"].run - smaller["tokens"].run
     if device.type != "cuda" or tokens <= 0:
@@ -110,9 +117,14 @@ def tokens_that_fit(
     for inputs in (smaller, smaller, larger):  # the first one warms up
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run(inputs)
+        try:
+            run(inputs)
+        except torch.OutOfMemoryError:
+            if inputs is smaller:
+                raise
+            return smaller["tokens"].run
         peaks.append(torch.cuda.max_memory_allocated(device) - before)
     per_token = max(1.0, (peaks[2] - peaks[1]) / tokens)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return max(1, int(SAFE_SHARE * free / per_token))
+    return max(1, int(SAFE_SHARE * (free - kept_bytes) / per_token))

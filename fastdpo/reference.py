@@ -11,14 +11,18 @@ taken as it is.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from fastdpo.batch import PairBatch
+from fastdpo.collate import REFERENCE_COLUMNS
 from fastdpo.losses import completion_logps
 from fastdpo.model import score
 
@@ -110,18 +114,28 @@ def add_reference_adapter(policy: PeftModel) -> None:
     policy.set_adapter(trained)
 
 
-def score_all(
-    reference_logps: Callable[[PairBatch], Tensor], batches: Iterable, gather: Callable
-) -> tuple[Tensor, Tensor]:
-    """Reference logps of every pair of `batches`, in order: chosen and rejected, on the CPU.
+def with_reference_logps(
+    dataset: Dataset,
+    reference_logps: Callable[[PairBatch], Tensor],
+    *,
+    collator: Callable,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> Dataset:
+    """`dataset` with ref_chosen_logps and ref_rejected_logps of every pair, scored over all ranks.
 
-    batches: what a prepared data loader yields. gather: joins the ranks' tensors and drops what
-    was added to even them out (Accelerator.gather_for_metrics).
+    ValueError for a streamed dataset, which has no place to keep them.
     """
-    chosen, rejected = [], []
-    for inputs in batches:
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            "want a map-style dataset with precompute_ref_log_probs=True, got a streamed one"
+        )
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
+    scored = []
+    for inputs in accelerator.prepare(loader):
         logps_S = reference_logps(PairBatch.from_inputs(inputs))
-        chosen_logps_B, rejected_logps_B = gather(tuple(logps_S.chunk(2)))
-        chosen.append(chosen_logps_B.cpu())
-        rejected.append(rejected_logps_B.cpu())
-    return torch.cat(chosen), torch.cat(rejected)
+        # without the rows that were added to even the ranks out
+        scored.append(torch.stack(accelerator.gather_for_metrics(logps_S.chunk(2))).cpu())
+    for name, logps_B in zip(REFERENCE_COLUMNS, torch.cat(scored, 1), strict=True):
+        dataset = dataset.add_column(name, logps_B.tolist())
+    return dataset

@@ -63,7 +63,8 @@ def _layout_line(trainer: Trainer) -> str:
 def _kernels_line(trainer: Trainer) -> str:
     device = trainer.args.device
     head = causal_lm_of(trainer.model).get_output_embeddings()
-    products = "trained head" if head.weight.requires_grad else "frozen head, two products"
+    is_trained = any(parameter.requires_grad for parameter in head.parameters())
+    products = "trained head" if is_trained else "frozen head, two products"
     return f"{ops.implementation(device)} on {device.type}, {products}"
 
 

@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,10 +34,9 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import PairCounts, prepare_pairs
 from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck, longest_rows
-from fastdpo.losses import PairLoss, pair_loss
+from fastdpo.losses import PairLoss, pair_loss, pair_weights
 from fastdpo.metrics import MetricSums, pair_metrics
 from fastdpo.model import (
-    TOKEN_STATS,
     ScoredOutput,
     attach_scorer,
     aux_loss_weight,
@@ -60,12 +58,15 @@ from fastdpo.reference import (
     RowLogps,
     add_reference_adapter,
     frozen_copy,
-    score_all,
+    with_reference_logps,
 )
 from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
+from fastdpo.trainer_check import check_arguments
 
 PAIR_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+
+OWN_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
 
 Rows = Dataset | IterableDataset
 
@@ -79,8 +80,8 @@ class DPOTrainer(PackTrainer):
     ref_model: the reference; None for the policy as it is now: its new adapters switched off, a
         frozen copy of adapters that were trained before, or a frozen copy of all of it.
     args: DPOConfig; None for the defaults and a folder named after the model.
-    data_collator: None for what args.layout asks for (collate.py); one of your own returns what
-        those do, or at least input_ids, attention_mask and completion_mask, chosen first.
+    data_collator: None for what args.layout asks for (collate.py); one of your own pads: it returns
+        what PaddedCollator does, or input_ids, attention_mask and completion_mask, chosen first.
     train_dataset, eval_dataset: preference rows as data.prepare_pairs reads them; several
         evaluation sets as a dictionary.
     processing_class: the tokenizer; None for the one beside the model.
@@ -110,7 +111,7 @@ class DPOTrainer(PackTrainer):
         peft_config: PeftConfig | None = None,
     ):
         args = args or DPOConfig(output_dir=f"{model_name(model).split('/')[-1]}-DPO")
-        _check_arguments(model, ref_model, args, train_dataset, quantization_config)
+        check_arguments(model, ref_model, args, data_collator, train_dataset, quantization_config)
         init_kwargs = {
             "trust_remote_code": args.trust_remote_code,
             **(args.model_init_kwargs or {}),
@@ -135,8 +136,10 @@ class DPOTrainer(PackTrainer):
         train_dataset = self._prepare(train_dataset, "train")
         if eval_dataset is not None:
             eval_dataset = self._prepare(eval_dataset, "eval")
-        if isinstance(train_dataset, IterableDataset):
-            args.accelerator_config.dispatch_batches = False  # ranks' batches differ in width
+        # batches move to the GPU from pinned memory while the CPU goes on
+        args.accelerator_config.non_blocking = args.dataloader_pin_memory
+        # ranks' batches differ in width, and a packed row is no batch of rows to share out
+        args.accelerator_config.dispatch_batches = False
 
         set_seed(args.seed)  # new adapters start at random
         if isinstance(model, str):
@@ -175,12 +178,16 @@ class DPOTrainer(PackTrainer):
         self.tokens = TokensRun()
         self._start_checked = False
         self.aux_loss_weight = aux_loss_weight(self.model, args.router_aux_loss_coef)
+        head_settings = {
+            "head_cache_bytes": args.head_cache_bytes,
+            "skip_below": args.head_skip_below,
+        }
+        attach_scorer(self.model, **head_settings)
         self.reference = self._choose_reference(ref_model)
-        attach_scorer(self.model)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # weights in one piece
             first = next(iter(train_dataset))
             check_head(self.model, (first["prompt_ids"] + first["chosen_ids"])[:32])
-        self.layout = Layout("its own", "the data_collator's own")
+        self.layout = OWN_LAYOUT
         if data_collator is None:
             self._choose_layout()
         self.budget = self._token_budget()
@@ -210,7 +217,8 @@ class DPOTrainer(PackTrainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As transformers.Trainer's; padded where compute_metrics wants each sequence's logits."""
-        with self.collating_with(self._collator("padded") if self.compute_metrics else None):
+        needs_logits = self.compute_metrics is not None and self.layout is not OWN_LAYOUT
+        with self.collating_with(self._collator("padded") if needs_logits else None):
             return super().get_eval_dataloader(eval_dataset)
 
     def _collator(self, layout: str) -> PaddedCollator | PackedCollator:
@@ -233,11 +241,11 @@ class DPOTrainer(PackTrainer):
         models = [self.model]
         if isinstance(self.reference, FrozenModel) and self.reference.model is not self.model:
             models.append(self.reference.model)
-        in_one_piece = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        are_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.layout = choose_layout(
             self.args.layout,
             models,
-            lambda model, layout: in_one_piece and check.difference(model, self._collator(layout)),
+            None if are_sharded else lambda m, name: check.difference(m, self._collator(name)),
             strict=self.args.strict_layout,
         )
         self.data_collator = self._collator(self.layout.name)
@@ -247,19 +255,24 @@ class DPOTrainer(PackTrainer):
         wanted = self.args.max_tokens_per_forward
         if wanted is None:
             return None
+        if self.is_deepspeed_enabled:  # it reduces gradients at each backward
+            raise ValueError(f"want max_tokens_per_forward unset under DeepSpeed, got {wanted!r}")
         if wanted != "auto":
             return TokenBudget(wanted)
+        if self.is_fsdp_enabled:  # the model is placed later
+            raise ValueError("want max_tokens_per_forward as a number under FSDP, got 'auto'")
         rows = longest_rows(self.train_dataset)
         one, two = (self.to_device(self.data_collator(each)) for each in (rows[:1], rows[:2]))
-        return TokenBudget(
-            tokens_that_fit(self._run_once, one, two, self.args.device), may_shrink=True
-        )
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        kept = sum(p.numel() * (p.element_size() + 8) for p in trained)  # gradients, Adam's moments
+        most = tokens_that_fit(self._run_once, one, two, self.args.device, kept_bytes=kept)
+        return TokenBudget(most, may_shrink=True)
 
     def _run_once(self, inputs: dict) -> None:
         """A forward and a backward, as a training step has them, that train nothing."""
         self.model.train()
         with self.compute_loss_context_manager():
-            scored = score(self.model, PairBatch.from_inputs(inputs), stats=TOKEN_STATS)
+            scored = score(self.model, PairBatch.from_inputs(inputs), stats=self.args.token_stats)
         scored.token_logps_C.sum().backward()
         self.model.zero_grad()
 
@@ -289,7 +302,6 @@ class DPOTrainer(PackTrainer):
         if isinstance(self.model, PeftModel):
             return AdaptersOff(self.model)
         if self.args.precompute_ref_log_probs:
-            attach_scorer(self.model)
             return FrozenModel(self.model, "the policy before training")
         return self._placed(frozen_copy(self.model), "a frozen copy of the policy")
 
@@ -306,33 +318,23 @@ class DPOTrainer(PackTrainer):
     def _precompute_reference(self):
         """Score all data now; from here on the reference is a column of the rows."""
         args = self.args
-        per_forward = args.precompute_ref_batch_size
-        self.train_dataset = self._with_reference_logps(
-            self.train_dataset, per_forward or args.per_device_train_batch_size
-        )
-        if self.eval_dataset is not None:
-            self.eval_dataset = self._with_reference_logps(
-                self.eval_dataset, per_forward or args.per_device_eval_batch_size
-            )
-        self.reference = RowLogps(f"{self.reference.source}, all rows scored before training")
 
-    def _with_reference_logps(self, dataset: Rows | dict[str, Rows], batch_size: int):
-        if isinstance(dataset, dict):
-            return {k: self._with_reference_logps(each, batch_size) for k, each in dataset.items()}
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                "want a map-style dataset with precompute_ref_log_probs=True, got a streamed one"
+        def scored(dataset: Rows, batch_size: int) -> Dataset:
+            return with_reference_logps(
+                dataset,
+                functools.partial(self._reference_logps, self.model),
+                collator=self.data_collator,
+                batch_size=args.precompute_ref_batch_size or batch_size,
+                accelerator=self.accelerator,
             )
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
-        batches = self.accelerator.prepare(loader)
-        logps = score_all(
-            functools.partial(self._reference_logps, self.model),
-            batches,
-            self.accelerator.gather_for_metrics,
-        )
-        for name, logps_B in zip(REFERENCE_COLUMNS, logps, strict=True):
-            dataset = dataset.add_column(name, logps_B.tolist())
-        return dataset
+
+        self.train_dataset = scored(self.train_dataset, args.per_device_train_batch_size)
+        if isinstance(self.eval_dataset, dict):
+            for name, dataset in self.eval_dataset.items():
+                self.eval_dataset[name] = scored(dataset, args.per_device_eval_batch_size)
+        elif self.eval_dataset is not None:
+            self.eval_dataset = scored(self.eval_dataset, args.per_device_eval_batch_size)
+        self.reference = RowLogps(f"{self.reference.source}, all rows scored before training")
 
     # The step
 
@@ -347,10 +349,13 @@ class DPOTrainer(PackTrainer):
         batch = PairBatch.from_inputs(inputs)
         # before the policy, whose activations would otherwise wait beside the reference's
         reference_logps_S = self._reference_logps(model, batch)
-        scored = score(model, batch, stats=TOKEN_STATS, aux_loss=self.aux_loss_weight > 0)
+        scored = score(model, batch, stats=self.args.token_stats, aux_loss=self.aux_loss_weight > 0)
         losses = pair_loss(
             scored.token_logps_C, batch.cu_seqlens, reference_logps_S, **self.args.loss_settings
         )
+        if self.args.use_weighting:
+            weight_B = pair_weights(scored.token_logps_C, scored.log_sum_p2_C, batch.cu_seqlens)
+            losses = losses._replace(loss_B=losses.loss_B * weight_B)
         loss = losses.loss_B.sum()
         if self.aux_loss_weight:
             loss = loss + batch.num_pairs * self.aux_loss_weight * scored.aux_loss
@@ -405,20 +410,3 @@ class DPOTrainer(PackTrainer):
         if "train_runtime" in logs:
             logs |= self.tokens.over_ranks(self.accelerator)
         super().log(logs, start_time)
-
-
-def _check_arguments(model, ref_model, args, train_dataset, quantization_config) -> None:
-    if not isinstance(args, DPOConfig):
-        raise TypeError(f"want a fastdpo.DPOConfig as args, got {type(args).__name__}")
-    if not isinstance(train_dataset, Rows):
-        got = "none" if train_dataset is None else type(train_dataset).__name__
-        raise TypeError(f"want a datasets.Dataset or IterableDataset as train_dataset, got {got}")
-    if ref_model is model:
-        raise ValueError("want ref_model apart from model; leave it out for a frozen copy")
-    if isinstance(model, str):
-        return
-    if args.model_init_kwargs is not None or quantization_config is not None:
-        raise ValueError(
-            "want model as a name with model_init_kwargs or quantization_config, got a "
-            f"{type(model).__name__} that is already loaded"
-        )

@@ -10,252 +10,227 @@ The vocabulary is walked once, a tile of columns at a time, with a running maxim
 
 so the walk sums its second term as well (attention with the head as keys and values), and the
 backward of a frozen head is one row scale: two products in all. A trained head takes a third, and
-a fourth for the tiles of p that did not fit `head_cache_bytes`. Derivation: README.md.
+a fourth for the tiles of p that did not fit `head_cache_bytes`. An adapter on the head adds a term
+down_NR upᵀ to the products, as thin as its rank R. Derivation: README.md.
 """
 
-from typing import NamedTuple
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.kernels.tiles import BLOCK_V, FOLDS, Rows
+from fastdpo.kernels.products import HeadRows, Term
+from fastdpo.kernels.tiles import FOLDS, Rows
+from fastdpo.kernels.vocabulary_walk import Settings, Tiles, walk, weight_gradients
 
-TILE_ROWS = {"cpu": 1024, "cuda": 8192}
-TILE_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}  # float32; the CPU's stays in its cache
+MIN_ROWS = 16  # fewer are filled up: a product of fewer rows may sum in another order
 HEAD_CACHE_BYTES = 512 << 20
-STATS = ("lse", "entropy", "mean_logit", "is_top1")
-
-
-class _Settings(NamedTuple):
-    """What linear_logps was asked for, as its docstring says, and what follows from it."""
-
-    scale: float
-    softcap: float | None
-    stats: tuple[str, ...]
-    head_cache_bytes: int
-    fold: str
-    operand_dtype: torch.dtype  # of the products' operands
-    hidden_grad: bool
-    head_grad: bool
-    bias_grad: bool
-
-    @property
-    def wide(self) -> torch.dtype:
-        """Of logits and sums."""
-        return torch.float64 if self.operand_dtype == torch.float64 else torch.float32
-
-    @property
-    def trained(self) -> bool:
-        return self.head_grad or self.bias_grad
-
-
-class _Tiles:
-    """The (row block, vocabulary tile) pieces of one call, and how p of each is made."""
-
-    def __init__(self, hidden_ND, head_VD, bias_V, labels_N, settings: _Settings):
-        device, N, V = hidden_ND.device, len(hidden_ND), len(head_VD)
-        rows = max(1, min(N, TILE_ROWS.get(device.type, TILE_ROWS["cuda"])))
-        columns = TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (4 * rows)
-        columns = min(V, max(BLOCK_V, columns // BLOCK_V * BLOCK_V))
-        firsts = range(0, max(1, N), rows)  # no row is one block of none
-        self.row_blocks = [slice(n, min(n + rows, N)) for n in firsts]
-        self.columns = [slice(v, min(v + columns, V)) for v in range(0, V, columns)]
-        self._hidden_ND, self._head_VD = hidden_ND.to(settings.operand_dtype), head_VD
-        self._bias_V, self._labels_N, self._settings = bias_V, labels_N, settings
-        self._z = torch.empty(rows * columns, dtype=settings.wide, device=device)
-        self._is_narrow = settings.operand_dtype != settings.wide
-        self._p = (
-            torch.empty_like(self._z, dtype=settings.operand_dtype) if self._is_narrow else self._z
-        )
-
-    def head(self, columns: slice) -> Tensor:
-        return self._head_VD[columns].to(self._settings.operand_dtype)
-
-    def fold(self, block: slice, columns: slice, head_TD: Tensor, rows: Rows, keep: bool) -> Tensor:
-        """Take one piece into `rows` and return its p, in memory of its own if it is to be kept."""
-        settings = self._settings
-        shape = (block.stop - block.start, columns.stop - columns.start)
-        z_NT = self._z[: shape[0] * shape[1]].view(shape)
-        p_NT = self._p[: shape[0] * shape[1]].view(shape) if self._is_narrow else z_NT
-        if keep:
-            p_NT = torch.empty(shape, dtype=self._p.dtype, device=self._p.device)
-            z_NT = z_NT if self._is_narrow else p_NT
-        _product(self._hidden_ND[block], head_TD.T, out=z_NT)
-        bias_T = None if self._bias_V is None else self._bias_V[columns].to(settings.wide)
-        labels_N, scale, softcap = self._labels_N[block], settings.scale, settings.softcap
-        FOLDS[settings.fold](z_NT, p_NT, bias_T, labels_N, columns.start, rows, scale, softcap)
-        return p_NT
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out = a @ b, or out += a @ b: accumulated and left in out's dtype, never rounded before."""
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    elif accumulate:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+STATS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_p2")
 
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, bias_V, labels_N, settings: _Settings):
-        tiles = _Tiles(hidden_ND, head_VD, bias_V, labels_N, settings)
-        is_plain = settings.softcap is None and bias_V is None
-        needs_sums = bool({"entropy", "mean_logit"} & set(settings.stats)) and not (
-            is_plain and settings.hidden_grad
-        )
-        rows = Rows.start(len(hidden_ND), settings.wide, hidden_ND.device, needs_sums)
-        u_ND, kept = _walk(tiles, rows, hidden_ND, settings)
+    def forward(ctx, settings: Settings, labels_N, bias_V, *factors):
+        tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
+        rows = Rows.start(len(labels_N), settings.wide, labels_N.device, _sums(tiles))
+        us, kept = walk(tiles, rows)
 
-        lse_N = rows.peak_N + rows.total_N.log()
-        c_target_N = torch.ones_like(lse_N)
+        lse_N, c_target_N = rows.peak_N + rows.total_N.log(), torch.ones_like(rows.total_N)
         if settings.softcap is not None:
             c_target_N -= (rows.target_N / settings.softcap).square()
-        found = _stats(settings, rows, lse_N, u_ND, hidden_ND, head_VD)
-        if u_ND is not None:
-            # now scale * (c[label] head[label] - u / total): dhidden is a row scale of it
-            target_ND = head_VD[labels_N].to(settings.wide).mul_(c_target_N[:, None])
-            u_ND.div_(-rows.total_N[:, None]).add_(target_ND).mul_(settings.scale)
-        inputs = (hidden_ND, head_VD, bias_V, labels_N, lse_N, c_target_N)
-        ctx.save_for_backward(u_ND, *(inputs if settings.trained else ()))
-        ctx.settings, ctx.kept, ctx.hidden_dtype = settings, kept, hidden_ND.dtype
+            for term in tiles.terms:  # tanh makes a finite logit of an infinite hidden state
+                lse_N += 0 * torch.linalg.vector_norm(term.x_NK, torch.inf, 1, dtype=lse_N.dtype)
+        token_logps_N = rows.target_N - lse_N
+        c_target_N += 0 * token_logps_N  # where that is NaN, so are all gradients
+        found = _stats(tiles, rows, lse_N, us)
+        _finish_directions(us, tiles, rows.total_N, c_target_N)
+
+        inputs = (labels_N, bias_V, lse_N, c_target_N, *factors) if settings.trained else ()
+        ctx.head_rows = None if isinstance(factors[1], Tensor) else factors[1]
+        ctx.save_for_backward(*us, *(None if x is ctx.head_rows else x for x in inputs))
+        ctx.settings, ctx.kept, ctx.x_dtypes = settings, kept, [x.dtype for x in factors[::2]]
         ctx.mark_non_differentiable(*found)
-        return (rows.target_N - lse_N, *found)
+        return (token_logps_N, *found)
 
     @staticmethod
     def backward(ctx, dlogps_N, *_):
-        direction_ND, *inputs = ctx.saved_tensors
-        dhidden_ND = dhead_VD = dbias_V = None
+        settings, num_terms = ctx.settings, len(ctx.x_dtypes)
+        directions, inputs = ctx.saved_tensors[:num_terms], ctx.saved_tensors[num_terms:]
+        dfactors, dbias_V = [None] * 2 * num_terms, None
         with torch.autocast(dlogps_N.device.type, enabled=False):
-            if direction_ND is not None:
-                dhidden_ND = (direction_ND * dlogps_N[:, None]).to(ctx.hidden_dtype)
+            for k, direction_NK in enumerate(directions):
+                if direction_NK is not None:
+                    dx_NK = torch.empty_like(direction_NK, dtype=ctx.x_dtypes[k])
+                    dfactors[2 * k] = torch.mul(direction_NK, dlogps_N[:, None], out=dx_NK)
             if inputs:
-                dhead_VD, dbias_V = _head_gradients(dlogps_N, inputs, ctx.settings, ctx.kept)
-        return dhidden_ND, dhead_VD, dbias_V, None, None
+                labels_N, bias_V, lse_N, c_target_N, *factors = inputs
+                factors[1] = factors[1] if ctx.head_rows is None else ctx.head_rows
+                tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
+                dz_N = dlogps_N.to(settings.wide) * -settings.scale + 0 * c_target_N
+                found = weight_gradients(tiles, dz_N, lse_N, c_target_N, ctx.kept)
+                dfactors[1::2], dbias_V = found
+                if dbias_V is not None:
+                    dbias_V = dbias_V.to(bias_V.dtype)
+        return None, None, dbias_V, *dfactors
 
 
-def _walk(tiles: _Tiles, rows: Rows, hidden_ND: Tensor, settings: _Settings):
-    """Take every tile into `rows`; u_ND (None without dhidden), and the pieces of p that fit.
-
-    A piece is kept under (row block, tile) with the peak that it was made with.
-    """
-    u_ND, kept, budget = None, {}, settings.head_cache_bytes
-    if settings.hidden_grad:
-        u_ND = torch.zeros_like(hidden_ND, dtype=settings.wide)
-    for c, columns in enumerate(tiles.columns):
-        head_TD = tiles.head(columns)
-        for r, block in enumerate(tiles.row_blocks):
-            size = (block.stop - block.start) * len(head_TD) * settings.operand_dtype.itemsize
-            keep = settings.trained and size <= budget
-            at = rows.block(block)
-            p_NT = tiles.fold(block, columns, head_TD, at, keep)
-            if u_ND is not None:
-                u_ND[block].mul_(at.rescale_N[:, None])
-                _product(p_NT, head_TD, out=u_ND[block], accumulate=True)
-            if keep:
-                kept[r, c] = (p_NT, at.peak_N.clone())
-                budget -= size
-    return u_ND, kept
+def _finish_directions(us: list[Tensor | None], tiles: Tiles, total_N, c_target_N) -> None:
+    """Make scale * (c[label] w[label] - u / total) of each u: dx is a row scale of it."""
+    for term, u_NK in zip(tiles.terms, us, strict=True):
+        if u_NK is None:
+            continue
+        last = term.w_VK.shape[0] - 1
+        for some in tiles.few_rows(term):
+            u_NK[some].div_(-total_N[some, None]).addcmul_(
+                term.w_VK[tiles.labels_N[some].clamp(0, last)].to(u_NK.dtype),
+                c_target_N[some, None],
+            ).mul_(tiles.settings.scale)
 
 
-def _head_gradients(dlogps_N: Tensor, inputs: list, settings: _Settings, kept: dict):
-    """dhead = -(p - onehot)ᵀ (dlogp * scale * hidden) and dbias, a tile at a time."""
-    hidden_ND, head_VD, bias_V, labels_N, lse_N, c_target_N = inputs
-    tiles = _Tiles(hidden_ND, head_VD, bias_V, labels_N, settings)
-    wide = settings.wide
-    dz_N = dlogps_N.to(wide) * -settings.scale
-    weighted_ND = (hidden_ND.to(wide) * dz_N[:, None]).to(settings.operand_dtype)
-    dhead_VD = torch.empty_like(head_VD) if settings.head_grad else None
-    dbias_V = torch.zeros_like(bias_V, dtype=wide) if settings.bias_grad else None
-    # summed where it is to be, unless that is too narrow to sum in
-    in_place = settings.head_grad and head_VD.dtype == wide
-    for c, columns in enumerate(tiles.columns):
-        head_TD = tiles.head(columns)
-        dhead_TD = dhead_VD[columns] if in_place else torch.empty_like(head_TD, dtype=wide)
-        for r, block in enumerate(tiles.row_blocks):
-            if (r, c) in kept:
-                p_NT, peak_N = kept[r, c]
-            else:
-                fresh = Rows.start(block.stop - block.start, wide, lse_N.device, sums=False)
-                p_NT = tiles.fold(block, columns, head_TD, fresh, keep=False)
-                peak_N = fresh.peak_N
-            dlogits_NT = _less_onehot(
-                p_NT, peak_N - lse_N[block], labels_N[block] - columns.start, c_target_N[block]
-            )
-            if settings.head_grad:
-                _product(dlogits_NT.T, weighted_ND[block], out=dhead_TD, accumulate=r > 0)
-            if settings.bias_grad:
-                dbias_V[columns].addmv_(dlogits_NT.T.to(wide), dz_N[block])
-        if settings.head_grad and not in_place:
-            dhead_VD[columns] = dhead_TD
-    return dhead_VD, None if dbias_V is None else dbias_V.to(bias_V.dtype)
+def _is_plain(tiles: Tiles) -> bool:
+    """Whether the logits are linear in the hidden states: their means then follow from products."""
+    return tiles.bias_V is None and tiles.settings.softcap is None
 
 
-def _less_onehot(p_NT: Tensor, log_rescale_N: Tensor, column_N: Tensor, c_target_N: Tensor):
-    """p brought from its tile's peak to lse, less c in the label's column where it is here."""
-    dlogits_NT = p_NT * torch.exp(log_rescale_N)[:, None].to(p_NT.dtype)
-    is_here_N = (column_N >= 0) & (column_N < p_NT.shape[1])
-    onehot_N = -(c_target_N * is_here_N).to(p_NT.dtype)
-    column_N = column_N.clamp(0, p_NT.shape[1] - 1)
-    return dlogits_NT.scatter_add_(1, column_N[:, None], onehot_N[:, None])
+def _sums(tiles: Tiles) -> tuple[str, ...]:
+    """The sums over the vocabulary that the statistics need and nothing else yields."""
+    by_products = _is_plain(tiles) and all(term.x_grad for term in tiles.terms)
+    by_products &= not tiles.settings.skip_below  # u is then not whole
+    stats = {"log_sum_p2"} if by_products else {"entropy", "mean_logit", "log_sum_p2"}
+    return tuple(stats & set(tiles.settings.stats))
 
 
-def _stats(settings: _Settings, rows: Rows, lse_N, u_ND, hidden_ND, head_VD) -> list[Tensor]:
-    """The statistics asked for, in order. Without sums, a plain head's come from products."""
-    h_ND, found = hidden_ND.to(settings.wide), []
-    for name in settings.stats:
+def _stats(tiles: Tiles, rows: Rows, lse_N, us: list[Tensor | None]) -> list[Tensor]:
+    """The statistics asked for, in order."""
+    scale, num_tokens = tiles.settings.scale, tiles.terms[0].w_VK.shape[0]
+    found = []
+    for name in tiles.settings.stats:
         if name == "lse":
             found.append(lse_N.clone())
         elif name == "is_top1":
             found.append(rows.target_N >= rows.peak_N)
+        elif name == "log_sum_p2":
+            found.append(rows.squares_N.log() - 2 * rows.total_N.log())
         elif name == "entropy" and rows.weighted_N is not None:
             found.append(lse_N - rows.weighted_N / rows.total_N)
         elif name == "entropy":
-            found.append(lse_N - settings.scale * torch.linalg.vecdot(h_ND, u_ND) / rows.total_N)
+            dots = [
+                _row_dots(tiles, term, u_NK) for term, u_NK in zip(tiles.terms, us, strict=True)
+            ]
+            found.append(lse_N - scale * sum(dots) / rows.total_N)
         elif rows.sum_N is not None:
-            found.append(rows.sum_N / len(head_VD))
+            found.append(rows.sum_N / num_tokens)
         else:
-            found.append(settings.scale * (h_ND @ head_VD.mean(0, dtype=settings.wide)))
+            dots = [_row_dots(tiles, term, _mean_w(tiles, term)) for term in tiles.terms]
+            found.append(scale * sum(dots))
     return found
+
+
+def _row_dots(tiles: Tiles, term: Term, y: Tensor) -> Tensor:
+    """x_n · y_n of each row: a few at a time, as a float32 copy of all would be another (N, K)."""
+    y_NK = y.expand(term.x_NK.shape)
+    some = tiles.few_rows(term)
+    return torch.cat([torch.linalg.vecdot(term.x_NK[n].to(y.dtype), y_NK[n]) for n in some])
+
+
+def _mean_w(tiles: Tiles, term: Term) -> Tensor:
+    """Mean row of the term's weight: (1, K)."""
+    wide = tiles.settings.wide
+    pieces = (term.w_VK[columns].sum(0, True, dtype=wide) for columns in tiles.columns)
+    return sum(pieces) / term.w_VK.shape[0]
 
 
 def linear_logps(
     hidden_ND: Tensor,
-    head_VD: Tensor,
+    head_VD: Tensor | HeadRows,
     labels_N: Tensor,
     *,
     bias_V: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     stats: tuple[str, ...] = (),
     head_cache_bytes: int = HEAD_CACHE_BYTES,
+    skip_below: float = 0.0,
     fold: str = "triton",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probability of each row's label: float32 (N,), from float32 logits.
 
     hidden_ND, head_VD: float16, bfloat16 or float32 (float64 with fold="torch", which then
-    returns it). labels_N: int64 in [0, V), unchecked: looking would make the CPU wait for the
-    GPU. Gradients flow to hidden_ND, head_VD and bias_V, accumulated in float32. Under autocast
-    the products take its dtype on a GPU, and float32 on a CPU.
+    returns it). head_VD may be a HeadRows, dequantised a tile at a time and twice at the end.
+    labels_N: int64 in [0, V), unchecked: looking would make the CPU wait for the GPU. A label
+    outside, or a hidden state that is not finite, makes its row's answer NaN, its gradient too,
+    and those of head and bias. Gradients flow to hidden_ND, head_VD, bias_V and low_rank, summed
+    in float32. Autocast rules the products' operands as it does everywhere.
 
-    scale, softcap: logits are softcap * tanh(scale * (hidden headᵀ + bias) / softcap).
-    stats: of "lse", "entropy", "mean_logit" (float32) and "is_top1" (bool; a tie counts), from
-        the same pass and without gradient; the answer is then (token_logps_N, {name: (N,)}).
-    head_cache_bytes: tiles of p kept for a trained head's gradient; the others cost a product
+    low_rank: (down_NR, up_VR), a term down_NR upᵀ beside hidden headᵀ; of a LoRA adapter A, B,
+        it is (s * hidden Aᵀ, B).
+    scale, softcap: logits are softcap * tanh(scale * (hidden headᵀ + down upᵀ + bias) / softcap).
+    stats: of "lse", "entropy", "mean_logit", "log_sum_p2" (log sum_v p_v²), float32, and
+        "is_top1" (bool; a tie counts), from the same pass and without gradient; the answer is
+        then (token_logps_N, {name: (N,)}).
+    head_cache_bytes: tiles of p kept for a trained weight's gradient; the others cost a product
         more. No setting changes the result by more than rounding.
+    skip_below: leave tokens out of the second product that are less likely than this in every
+        row of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12). No logp changes; a row's
+        gradient in hidden_ND by at most its own gradient of logp times scale, times the
+        probability left out, times the longest head row; those of weights not at all. The label's
+        part is exact, however unlikely it is. Faster for peaked rows alone; fold="torch" only.
     fold: "triton" (a GPU, or Triton's interpreter) or "torch" takes a tile into the result.
 
-    Backward keeps (N, D) in float32, for a trained head also its inputs and the cache. A row's
-    value may depend on N in its last bits, as far as the matrix product does. ValueError for
-    shapes, dtypes or names that do not fit. The same with full logits: reference.linear_logps.
+    Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles: on
+    a CPU 2 MiB, for operands of another dtype than float32 also 4 D (512 + 1024) bytes; on a GPU
+    192 MiB. A trained weight keeps its inputs and the cache as well, and sums a narrow gradient
+    in a tile of float32.
+
+    The same inputs give the same bits. On a CPU a row's answer does not depend on the other rows
+    either, not in one bit, as far as its matrix product sums a row alike in 16 rows and in 512
+    (MKL does, by tests/test_linear_logps.py); cuBLAS chooses by shape, and does not.
+
+    ValueError for shapes, dtypes or names that do not fit. The same with full logits:
+    reference.linear_logps.
     """
+    _check(hidden_ND, head_VD, labels_N, bias_V, low_rank, stats, fold)
+    if skip_below and (fold != "torch" or not 0 <= skip_below < 1):
+        raise ValueError(f"want skip_below in [0, 1), 0 in {fold!r}, got {skip_below}")
+    num_rows, device = len(labels_N), hidden_ND.device
+    factors = [hidden_ND, head_VD, *(low_rank or ())]
+    if num_rows < MIN_ROWS:
+        fill = (0, MIN_ROWS - num_rows)
+        labels_N = F.pad(labels_N, fill)
+        factors[::2] = [F.pad(x_NK, (0, 0, *fill)) for x_NK in factors[::2]]
+    grads = [_wants_grad(factor) for factor in factors]
+    settings = Settings(
+        scale=scale,
+        softcap=softcap,
+        stats=tuple(stats),
+        head_cache_bytes=head_cache_bytes,
+        skip_below=skip_below,
+        fold=fold,
+        operand_dtype=_operand_dtype(hidden_ND),
+        autocast=_autocast_dtype(device) == torch.bfloat16,
+        term_grads=tuple(zip(grads[::2], grads[1::2], strict=True)),
+        bias_grad=_wants_grad(bias_V),
+    )
+    with torch.autocast(device.type, enabled=False):
+        answers = _LinearLogps.apply(settings, labels_N, bias_V, *factors)
+    if num_rows < MIN_ROWS:
+        answers = [answer_N[:num_rows] for answer_N in answers]
+    return (answers[0], dict(zip(stats, answers[1:], strict=True))) if stats else answers[0]
+
+
+def _check(hidden_ND, head_VD, labels_N, bias_V, low_rank, stats, fold) -> None:
     N, D = hidden_ND.shape if hidden_ND.ndim == 2 else (-1, -1)
-    if head_VD.ndim != 2 or head_VD.shape[1] != D or labels_N.shape != (N,):
+    if len(head_VD.shape) != 2 or head_VD.shape[1] != D or labels_N.shape != (N,):
         came = f"{(*hidden_ND.shape,)}, {(*head_VD.shape,)}, {(*labels_N.shape,)}"
         raise ValueError(f"want hidden (N, D), head (V, D), labels (N,), got {came}")
     if bias_V is not None and bias_V.shape != head_VD.shape[:1]:
-        raise ValueError(f"want bias ({len(head_VD)},), got {(*bias_V.shape,)}")
+        raise ValueError(f"want bias ({head_VD.shape[0]},), got {(*bias_V.shape,)}")
+    if low_rank is not None:
+        down_NR, up_VR = low_rank
+        ranks = down_NR.shape[1:], up_VR.shape[1:]
+        if (len(down_NR), len(up_VR)) != (N, head_VD.shape[0]) or len({*ranks}) != 1:
+            came = f"{(*down_NR.shape,)}, {(*up_VR.shape,)}"
+            raise ValueError(f"want low_rank ({N}, R) and ({head_VD.shape[0]}, R), got {came}")
     if not set(stats) <= set(STATS) or fold not in FOLDS:
         raise ValueError(f"want stats of {STATS}, fold of {(*FOLDS,)}, got {stats}, {fold!r}")
     if labels_N.dtype != torch.int64 or not hidden_ND.is_floating_point():
@@ -264,26 +239,21 @@ def linear_logps(
         )
     if hidden_ND.dtype == torch.float64 and fold != "torch":
         raise ValueError(f"want fold='torch' for float64, got {fold!r}")
-    grads = (
-        torch.is_grad_enabled() and x is not None and x.requires_grad
-        for x in (hidden_ND, head_VD, bias_V)
-    )
-    operand_dtype = _operand_dtype(hidden_ND)
-    settings = _Settings(
-        scale, softcap, tuple(stats), head_cache_bytes, fold, operand_dtype, *grads
-    )
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        logps_N, *found = _LinearLogps.apply(hidden_ND, head_VD, bias_V, labels_N, settings)
-    return (logps_N, dict(zip(stats, found, strict=True))) if stats else logps_N
+
+
+def _wants_grad(x: Tensor | HeadRows | None) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
 
 
 def _operand_dtype(hidden_ND: Tensor) -> torch.dtype:
-    """What the products multiply: the inputs' or autocast's dtype; no CPU gains by a narrow one."""
-    device = hidden_ND.device.type
+    """The inputs' or autocast's dtype; on a CPU float32, which `product` may narrow."""
     if hidden_ND.dtype == torch.float64:
         return torch.float64
-    if device == "cpu":
+    if hidden_ND.device.type == "cpu":
         return torch.float32
-    return (
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
-    )
+    return _autocast_dtype(hidden_ND.device) or hidden_ND.dtype

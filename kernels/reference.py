@@ -16,12 +16,16 @@ def linear_logps(
     labels_N: Tensor,
     *,
     bias_V: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     stats: tuple[str, ...] = (),
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """log softmax(z)[label] of each row, z = cap(scale * (hidden headᵀ + bias))."""
+    """log softmax(z)[label] of each row, z = cap(scale * (hidden headᵀ + down upᵀ + bias))."""
     logits_NV = _wide(hidden_ND) @ _wide(head_VD).T
+    if low_rank is not None:
+        down_NR, up_VR = low_rank
+        logits_NV = logits_NV + _wide(down_NR) @ _wide(up_VR).T
     if bias_V is not None:
         logits_NV = logits_NV + _wide(bias_V)
     logits_NV = scale * logits_NV
@@ -37,6 +41,7 @@ def linear_logps(
             "entropy": -(logps_NV.exp() * logps_NV).sum(-1),
             "mean_logit": logits_NV.mean(-1),
             "is_top1": token_logps_N >= logps_NV.amax(-1),
+            "log_sum_p2": (2 * logps_NV).logsumexp(-1),
         }
     return token_logps_N, {name: every[name] for name in stats}
 

@@ -22,16 +22,22 @@ class Rows:
 
     peak_N: Tensor  # largest logit
     total_N: Tensor  # sum of exp(z - peak)
-    target_N: Tensor  # logit of the label
+    target_N: Tensor  # logit of the label; NaN while none was found
     rescale_N: Tensor  # exp(peak before the last tile - peak after it)
     weighted_N: Tensor | None  # sum of exp(z - peak) * z, for the entropy
     sum_N: Tensor | None  # sum of z, for the mean logit
+    squares_N: Tensor | None  # sum of exp(z - peak)², for log_sum_p2
 
     @classmethod
-    def start(cls, N: int, dtype: torch.dtype, device: torch.device, sums: bool) -> "Rows":
-        zeros = [torch.zeros(N, dtype=dtype, device=device) for _ in range(5 if sums else 3)]
-        peak_N = torch.full((N,), -float("inf"), dtype=dtype, device=device)
-        return cls(peak_N, *zeros[:3], *(zeros[3:] or (None, None)))
+    def start(cls, N: int, dtype: torch.dtype, device: torch.device, stats=()) -> "Rows":
+        """No column seen yet; the last three are summed for the statistics that need them."""
+
+        def full(value):
+            return torch.full((N,), value, dtype=dtype, device=device)
+
+        optional = ("entropy", "mean_logit", "log_sum_p2")
+        sums = [full(0.0) if name in stats else None for name in optional]
+        return cls(full(-float("inf")), full(0.0), full(float("nan")), full(0.0), *sums)
 
     def block(self, rows: slice) -> "Rows":
         parts = (getattr(self, field.name) for field in fields(self))
@@ -57,11 +63,14 @@ def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
     c_NT = None if softcap is None else (z_NT / softcap).square_().neg_().add_(1.0)
     if rows.sum_N is not None:
         rows.sum_N.add_(z_NT.sum(1))
+    if rows.weighted_N is None:
+        z_NT.sub_(peak_N[:, None]).exp_()
+    else:
         exp_NT = torch.exp(z_NT - peak_N[:, None])
         rows.weighted_N.mul_(rows.rescale_N).add_(torch.linalg.vecdot(exp_NT, z_NT))
         z_NT.copy_(exp_NT)
-    else:
-        z_NT.sub_(peak_N[:, None]).exp_()
+    if rows.squares_N is not None:
+        rows.squares_N.mul_(rows.rescale_N.square()).add_(torch.linalg.vecdot(z_NT, z_NT))
     rows.total_N.mul_(rows.rescale_N).add_(z_NT.sum(1))
     if c_NT is not None:
         z_NT.mul_(c_NT)
@@ -95,6 +104,7 @@ def _fold_kernel(
     rescale_ptr,
     weighted_ptr,
     sum_ptr,
+    squares_ptr,
     start,
     width,
     z_stride,
@@ -103,7 +113,9 @@ def _fold_kernel(
     softcap,
     HAS_BIAS: tl.constexpr,
     CAP: tl.constexpr,
-    SUMS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SUM: tl.constexpr,
+    SQUARES: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)  # n * z_stride outgrows int32 from 16k rows of 128k
@@ -123,15 +135,19 @@ def _fold_kernel(
     total_V = tl.zeros((BLOCK_V,), tl.float32)
     weighted_V = tl.zeros((BLOCK_V,), tl.float32)
     sum_V = tl.zeros((BLOCK_V,), tl.float32)
+    squares_V = tl.zeros((BLOCK_V,), tl.float32)
     for first in range(0, width, BLOCK_V):
         v = first + tl.arange(0, BLOCK_V)
         z_V = _logit(z_ptr, bias_ptr, v, v < width, scale, softcap, HAS_BIAS, CAP)
         target_V += tl.where(v == column, z_V, 0.0)
         exp_V = tl.where(v < width, tl.exp(z_V - peak), 0.0)
         total_V += exp_V
-        if SUMS:
+        if WEIGHTED:
             weighted_V += exp_V * z_V
+        if SUM:
             sum_V += tl.where(v < width, z_V, 0.0)
+        if SQUARES:
+            squares_V += exp_V * exp_V
         if CAP:
             exp_V *= 1.0 - (z_V / softcap) * (z_V / softcap)
         tl.store(p_ptr + v, exp_V.to(p_ptr.dtype.element_ty), mask=v < width)
@@ -140,9 +156,13 @@ def _fold_kernel(
     tl.store(peak_ptr + n, peak)
     tl.store(rescale_ptr + n, rescale)
     tl.store(total_ptr + n, tl.load(total_ptr + n) * rescale + tl.sum(total_V))
-    if SUMS:
+    if WEIGHTED:
         tl.store(weighted_ptr + n, tl.load(weighted_ptr + n) * rescale + tl.sum(weighted_V))
+    if SUM:
         tl.store(sum_ptr + n, tl.load(sum_ptr + n) + tl.sum(sum_V))
+    if SQUARES:
+        squares = tl.load(squares_ptr + n) * rescale * rescale
+        tl.store(squares_ptr + n, squares + tl.sum(squares_V))
 
 
 def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
@@ -158,6 +178,7 @@ def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
         rows.rescale_N,
         rows.weighted_N,
         rows.sum_N,
+        rows.squares_N,
         start,
         z_NT.shape[1],
         z_NT.stride(0),
@@ -166,7 +187,9 @@ def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
         1.0 if softcap is None else softcap,
         HAS_BIAS=bias_T is not None,
         CAP=softcap is not None,
-        SUMS=rows.sum_N is not None,
+        WEIGHTED=rows.weighted_N is not None,
+        SUM=rows.sum_N is not None,
+        SQUARES=rows.squares_N is not None,
         BLOCK_V=BLOCK_V,
     )
 

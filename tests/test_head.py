@@ -1,16 +1,69 @@
 import pytest
 import tiny
+import torch
 from peft import LoraConfig, get_peft_model
 
+from fastdpo.batch import PairBatch
+from fastdpo.collate import PaddedCollator
 from fastdpo.head import check_head_module, logit_scale
+from fastdpo.model import attach_scorer, check_head, score
 
 VOCAB = 97
+ROWS = [
+    {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9, 10, 2], "rejected_ids": [11, 2]},
+    {"prompt_ids": [12, 13], "chosen_ids": [14, 2], "rejected_ids": [15, 16, 17, 18, 2]},
+]
 
 
-def test_a_head_adapter_is_refused():
-    lora = LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
-    model = get_peft_model(tiny.model("llama", VOCAB), lora)
-    with pytest.raises(ValueError, match="no adapter on the output embedding"):
+def with_head_adapter(family="llama", **settings):
+    settings = {"target_modules": ["lm_head", "q_proj"], "init_lora_weights": False} | settings
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, **settings)
+    return get_peft_model(tiny.model(family, VOCAB), lora)
+
+
+def own_logps(model, inputs):
+    """Every completion token's log-probability from the model's own float32 logits."""
+    logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    logps = logits[:, :-1].float().log_softmax(-1)
+    logps = logps.gather(2, inputs["input_ids"][:, 1:, None]).squeeze(2)
+    return logps[inputs["completion_mask"][:, 1:].bool()]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2: tied and soft-capped
+def test_an_adapter_on_the_head_scores_and_learns_as_pefts_own_logits(family):
+    model, inputs = with_head_adapter(family), PaddedCollator(pad_token_id=0)(ROWS)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = own_logps(model, inputs)
+    grads = torch.autograd.grad(expected.sum(), trained)
+    attach_scorer(model)
+    check_head(model, [5, 6, 7, 8])
+    scored = score(model, PairBatch.from_inputs(inputs)).token_logps_C
+    torch.testing.assert_close(scored, expected, atol=2e-5, rtol=1e-5)
+    for ours, own in zip(torch.autograd.grad(scored.sum(), trained), grads, strict=True):
+        torch.testing.assert_close(ours, own, atol=1e-4, rtol=1e-3)
+    with model.disable_adapter():
+        torch.testing.assert_close(
+            score(model, PairBatch.from_inputs(inputs)).token_logps_C,
+            own_logps(model, inputs),
+            atol=2e-5,
+            rtol=1e-5,
+        )
+
+
+def test_a_head_adapters_dropout_is_its_own():
+    model, inputs = with_head_adapter(lora_dropout=0.5), PaddedCollator(pad_token_id=0)(ROWS)
+    attach_scorer(model)
+    batch = PairBatch.from_inputs(inputs)
+    first, second = (score(model.train(), batch).token_logps_C for _ in range(2))
+    assert (first - second).abs().max() > 1e-3
+    logps_R = score(model.eval(), batch).token_logps_C
+    torch.testing.assert_close(logps_R, own_logps(model, inputs), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
+def test_other_head_adapters_are_refused(settings):
+    model = with_head_adapter(**settings)
+    with pytest.raises(ValueError, match="no adapter on the output embedding but LoRA"):
         check_head_module(model.get_base_model())
 
 
@@ -25,6 +78,8 @@ class Config(dict):
         ({"logit_scale": 0.0625}, 0.0625),
         ({"logit_scale": None}, 1.0),
         ({"lm_head_multiplier": 0.5}, 0.5),
+        ({"logit_scale": 0.5, "model_type": "mpt"}, 1.0),
+        ({"logits_mup_width_multiplier": 24.0, "model_type": "inkling"}, 1 / 24),
         ({"logits_scaling": 8.0, "model_type": "granite"}, 0.125),
         ({"logits_scaling": 8.0, "model_type": "hyperclovax"}, 8.0),
     ],

@@ -1,13 +1,16 @@
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdpo.kernels import linear_logps as module
-from fastdpo.kernels import reference
+from fastdpo.kernels import reference, tiles, vocabulary_walk
 from fastdpo.kernels.linear_logps import STATS, linear_logps
 from fastdpo.kernels.tiles import BLOCK_V
 
@@ -25,8 +28,8 @@ FOLDS = ["torch", "triton"]
 def small_tiles(monkeypatch):
     """Tiles of 4 rows by 2 blocks, so that a test's few rows are walked as thousands are."""
     for device in ("cpu", "cuda"):
-        monkeypatch.setitem(module.TILE_ROWS, device, 4)
-        monkeypatch.setitem(module.TILE_BYTES, device, 4 * 4 * 2 * BLOCK_V)
+        monkeypatch.setitem(vocabulary_walk.TILE_ROWS, device, 4)
+        monkeypatch.setitem(vocabulary_walk.TILE_COLUMNS, device, 2 * BLOCK_V)
 
 
 def inputs(shape, dtype, device="cpu", bias=False, seed=0):
@@ -66,7 +69,7 @@ def assert_all_as_accurate(ours, same_dtype, truth, times):
     for name, exact in truth.items():
         if exact.dtype == torch.bool:
             assert torch.equal(ours[name], exact), name
-        elif name in ("entropy", "mean_logit"):
+        elif name in ("entropy", "mean_logit", "log_sum_p2"):
             # small numbers made of thousands of logits, which are rounded at their own size
             largest = truth["lse"].abs().max() if exact.numel() else 1.0
             torch.testing.assert_close(ours[name].double(), exact, rtol=0, atol=5e-6 * largest)
@@ -140,7 +143,7 @@ PRODUCTS = {
 
 @pytest.mark.parametrize(("kind", "products"), PRODUCTS.values(), ids=PRODUCTS)
 def test_products_are_as_few_as_promised(kind, products):
-    N, D, V = shape = (8, 16, 4 * BLOCK_V)
+    N, D, V = shape = (16, 16, 4 * BLOCK_V)
     hidden_ND, head_VD, labels_N, _ = inputs(shape, torch.float32)
     head_VD.requires_grad_(kind.get("head", False))
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(kind.get("grad", True)):
@@ -154,6 +157,23 @@ def test_products_are_as_few_as_promised(kind, products):
         if logps_N.requires_grad:
             logps_N.sum().backward()
     assert counter.get_total_flops() == products * 2 * N * V * D
+
+
+@pytest.mark.parametrize(("cache", "products"), [(1 << 30, 2), (0, 3)])
+def test_an_adapter_on_a_frozen_head_takes_thin_products_only(cache, products):
+    N, D, V, R = 16, 32, 4 * BLOCK_V, 2
+    hidden_ND, head_VD, labels_N, _ = inputs((N, D, V), torch.float32)
+    low_rank = torch.randn(N, R, requires_grad=True), torch.randn(V, R, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        linear_logps(
+            hidden_ND.requires_grad_(),
+            head_VD,
+            labels_N,
+            low_rank=low_rank,
+            fold="torch",
+            head_cache_bytes=cache,
+        ).sum().backward()
+    assert counter.get_total_flops() == 2 * N * V * (products * D + (products + 1) * R)
 
 
 class Watch(TorchDispatchMode):
@@ -184,23 +204,160 @@ def test_nothing_waits_and_no_logits_are_held(trained):
     assert watch.largest <= (head_VD.nbytes if trained else logits // 50)
 
 
-def test_the_default_workspace_of_a_frozen_head_is_bounded(monkeypatch):
+class Live(TorchDispatchMode):
+    """The most bytes of new storages that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)]
+        given = {x.untyped_storage()._cdata for x in given}
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in given | self.seen:
+                    self._add(storage)
+        return out
+
+    def _add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        self.seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def freed():
+            self.seen.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, freed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_heads_workspace_is_bounded(monkeypatch, dtype):
     monkeypatch.undo()
-    N, D, V = shape = (600, 8, 40_000)
-    hidden_ND, head_VD, labels_N, _ = inputs(shape, torch.float32)
+    shape = N, D, _ = (1100, 4096, 1500)
+    hidden_ND, head_VD, labels_N, _ = inputs(shape, dtype)
+    hidden_ND.requires_grad_()
+    with Live() as live:
+        logps_N = linear_logps(hidden_ND, head_VD, labels_N, fold="torch")
+        assert live.peak <= 4 * N * D + (32 << 20)
+        logps_N.sum().backward()
+    assert live.peak <= 4 * N * D + max(32 << 20, hidden_ND.nbytes + (1 << 20))
 
-    class Total(TorchDispatchMode):
-        live = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and func.__name__.startswith("empty"):
-                self.live += out.untyped_storage().nbytes()
-            return out
+def test_a_frozen_heads_workspace_on_a_gpu_is_bounded(monkeypatch):
+    """A GPU's tiles and dtypes at a real size, on tensors without memory and by no arithmetic."""
+    monkeypatch.undo()
+    monkeypatch.setitem(tiles.FOLDS, "triton", lambda *args: None)
+    monkeypatch.setattr(vocabulary_walk, "product", lambda *args, **kinds: None)
+    for constants in (vocabulary_walk.TILE_ROWS, vocabulary_walk.TILE_COLUMNS):
+        monkeypatch.setitem(constants, "cpu", constants["cuda"])
+    monkeypatch.setattr(module, "_operand_dtype", lambda hidden_ND: hidden_ND.dtype)
+    N, D, V = 8192, 4096, 151936
+    with FakeTensorMode(), Live() as live:
+        hidden_ND = torch.empty(N, D, dtype=torch.bfloat16, requires_grad=True)
+        head_VD = torch.empty(V, D, dtype=torch.bfloat16)
+        labels_N = torch.empty(N, dtype=torch.int64)
+        before = live.live
+        linear_logps(hidden_ND, head_VD, labels_N)
+    assert 4 * N * D < live.peak - before <= 4 * N * D + (256 << 20)
 
-    with Total() as total:
-        linear_logps(hidden_ND.requires_grad_(), head_VD, labels_N, fold="torch")
-    assert 0 < total.live <= 4 * N * D + (32 << 20) < 4 * N * V
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_answer_does_not_depend_on_the_others(monkeypatch, dtype, threads):
+    monkeypatch.undo()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    hidden_ND, head_VD, labels_N, _ = inputs((1030, 96, 2500), dtype)
+    together_N = linear_logps(hidden_ND, head_VD, labels_N, fold="torch")
+    for rows in (slice(0, 1), slice(3, 10), slice(700, 723), slice(5, 518), slice(1029, 1030)):
+        alone_N = linear_logps(hidden_ND[rows], head_VD, labels_N[rows], fold="torch")
+        assert torch.equal(alone_N, together_N[rows]), rows
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "capped"])
+@pytest.mark.parametrize("broken", ["label-below", "label-above", "nan", "inf"])
+def test_a_broken_row_is_nan_and_no_other(fold, softcap, broken, device):
+    hidden_ND, head_VD, labels_N, _ = inputs((9, 16, 2 * BLOCK_V + 7), torch.float32, device)
+    whole = run(
+        linear_logps, hidden_ND, head_VD, labels_N, None, torch.float32, fold=fold, softcap=softcap
+    )
+    if broken.startswith("label"):
+        labels_N[4] = -100 if broken == "label-below" else len(head_VD)
+    else:
+        hidden_ND[4, 3] = float(broken)
+    args = (hidden_ND, head_VD, labels_N, None, torch.float32)
+    found = run(linear_logps, *args, fold=fold, softcap=softcap)
+    others = torch.arange(9, device=device) != 4
+    for name in ("token_logps", "dhidden"):
+        assert found[name][4].isnan().all(), name
+        assert torch.equal(found[name][others], whole[name][others]), name
+    assert found["dhead"].isnan().all()
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("head_cache_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("head_grad", [False, True], ids=["frozen", "trained"])
+def test_a_low_rank_term_is_as_accurate(fold, head_cache_bytes, head_grad, device):
+    hidden_ND, head_VD, labels_N, _ = inputs((11, 16, 2 * BLOCK_V + 7), torch.float32, device)
+    A_RD, B_VR = (x.to(device) for x in (torch.randn(3, 16), torch.randn(len(head_VD), 3)))
+
+    def answers(function, dtype, **settings):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (hidden_ND, A_RD, B_VR, head_VD)]
+        h, A, B, head = leaves
+        head.requires_grad_(head_grad)
+        low_rank = (0.5 * h @ A.T, B)
+        logps_N, stats = function(h, head, labels_N, low_rank=low_rank, stats=STATS, **settings)
+        logps_N.sum().backward()
+        grads = {f"d{i}": x.grad for i, x in enumerate(leaves) if x.requires_grad}
+        return {"token_logps": logps_N.detach()} | grads | stats
+
+    ours = answers(linear_logps, torch.float32, fold=fold, head_cache_bytes=head_cache_bytes)
+    same = answers(reference.linear_logps, torch.float32)
+    truth = answers(reference.linear_logps, torch.float64)
+    assert_all_as_accurate(ours, same, truth, times=4)
+
+
+@pytest.mark.parametrize("peakedness", [1.0, 6.0])
+@pytest.mark.parametrize("likely", [True, False], ids=["chosen-like", "rejected-like"])
+def test_skipping_unlikely_tokens_keeps_its_bound(peakedness, likely):
+    hidden_ND, head_VD, labels_N, _ = inputs((11, 16, 3 * BLOCK_V + 7), torch.float32)
+    p_NV = (peakedness * hidden_ND.double() @ head_VD.double().T / 4).softmax(1)
+    labels_N = p_NV.argmax(1) if likely else p_NV.argmin(1)
+    args = (hidden_ND, head_VD * peakedness / 4, labels_N, None, torch.float32)
+    whole = run(linear_logps, *args, fold="torch")
+    some = run(linear_logps, *args, fold="torch", skip_below=2**-12)
+    for name in whole.keys() - {"dhidden", "entropy", "mean_logit"}:
+        assert torch.equal(some[name], whole[name]), name
+    for name in ("entropy", "mean_logit"):
+        torch.testing.assert_close(some[name], whole[name], atol=1e-4, rtol=1e-5)
+    left_out_N = (p_NV * (p_NV < 2**-12)).sum(1)
+    bound_N = torch.arange(1, 12) * left_out_N * args[1].norm(dim=1).max()
+    error_N = (some["dhidden"] - whole["dhidden"]).norm(dim=1)
+    assert error_N.max() > 1e-4, "nothing was skipped"
+    assert (error_N <= bound_N + 1e-4).all()
+
+
+def test_skipping_is_refused_where_it_would_wait_for_the_gpu():
+    hidden_ND, head_VD, labels_N, _ = inputs((3, 4, 50), torch.float32)
+    with pytest.raises(ValueError, match="want skip_below"):
+        linear_logps(hidden_ND, head_VD, labels_N, skip_below=0.1, fold="triton")
+
+
+def test_narrow_products_leave_the_process_setting_as_it_was():
+    hidden_ND, head_VD, labels_N, _ = inputs((20, 16, 50), torch.bfloat16)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    precision = torch.get_float32_matmul_precision()
+    linear_logps(hidden_ND, head_VD, labels_N, fold="torch")
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert torch.get_float32_matmul_precision() == precision
 
 
 @pytest.mark.parametrize("fold", FOLDS)
@@ -250,11 +407,16 @@ def test_any_shape_agrees(N, D, V, seed):
         assert_all_as_accurate(ours, same, exact, times=8)
 
 
-def test_autocast_on_a_cpu_keeps_float32():
-    hidden_ND, head_VD, labels_N, _ = inputs((4, 8, 100), torch.float32)
-    expected = linear_logps(hidden_ND, head_VD, labels_N, fold="torch")
+def test_autocast_narrows_operands_and_not_logits():
+    hidden_ND, head_VD, labels_N, _ = inputs((20, 8, 100), torch.float32)
+    exact = reference.linear_logps(hidden_ND.double(), head_VD.double(), labels_N)
+    operands = hidden_ND.bfloat16().double(), head_VD.bfloat16().double()
+    rounded = reference.linear_logps(*operands, labels_N)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(linear_logps(hidden_ND, head_VD, labels_N, fold="torch"), expected)
+        ours = linear_logps(hidden_ND, head_VD, labels_N, fold="torch")
+    # a CPU without bfloat16 instructions keeps the operands as they are
+    nearest = min((ours - rounded).abs().max(), (ours - exact).abs().max())
+    assert ours.dtype == torch.float32 and nearest < 1e-4
 
 
 WRONG = {

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastdpo.losses import LOSS_TYPES, PAIR_METRICS, completion_logps, pair_loss
+from fastdpo.losses import LOSS_TYPES, PAIR_METRICS, completion_logps, pair_loss, pair_weights
 
 # Two pairs. Token log-probabilities, end to end: chosen 0, chosen 1, rejected 0, rejected 1.
 TOKEN_LOGPS = [-1.0, -0.5, -2.0, -0.5, -0.5, -1.0, -3.0]
@@ -149,3 +149,20 @@ def test_at_the_reference_the_sigmoid_loss_is_ln_2():
     logps_S = completion_logps(token_logps, CU_SEQLENS)
     losses = pair_loss(token_logps, CU_SEQLENS, logps_S, beta=0.1)
     assert losses.loss_B.tolist() == pytest.approx([math.log(2)] * 2)
+
+
+def test_a_pairs_weight_is_the_product_of_geometric_means():
+    # p over the sum of squares: chosen 0: 1/2 / (1/2), 1/8 / (1/2); rejected 0: 1/4 / (1/4)
+    #                            chosen 1: 1/2 / (1/4);                rejected 1: 3/4 / (5/8) twice
+    log_p = torch.tensor([1 / 2, 1 / 8, 1 / 2, 1 / 4, 3 / 4, 3 / 4]).log()
+    log_sum_p2 = torch.tensor([1 / 2, 1 / 2, 1 / 4, 1 / 4, 5 / 8, 5 / 8]).log()
+    cu_seqlens = torch.tensor([0, 2, 3, 4, 6], dtype=torch.int32)
+    weight_B = pair_weights(log_p.requires_grad_(), log_sum_p2, cu_seqlens)
+    assert weight_B.tolist() == pytest.approx([1 / 2, 2 * 6 / 5])  # sqrt(1 * 1/4) * 1
+    assert not weight_B.requires_grad
+
+
+def test_an_empty_completion_weighs_nothing_away():
+    cu_seqlens = torch.tensor([0, 0, 1], dtype=torch.int32)
+    weight_B = pair_weights(torch.tensor([0.5]).log(), torch.tensor([0.25]).log(), cu_seqlens)
+    assert weight_B.tolist() == pytest.approx([2.0])

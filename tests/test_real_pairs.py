@@ -55,9 +55,19 @@ def _ids(tokenizer, messages, **kwargs):
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("llama", "shared"),
+        ("llama", "packed"),
+        ("llama", "padded"),
+        ("qwen2", "shared"),
+        ("gemma2", "shared"),
+        ("gemma2", "padded"),
+    ],
+)
 def test_thirty_steps_train_as_the_naive_loop_does(
-    family, adapters, real_rows, tokenizer, pairs, tmp_path
+    family, layout, adapters, real_rows, tokenizer, pairs, tmp_path
 ):
     policy = tiny.model(family, len(tokenizer))
     lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if adapters else None
@@ -68,6 +78,7 @@ def test_thirty_steps_train_as_the_naive_loop_does(
             max_steps=STEPS,
             per_device_train_batch_size=BATCH,
             max_length=MAX_LENGTH,
+            layout=layout,
             learning_rate=LR,
             lr_scheduler_type="constant",
             max_grad_norm=0.0,

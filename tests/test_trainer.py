@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.batch import PairBatch
+from fastdpo.collate import PackedCollator
 
 TRL_ARGUMENTS = [
     "model",
@@ -338,6 +339,34 @@ def test_a_streamed_dataset_trains_like_one_in_memory(tmp_path, tokenizer):
     assert logged(streamed) == pytest.approx(logged(kept), abs=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_a_streamed_evaluation_measures_what_a_kept_one_does(tmp_path, tokenizer, layout):
+    rows = tiny.rows(7)
+    rows[5]["chosen"] *= 3  # rows of unlike width
+    reference = tiny.model("llama", len(tokenizer), seed=1)
+
+    def evaluation(dataset):
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            ref_model=copy.deepcopy(reference),
+            eval_dataset=dataset,
+            per_device_eval_batch_size=7,
+            layout=layout,
+        )
+        measured = trainer.evaluate()
+        return {k: v for k, v in measured.items() if "runtime" not in k and "per_second" not in k}
+
+    kept = evaluation(Dataset.from_list(rows))
+    assert evaluation(IterableDataset.from_generator(lambda: iter(rows))) == pytest.approx(kept)
+    assert kept["eval_loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_a_packed_collator_is_asked_for_by_layout(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="want layout='shared' or 'packed' in place"):
+        make_trainer(tmp_path, tokenizer, data_collator=PackedCollator(share=True))
+
+
 def test_a_collator_written_for_trl_trains_alike(tmp_path, tokenizer):
     plain = make_trainer(tmp_path, tokenizer, layout="padded")
     plain.train()
@@ -349,6 +378,14 @@ def test_a_collator_written_for_trl_trains_alike(tmp_path, tokenizer):
     given = make_trainer(tmp_path, tokenizer, data_collator=trl_collator)
     given.train()
     assert logged(given) == pytest.approx(logged(plain), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"layout": "shared"}, {"max_tokens_per_forward": 100}], ids=str
+)
+def test_what_a_collator_of_ones_own_decides_is_not_asked_for(tmp_path, tokenizer, setting):
+    with pytest.raises(ValueError, match="with a data_collator of your own"):
+        make_trainer(tmp_path, tokenizer, data_collator=lambda rows: {}, **setting)
 
 
 def test_a_model_name_is_loaded_with_its_tokenizer(tmp_path, tokenizer):
@@ -431,3 +468,14 @@ def test_a_second_trainer_on_the_same_model_starts_where_the_first_ended(tmp_pat
     second = make_trainer(tmp_path, tokenizer, model=copy.deepcopy(first.model))
     second.train()
     assert logged(second)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_heads_cache_changes_no_number_and_its_filter_does(tmp_path, tokenizer):
+    def run(**settings):
+        trainer = make_trainer(tmp_path, tokenizer, max_steps=2, **settings)
+        trainer.train()
+        return logged(trainer, "grad_norm")
+
+    whole = run()
+    assert run(head_cache_bytes=0) == pytest.approx(whole, rel=1e-5)
+    assert run(head_skip_below=0.9)[0] != pytest.approx(whole[0], rel=1e-3)

@@ -29,6 +29,13 @@ LOSSES = {
         "loss_type": "sigmoid_norm",
     },
     "ld_alpha": {"ld_alpha": 0.4},
+    "use_weighting": {"use_weighting": True},
+    "use_weighting-mix": {
+        "use_weighting": True,
+        "loss_type": ["ipo", "apo_zero"],
+        "loss_weights": [0.01, 1.0],
+        "ld_alpha": 0.4,
+    },
     "ld_alpha-precomputed": {"ld_alpha": 0.4, "precompute_ref_log_probs": True},
 }
 

@@ -1,0 +1,158 @@
+"""What do the Triton kernels cost on GPUs that are not here: registers, spills, shared memory?
+
+    python -m bench.kernel_report               every kernel, for sm_80, sm_90 and sm_100
+    python -m bench.kernel_report --chips 90    for one chip
+
+Compiles each kernel as it would be launched for real models' heads, and exits with 1 where one
+spills, asks for more shared memory than the chip has, or has a product without tensor cores.
+Needs no GPU; not under TRITON_INTERPRET.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastdpo.kernels import pair_loss, tiles
+from fastdpo.kernels.vocabulary_walk import TILE_COLUMNS
+
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # a block's, at most
+TENSOR_CORES = re.compile(r"\b(?:wgmma|tcgen05|mma)\.\S*(?:mma|sync)")
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+HEADS = {  # vocabulary V, whether the logits are capped
+    "Qwen2.5-0.5B": (151936, False),
+    "Llama-3.2-1B": (128256, False),
+    "Llama-3-8B": (128256, False),
+    "Gemma-2-9B": (256000, True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kernel as one call launches it: the types of its arguments and its constants."""
+
+    name: str
+    kernel: object
+    types: dict[str, str]
+    constants: dict
+    divisible: tuple[str, ...] = ()  # arguments that are multiples of 16
+    has_product: bool = False
+
+
+def fold_cases():
+    """The fold of a tile: each head's full and last tile, alone and with every statistic."""
+    pointers = ("z", "labels", "peak", "total", "target", "rescale")
+    integers = ("start", "width", "z_stride", "p_stride")
+    optional = {"bias_ptr": "HAS_BIAS", "weighted_ptr": "WEIGHTED", "sum_ptr": "SUM"}
+    optional |= {"squares_ptr": "SQUARES"}
+    for head, (V, capped) in HEADS.items():
+        for width in (TILE_COLUMNS["cuda"], V % TILE_COLUMNS["cuda"]):
+            for dtype in ("*bf16", "*fp32"):
+                for full in (False, True):
+                    types = {f"{name}_ptr": "*fp32" for name in pointers}
+                    types |= {"labels_ptr": "*i64", "p_ptr": dtype, "scale": "fp32"}
+                    types |= dict.fromkeys(integers, "i32") | {"softcap": "fp32"}
+                    constants = {"CAP": capped, "BLOCK_V": tiles.BLOCK_V}
+                    constants |= dict.fromkeys(optional.values(), full)
+                    given = types if full else constants
+                    given |= dict.fromkeys(optional, "*fp32" if full else None)
+                    kind = "bias and all sums" if full else "alone"
+                    yield Case(
+                        name=f"fold {head} {width} columns {dtype[1:]} {kind}",
+                        kernel=tiles._fold_kernel,
+                        types=types,
+                        constants=constants,
+                        divisible=integers if width % 16 == 0 else ("start",),
+                    )
+
+
+def pair_loss_cases():
+    """Every loss and divergence alone, and all losses at once."""
+    floats = ("token_logps", "reference_logps", "loss", "metrics", "slope")
+    scalars = ("beta", "label_smoothing", "f_alpha_divergence_coef", "discopop_tau", "ld_alpha")
+    types = {f"{name}_ptr": "*fp32" for name in floats} | dict.fromkeys(scalars, "fp32")
+    types |= {"cu_seqlens_ptr": "*i32", "B": "i32"}
+    alone = [((name,), "reverse_kl") for name in pair_loss.LOSS_TYPES]
+    divergences = [(("sigmoid",), name) for name in pair_loss.F_DIVERGENCES[1:]]
+    for losses, divergence in ((pair_loss.LOSS_TYPES, "reverse_kl"), *alone, *divergences):
+        weights = tuple(0.5 + i for i in range(len(losses)))
+        constants = {"LOSS_TYPES": losses, "LOSS_WEIGHTS": weights, "F_DIVERGENCE": divergence}
+        yield Case(
+            name=f"pair_loss {'+'.join(losses)} {divergence}",
+            kernel=pair_loss._forward_kernel,
+            types=types,
+            constants=constants | {"BLOCK_C": pair_loss.BLOCK_C},
+        )
+    types = dict.fromkeys(("dloss_ptr", "slope_ptr", "dtoken_logps_ptr"), "*fp32")
+    yield Case(
+        name="pair_loss backward",
+        kernel=pair_loss._backward_kernel,
+        types=types | {"cu_seqlens_ptr": "*i32", "B": "i32", "ld_alpha": "fp32"},
+        constants={"BLOCK_C": pair_loss.BLOCK_C},
+    )
+
+
+CASES = (fold_cases, pair_loss_cases)
+
+
+def compiled(case: Case, chip: int):
+    names = case.kernel.arg_names
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    aligned = [n for n in names if n in case.divisible or signature[n].startswith("*")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(case.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options={"num_warps": 4})
+
+
+def usage(kernel) -> dict[str, int]:
+    """registers, stack and local bytes a thread, shared bytes, tensor-core instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    words = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
+    found = {name: int(re.search(rf"{word}:(\d+)", text)[1]) for name, word in words.items()}
+    found["shared"] = kernel.metadata.shared
+    found["tensor_cores"] = len(TENSOR_CORES.findall(kernel.asm["ptx"]))
+    return found
+
+
+def faults(case: Case, chip: int, used: dict[str, int]) -> list[str]:
+    wrong = []
+    if used["stack"] or used["local"]:
+        wrong.append(f"spills {used['stack']} bytes of stack, {used['local']} of local memory")
+    if used["shared"] > SHARED_BYTES[chip]:
+        wrong.append(f"{used['shared']} bytes of shared memory, the chip has {SHARED_BYTES[chip]}")
+    if case.has_product and not used["tensor_cores"]:
+        wrong.append("a product without tensor cores")
+    return wrong
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chips", type=int, nargs="*", default=[*SHARED_BYTES])
+    failed = 0
+    print("| kernel | chip | registers | stack | local | shared | tensor cores |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for chip in parser.parse_args(arguments).chips:
+        for case in (case for cases in CASES for case in cases()):
+            used = usage(compiled(case, chip))
+            wrong = faults(case, chip, used)
+            failed += bool(wrong)
+            note = "; ".join(wrong) or (used["tensor_cores"] if case.has_product else "no product")
+            numbers = " | ".join(str(used[n]) for n in ("registers", "stack", "local", "shared"))
+            print(f"| {case.name} | sm_{chip} | {numbers} | {note} |", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

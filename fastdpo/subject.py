@@ -1,0 +1,141 @@
+"""What `fastdpo verify` looks at: a policy and a few pairs, loaded as `fastdpo train` loads them.
+
+Adapters that start at zero get small values: half of their gradients would be zero.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from fastdpo.arguments import init_kwargs, load_datasets, peft_config, quantization_config
+from fastdpo.collate import Cut, Row
+from fastdpo.config import DPOConfig
+from fastdpo.data import prepare_pairs
+from fastdpo.head import check_head_module
+from fastdpo.layout import why_padded
+from fastdpo.model import causal_lm_of
+from fastdpo.policy import load_policy, load_tokenizer, make_ready, with_adapters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What is verified: a policy on its device, and the pairs among the first num_rows rows."""
+
+    policy: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    pairs: list[Row]
+    num_rows: int
+    args: DPOConfig
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(max_length=self.args.max_length, truncation_mode=self.args.truncation_mode)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the layers' products are rounded to."""
+        if self.args.bf16 or self.args.fp16:
+            return torch.bfloat16 if self.args.bf16 else torch.float16
+        return self.policy.dtype
+
+    def autocast(self) -> AbstractContextManager:
+        enabled = self.args.bf16 or self.args.fp16
+        return torch.autocast(self.args.device.type, self.compute_dtype, enabled=enabled)
+
+    def place(self, b: int, side: str, t: int) -> str:
+        """A completion's t-th scored token, in words."""
+        ids = self.pairs[b][f"{side}_ids"]
+        prompt, completion = self.cut(self.pairs[b]["prompt_ids"], ids)
+        if self.args.truncation_mode == "keep_end":
+            t += len(ids) - len(completion)
+        t += not prompt  # nothing predicts a sequence's first token
+        return f"pair {b}, {side}, token {t} ({self.tokenizer.decode([ids[t]])!r})"
+
+
+def load_subject(script_args, args: DPOConfig, model_args, dataset_args, max_pairs: int) -> Subject:
+    """The model and the first max_pairs rows, as `fastdpo train` would load them.
+
+    ValueError for what cannot be compared: a weight that is not finite, a token id outside the
+    vocabulary, nothing to train, a layout that the model cannot run. RowError and OSError as in
+    training.
+    """
+    if max_pairs < 1:
+        raise ValueError(f"want max_pairs >= 1, got {max_pairs}")
+    rows, _ = load_datasets(
+        script_args, dataset_args, with_eval=False, on_bad_rows=args.on_bad_rows, seed=args.seed
+    )
+    kwargs = init_kwargs(args, model_args)
+    name = model_args.model_name_or_path
+    tokenizer = load_tokenizer(
+        None, name, revision=kwargs["revision"], trust_remote_code=args.trust_remote_code
+    )
+    pairs, counts = prepare_pairs(
+        Dataset.from_list(list(islice(rows, max_pairs))),
+        tokenizer,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        on_bad_rows=args.on_bad_rows,
+    )
+    set_seed(args.seed)
+    policy = load_policy(name, quantization_config=quantization_config(model_args), **kwargs)
+    if (config := peft_config(model_args)) is not None:
+        policy = with_adapters(policy, config)
+    make_ready(
+        policy,
+        None,
+        pad_token_id=tokenizer.pad_token_id,
+        without_dropout=True,  # two forwards would drop different things
+        reentrant_checkpoints=False,
+    )
+    if getattr(policy, "hf_device_map", None) is None:
+        policy.to(args.device)
+    policy.eval()
+    subject = Subject(
+        policy=policy, tokenizer=tokenizer, pairs=list(pairs), num_rows=counts.rows, args=args
+    )
+    check_head_module(causal_lm_of(policy))
+    _check_weights(subject)
+    _check_token_ids(subject)
+    if args.layout not in ("auto", "padded") and (reason := why_padded(policy)) is not None:
+        raise ValueError(f"want layout={args.layout!r} for a model that can run it: {reason}")
+    if isinstance(policy, PeftModel):
+        _stir(subject)
+    return subject
+
+
+def _check_weights(subject: Subject) -> None:
+    if not subject.trained:
+        raise ValueError("want parameters to train, got none: quantised weights need --use_peft")
+    for name, parameter in subject.policy.named_parameters():
+        if parameter.is_floating_point() and not (finite := parameter.isfinite()).all():
+            bad = parameter.numel() - int(finite.sum())
+            raise ValueError(f"want finite weights, got {bad:,} NaN or Inf in {name}")
+
+
+def _check_token_ids(subject: Subject) -> None:
+    V = causal_lm_of(subject.policy).config.get_text_config().vocab_size
+    for b, pair in enumerate(subject.pairs):
+        for field in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            for t, token in enumerate(pair[field]):
+                if not 0 <= token < V:
+                    raise ValueError(
+                        f"pair {b}, {field}, token {t}: want an id in [0, {V}), the model's "
+                        f"vocabulary, got {token}"
+                    )
+
+
+def _stir(subject: Subject) -> None:
+    """Small values for the adapters' parameters that are all zero."""
+    for parameter in subject.trained.values():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)

@@ -1,0 +1,337 @@
+"""The engine against kernels/reference.py, on the user's own model and rows.
+
+    plain       a sequence a forward, the model's own logits in float32, log_softmax,
+                reference.pair_loss, autograd: nothing that fastdpo does to be fast
+    engine      what a training step runs: collator, score, pair_loss, in each layout
+
+Compared are the log-probability of every completion token, the loss of every pair and the gradient
+of every trained parameter. Both ways stand in one precision, that of the run.
+
+The policy is held against log-probabilities up to 1 / beta off its own, as a reference equal to it
+would make all losses alike. The reference model, dropout, gradient checkpointing and experts'
+load-balancing loss are left out.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdpo.attention import attend_along_trees, attend_as_before
+from fastdpo.batch import PairBatch
+from fastdpo.collate import Row, make_collator
+from fastdpo.kernels import reference
+from fastdpo.layout import LAYOUTS, why_padded
+from fastdpo.losses import pair_loss, pair_weights
+from fastdpo.model import attach_scorer, causal_lm_of, score
+from fastdpo.subject import Subject
+
+SIDES = ("chosen", "rejected")
+# Tolerances, in roundings of the dtype that the layers compute in. In a Llama of 16 random layers
+# on a CPU, the padded layout differed by 2.2 roundings of the logits' spread and 10 of a gradient
+# in bfloat16; by 7 and 35 in float32, whose sums round too.
+LOGP_ROUNDINGS, LEAST_LOGP = 8, 3e-5  # times the logits' spread: nats, rms over tokens
+LARGEST = 8  # a single token may be this many times as far off
+GRADIENT_ROUNDINGS, LEAST_GRADIENT = 24, 2e-4  # share of a parameter's gradient
+SMALL_GRADIENT = 0.01  # of all parameters' gradient: a parameter's own counts as that much larger
+
+
+class Answer(NamedTuple):
+    """What one way computes: token_logps has a (C,) per completion, pair 0's chosen, pair 0's
+    rejected, pair 1's ...; loss_B; the trained parameters' gradients, None for none."""
+
+    token_logps: list[Tensor]
+    loss_B: Tensor
+    gradients: dict[str, Tensor | None]
+
+
+class OwnTokens(NamedTuple):
+    """Of a completion's tokens, by the model's own forward: log-probabilities; the variance of
+    their logits; WPO's log sum of p². (C,) each, float32."""
+
+    logps_C: Tensor
+    variance_C: Tensor
+    log_sum_p2_C: Tensor
+
+
+class Plain(NamedTuple):
+    """The plain answer; the log-probabilities that the policy is held against, (B, 2); for each
+    pair the length of its loss's gradient in the token log-probabilities; and the standard
+    deviation of the logits of a token, rms over tokens."""
+
+    answer: Answer
+    reference_logps_B2: Tensor
+    slope_B: Tensor
+    spread: float
+
+
+class Tolerance(NamedTuple):
+    """What the two ways may differ by: a token's log-probability, in nats, rms over all tokens;
+    a parameter's gradient, as a share of it."""
+
+    logp: float
+    gradient: float
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, spread: float) -> "Tolerance":
+        """Of layers that compute in `dtype`, and logits whose standard deviation is `spread`."""
+        eps = torch.finfo(dtype).eps
+        logp = max(LEAST_LOGP, LOGP_ROUNDINGS * eps) * max(1.0, spread)
+        return cls(logp, max(LEAST_GRADIENT, GRADIENT_ROUNDINGS * eps))
+
+
+class Finding(NamedTuple):
+    """One comparison in one layout: largest and rms difference, what the largest may be, where it
+    is, and whether the ways agree. NaN where nothing could be compared."""
+
+    layout: str
+    what: str
+    agrees: bool
+    place: str
+    largest: float = math.nan
+    rms: float = math.nan
+    allowed: float = math.nan
+
+    def __str__(self) -> str:
+        numbers = "".join(f"{x:>10.1e}" for x in (self.largest, self.rms, self.allowed))
+        verdict = "ok" if self.agrees else "DIFFERS"
+        return f"{self.layout:<8}{self.what:<24}{numbers}  {verdict:<8} {self.place}"
+
+
+HEADER = (
+    f"{'layout':<8}{'compared':<24}{'largest':>10}{'rms':>10}{'allowed':>10}  {'':<8} largest at"
+)
+
+
+# The plain way
+
+
+def plain_way(subject: Subject) -> Plain:
+    """A sequence at a time, by the model's own forward and kernels/reference.py.
+
+    ValueError, with pair, token and layer, where a log-probability comes out NaN or Inf.
+    """
+    policy, settings, B = subject.policy, subject.args.loss_settings, len(subject.pairs)
+    token_logps, losses, reference_logps, slopes, variance_C = [], [], [], [], []
+    # rewards in [-1, 1], no two pairs' alike
+    offsets_B2 = torch.arange(2.0 * B).sin().view(B, 2) / subject.args.beta
+    policy.zero_grad()
+    for b in range(B):
+        sides = [_own_tokens(subject, b, side) for side in SIDES]
+        token_logps_C = torch.cat([side.logps_C for side in sides])
+        lengths = [len(side.logps_C) for side in sides]
+        cu_seqlens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
+        cu_seqlens = cu_seqlens.to(token_logps_C.device)
+        logps_2 = reference.completion_logps(token_logps_C.detach(), cu_seqlens)
+        reference_logps_2 = logps_2 - offsets_B2[b].to(logps_2)
+        loss_1, _ = reference.pair_loss(token_logps_C, cu_seqlens, reference_logps_2, **settings)
+        weight = torch.ones_like(loss_1)
+        if subject.args.use_weighting:
+            alignments_C = token_logps_C - torch.cat([side.log_sum_p2_C for side in sides])
+            weight = sum(side_C.mean() for side_C in alignments_C.split(lengths)).exp()
+        # a weight is no part of the gradient, but as far off as the tokens that it is made of
+        (slope_C,) = torch.autograd.grad((loss_1 * weight).sum(), token_logps_C, retain_graph=True)
+        loss_1 = loss_1 * weight.detach()
+        (loss_1.sum() / B).backward()
+        token_logps += [side.logps_C.detach() for side in sides]
+        losses.append(loss_1.detach())
+        reference_logps.append(reference_logps_2)
+        slopes.append(slope_C.norm())
+        variance_C += [side.variance_C for side in sides]
+    answer = Answer(token_logps, torch.cat(losses), _take_gradients(subject))
+    spread = torch.cat(variance_C).mean().sqrt().item()
+    return Plain(answer, torch.stack(reference_logps), torch.stack(slopes), spread)
+
+
+def _own_tokens(subject: Subject, b: int, side: str) -> OwnTokens:
+    pair = subject.pairs[b]
+    prompt, completion = subject.cut(pair["prompt_ids"], pair[f"{side}_ids"])
+    ids_L = torch.tensor(prompt + completion, device=subject.args.device)
+    start = max(1, len(prompt))  # a first token has nothing that predicts it
+    with subject.autocast():
+        logits_LV = subject.policy(input_ids=ids_L[None], use_cache=False).logits[0]
+    logits_CV = logits_LV[start - 1 : -1].float()
+    labels_C = ids_L[start:].to(logits_CV.device)
+    logps_CV = logits_CV.log_softmax(-1)
+    logps_C = logps_CV.gather(1, labels_C[:, None]).squeeze(1)
+    if not (finite_C := logps_C.isfinite()).all():
+        t = int(finite_C.int().argmin())
+        raise ValueError(
+            f"{subject.place(b, side, t)}: want finite numbers from the model's own forward, got "
+            f"NaN or Inf, first in {_first_not_finite(subject, ids_L)}"
+        )
+    with torch.no_grad():
+        return OwnTokens(logps_C, logits_CV.var(-1), (2 * logps_CV).logsumexp(-1))
+
+
+@torch.no_grad()
+def _first_not_finite(subject: Subject, ids_L: Tensor) -> str:
+    with subject.autocast():
+        found = subject.policy(input_ids=ids_L[None], use_cache=False, output_hidden_states=True)
+    for layer, hidden in enumerate(found.hidden_states):
+        if not hidden.isfinite().all():
+            return f"the hidden states of layer {layer - 1}" if layer else "the embeddings"
+    return "the logits"
+
+
+def _take_gradients(subject: Subject) -> dict[str, Tensor | None]:
+    gradients = {name: parameter.grad for name, parameter in subject.trained.items()}
+    subject.policy.zero_grad()  # sets to None, so that these stay as they are
+    return gradients
+
+
+# The engine
+
+
+def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Answer:
+    """As a training step has it, batches of per_device_train_batch_size pairs in `layout`."""
+    args, B = subject.args, len(subject.pairs)
+    collate = make_collator(
+        layout, subject.cut, subject.tokenizer.pad_token_id, args.pad_to_multiple_of
+    )
+    token_logps, losses = [], []
+    subject.policy.zero_grad()
+    for chunk in torch.arange(B).split(args.per_device_train_batch_size):
+        inputs = collate([_without_reference(subject.pairs[b]) for b in chunk]).items()
+        batch = PairBatch.from_inputs(
+            {k: v.to(args.device) if hasattr(v, "to") else v for k, v in inputs}
+        )
+        with subject.autocast():
+            scored = score(subject.policy, batch, stats=args.token_stats)
+        loss_B = pair_loss(
+            scored.token_logps_C,
+            batch.cu_seqlens,
+            reference_logps_B2[chunk].T.flatten(),  # chosen, then rejected
+            **args.loss_settings,
+        ).loss_B
+        if args.use_weighting:
+            loss_B = loss_B * pair_weights(
+                scored.token_logps_C, scored.log_sum_p2_C, batch.cu_seqlens
+            )
+        (loss_B.sum() / B).backward()
+        completions = scored.token_logps_C.detach().split(batch.cu_seqlens.diff().tolist())
+        chosen, rejected = completions[: len(chunk)], completions[len(chunk) :]
+        token_logps += [side for both in zip(chosen, rejected, strict=True) for side in both]
+        losses.append(loss_B.detach())
+    return Answer(token_logps, torch.cat(losses), _take_gradients(subject))
+
+
+def _without_reference(pair: Row) -> dict[str, Any]:
+    return {name: ids for name, ids in pair.items() if name.endswith("_ids")}
+
+
+# Held against each other
+
+
+def describe(subject: Subject, plain: Plain) -> str:
+    """What is compared, and how the tolerances come about, a line each."""
+    dtype, policy = subject.compute_dtype, subject.policy
+    logp, gradient = Tolerance.of(dtype, plain.spread)
+    eps = torch.finfo(dtype).eps
+    trained = sum(parameter.numel() for parameter in subject.trained.values())
+    tokens = sum(map(len, plain.answer.token_logps))
+    lines = (
+        f"model      {type(causal_lm_of(policy)).__name__} in {policy.dtype}, {trained:,} trained",
+        f"pairs      {len(subject.pairs)} of the first {subject.num_rows} rows, counted from 0, "
+        f"with {tokens:,} completion tokens",
+        f"tolerance  layers compute in {dtype}: a rounding is {eps:.1e}",
+        f"  token      {logp:.1e} nats rms, {LARGEST} times that for one: {LOGP_ROUNDINGS} "
+        f"roundings, at least {LEAST_LOGP:g}, times the logits' standard deviation "
+        f"({plain.spread:.2g}, at least 1)",
+        "  loss       what tokens that far off, each in its own direction, make of it",
+        f"  gradient   {gradient:.1e} of a parameter's own: {GRADIENT_ROUNDINGS} roundings, "
+        f"at least {LEAST_GRADIENT:g}",
+    )
+    return "\n".join(lines)
+
+
+def compare(subject: Subject, plain: Plain) -> Iterator[Finding]:
+    """A Finding for each layout and thing compared, as they come.
+
+    Layouts are all that the model can run, or the one that args.layout names.
+    """
+    args = subject.args
+    attach_scorer(
+        subject.policy, head_cache_bytes=args.head_cache_bytes, skip_below=args.head_skip_below
+    )
+    tolerance = Tolerance.of(subject.compute_dtype, plain.spread)
+    wanted, reason = subject.args.layout, why_padded(subject.policy)
+    for layout in LAYOUTS if wanted == "auto" else (wanted,):
+        if layout != "padded" and reason is not None:
+            yield Finding(layout, "not for this model", True, reason)
+            continue
+        switch = attend_as_before if layout == "padded" else attend_along_trees
+        switch(causal_lm_of(subject.policy))
+        try:
+            answer = engine_way(subject, layout, plain.reference_logps_B2)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:  # a model the layout does not fit
+            yield Finding(layout, "forward and backward", False, " ".join(str(error).split()))
+            continue
+        for hold in (_hold_tokens, _hold_losses, _hold_gradients):
+            yield hold(subject, layout, plain, answer, tolerance)
+
+
+def _hold_tokens(subject, layout, plain: Plain, answer: Answer, tolerance: Tolerance) -> Finding:
+    ours, theirs = answer.token_logps, plain.answer.token_logps
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if len(a) != len(b):
+            place = f"pair {i // 2}, {SIDES[i % 2]}: {len(a)} tokens scored, plainly {len(b)}"
+            return Finding(layout, "token log-probabilities", False, place)
+    places = [(i // 2, SIDES[i % 2], t) for i, each in enumerate(ours) for t in range(len(each))]
+    return _finding(
+        layout,
+        "token log-probabilities",
+        (torch.cat(ours) - torch.cat(theirs)).abs(),
+        LARGEST * tolerance.logp,
+        lambda c: subject.place(*places[c]),
+        rms_allowed=tolerance.logp,
+    )
+
+
+def _hold_losses(subject, layout, plain: Plain, answer: Answer, tolerance: Tolerance) -> Finding:
+    """A loss may be as far off as its tokens, each its tolerance off and in its own direction."""
+    loss_B = plain.answer.loss_B
+    rounding_B = 16 * torch.finfo(loss_B.dtype).eps * (1 + loss_B.abs())
+    return _finding(
+        layout,
+        "pair losses",
+        (answer.loss_B - loss_B).abs(),
+        LARGEST * tolerance.logp * plain.slope_B + rounding_B,
+        lambda b: f"pair {b}",
+    )
+
+
+def _hold_gradients(subject, layout, plain: Plain, answer: Answer, tolerance: Tolerance) -> Finding:
+    """Each parameter's difference, as a share of its gradient's length."""
+    names = list(subject.trained)
+    theirs = [_or_zero(plain.answer.gradients[name]) for name in names]
+    ours = [_or_zero(answer.gradients[name]) for name in names]
+    norm_P = torch.stack([x.norm().cpu() for x in theirs])
+    difference_P = torch.stack([(a - b).norm().cpu() for a, b in zip(ours, theirs, strict=True)])
+    share_P = difference_P / (norm_P + SMALL_GRADIENT * norm_P.norm())
+    return _finding(layout, "gradients (share)", share_P, tolerance.gradient, names.__getitem__)
+
+
+def _or_zero(gradient: Tensor | None) -> Tensor:
+    return torch.zeros(()) if gradient is None else gradient.float()
+
+
+def _finding(
+    layout: str,
+    what: str,
+    difference_N: Tensor,
+    allowed: Tensor | float,
+    place: Callable[[int], str],
+    rms_allowed: float = math.inf,
+) -> Finding:
+    """The one of N that is furthest off, measured by what it is allowed."""
+    allowed_N = torch.as_tensor(allowed, device=difference_N.device).expand_as(difference_N)
+    rms = difference_N.square().mean().sqrt().item()
+    n = int((difference_N / allowed_N).argmax())  # a NaN, where there is one
+    largest, most = difference_N[n].item(), allowed_N[n].item()
+    agrees = largest <= most and rms <= rms_allowed
+    return Finding(layout, what, agrees, place(n), largest, rms, most)

@@ -1,0 +1,139 @@
+"""Attention along a tree by variable-length kernels, which run on a GPU alone: here their plan."""
+
+import inspect
+
+import families
+import pytest
+import torch
+import torch.nn.functional as F
+from test_layouts import ROWS
+
+from fastdpo import attention
+from fastdpo.attention import attend_along_trees
+from fastdpo.batch import PairBatch
+from fastdpo.collate import PackedCollator
+from fastdpo.model import attach_scorer, score
+
+
+def flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window, causal=True):
+    """What variable-length flash attention computes: causal, aligned at the bottom right."""
+    assert causal and window[1] in (0, -1) and cu_q.dtype == cu_k.dtype == torch.int32
+    assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+    times = query.shape[1] // key.shape[1]
+    outputs = []
+    for q, k, v in zip(
+        query.split(cu_q.diff().tolist()),
+        key.split(cu_k.diff().tolist()),
+        value.split(cu_k.diff().tolist()),
+        strict=True,
+    ):
+        distance = torch.arange(len(k))[None] - torch.arange(len(q))[:, None] - len(k) + len(q)
+        seen = (distance <= 0) & ((window[0] < 0) | (distance >= -window[0]))
+        k, v = (x.transpose(0, 1).repeat_interleave(times, 0) for x in (k, v))
+        out = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=seen, scale=scale)
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def torch_2_10(query, key, value, cu_q, cu_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert query.shape[1] == key.shape[1]  # it has no grouped heads
+    window = (-1, 0)
+    return flash(query, key, value, cu_q, cu_k, max_q, max_k, None, window, is_causal)
+
+
+def torch_2_11(
+    query,
+    key,
+    value,
+    cu_q,
+    cu_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+):
+    assert query.shape[1] == key.shape[1] and window_size[1] == 0
+    return flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window_size)
+
+
+def torch_2_12(
+    query,
+    key,
+    value,
+    cu_q,
+    cu_k,
+    max_q,
+    max_k,
+    *,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+):
+    assert enable_gqa == (query.shape[1] != key.shape[1]) and window_size[1] == 0
+    return flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window_size)
+
+
+VERSIONS = {"2.10": torch_2_10, "2.11": torch_2_11, "2.12": torch_2_12}
+
+
+def logps_and_gradients(model, rows):
+    batch = PairBatch.from_inputs(PackedCollator(share=True)(rows))
+    model.zero_grad()
+    with families.all_in_float64():
+        token_logps_C = score(model, batch).token_logps_C
+        token_logps_C.sum().backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return token_logps_C.detach(), gradients
+
+
+def by_varlen(monkeypatch, version):
+    """Take the variable-length plan on this device, with the signature of a torch version."""
+    function = VERSIONS[version]
+    monkeypatch.setattr(attention, "varlen_attn", function)
+    names = frozenset(inspect.signature(function).parameters)
+    monkeypatch.setattr(attention, "VARLEN_ARGUMENTS", names)
+    calls = []
+
+    def kernel(query, window, softcap, dropout):
+        calls.append(window)
+        if softcap is not None or (window is not None and "window_size" not in names):
+            return None
+        return lambda *args, **settings: attention._by_varlen(
+            *args, kernel=attention._torch_varlen, **settings
+        )
+
+    monkeypatch.setattr(attention, "_varlen_kernel", kernel)
+    return calls
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "granite"])
+@pytest.mark.parametrize("rows", [ROWS, ROWS[-1:]], ids=["branches", "trunks-alone"])
+def test_the_variable_length_plan_equals_attention_by_segments(family, version, rows, monkeypatch):
+    model = families.model(family)
+    attach_scorer(model)
+    attend_along_trees(model)
+    segments = logps_and_gradients(model, rows)
+    calls = by_varlen(monkeypatch, version)
+    for ours, theirs in zip(logps_and_gradients(model, rows), segments, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    assert len(calls) == model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"s_aux": torch.zeros(4)}, "got s_aux"),
+        ({"position_bias": torch.zeros(1)}, "got position_bias"),
+        ({"is_causal": False}, "want causal attention"),
+    ],
+)
+def test_attention_that_a_tree_does_not_describe_is_refused(settings, message):
+    tree = PackedCollator(share=True)(ROWS)["tree"]
+    x = torch.zeros(1, 4, 3, 8)
+    with pytest.raises(ValueError, match=message):
+        attention.tree_attention(
+            torch.nn.Module(), x, x, x, None, native="sdpa", tree=tree, **settings
+        )

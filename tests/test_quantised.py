@@ -1,0 +1,111 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fastdpo import ops
+from fastdpo.quantised import quantised_rows
+
+V, D, BLOCK = 40, 64, 32
+
+
+def int8_layer(weight_VD):
+    largest_V = weight_VD.abs().amax(1)
+    codes_VD = (weight_VD / largest_V[:, None] * 127).round().to(torch.int8)
+    weight = nn.Parameter(codes_VD, requires_grad=False)
+    weight.SCB = largest_V
+    return SimpleNamespace(weight=weight), codes_VD * largest_V[:, None] / 127
+
+
+def four_bit_layer(weight_VD, nested=False):
+    code = torch.linspace(-1, 1, 16)
+    blocks = weight_VD.view(-1, BLOCK)
+    largest, state2, offset = blocks.abs().amax(1), None, None
+    absmax = largest
+    if nested:
+        code2, offset = torch.linspace(-1, 1, 256), largest.mean()
+        scale = (largest - offset).abs().max()
+        absmax = ((largest - offset) / scale + 1).mul(127.5).round().to(torch.uint8)
+        state2 = SimpleNamespace(code=code2, absmax=scale[None], blocksize=len(absmax) + 7)
+        largest = code2[absmax.long()] * scale + offset
+    bits = (blocks / largest[:, None] - code[:, None, None]).abs().argmin(0)
+    packed = (bits.view(-1)[::2] << 4 | bits.view(-1)[1::2]).to(torch.uint8)[:, None]
+    weight = nn.Parameter(packed, requires_grad=False)
+    weight.quant_state = SimpleNamespace(
+        shape=torch.Size([V, D]),
+        code=code,
+        absmax=absmax,
+        blocksize=BLOCK,
+        nested=nested,
+        state2=state2,
+        offset=offset,
+    )
+    return SimpleNamespace(weight=weight), (code[bits] * largest[:, None]).view(V, D)
+
+
+LAYERS = {
+    "int8": int8_layer,
+    "4-bit": four_bit_layer,
+    "4-bit-nested": lambda weight_VD: four_bit_layer(weight_VD, nested=True),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_a_quantised_head_answers_as_its_dequantised_self(make):
+    torch.manual_seed(0)
+    layer, head_VD = make(torch.randn(V, D))
+    rows = quantised_rows(layer, torch.float32)
+    torch.testing.assert_close(rows[3:17], head_VD[3:17])
+    labels_N = torch.randint(0, V, (20,))
+    torch.testing.assert_close(rows[labels_N], head_VD[labels_N])
+
+    answers = []
+    for head in (rows, head_VD):
+        hidden_ND = torch.linspace(-1, 1, 20 * D).view(20, D).requires_grad_()
+        up_VR = torch.linspace(-1, 1, V * 2).view(V, 2).requires_grad_()
+        logps_N, stats = ops.linear_logps(
+            hidden_ND,
+            head,
+            labels_N,
+            low_rank=(hidden_ND[:, :2], up_VR),
+            stats=("mean_logit", "entropy"),
+            head_cache_bytes=0,
+        )
+        logps_N.sum().backward()
+        answers.append((logps_N, hidden_ND.grad, up_VR.grad, *stats.values()))
+    for ours, own in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, own, atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_read_is_refused():
+    layer, _ = four_bit_layer(torch.randn(V, D))
+    layer.weight.quant_state.blocksize = 128
+    with pytest.raises(ValueError, match="whole blocks"):
+        quantised_rows(layer, torch.float32)
+    layer.weight.quant_state = None
+    with pytest.raises(ValueError, match="int8 or 4 bits"):
+        quantised_rows(layer, torch.float32)
+    assert quantised_rows(nn.Linear(3, 4), torch.float32) is None
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4", "nf4-nested"])
+def test_bitsandbytes_layers_are_read_as_it_reads_them(kind):
+    bnb = pytest.importorskip("bitsandbytes")
+    weight_VD = torch.randn(V, 2 * D)
+    if kind == "int8":
+        layer = bnb.nn.Linear8bitLt(2 * D, V, bias=False, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(weight_VD, requires_grad=False, has_fp16_weights=False)
+        layer.to("cpu")
+        truth_VD = layer.weight.data.float() * layer.weight.SCB[:, None] / 127
+    else:
+        layer = bnb.nn.Linear4bit(2 * D, V, bias=False)
+        layer.weight = bnb.nn.Params4bit(
+            weight_VD,
+            requires_grad=False,
+            quant_type=kind[:3],
+            compress_statistics=kind.endswith("nested"),
+        )
+        layer.to("cpu")
+        truth_VD = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    torch.testing.assert_close(quantised_rows(layer, torch.float32)[:], truth_VD)

@@ -1,0 +1,337 @@
+"""`fastdpo verify`: it agrees with a sound engine, and finds and names what is made wrong."""
+
+import json
+
+import families
+import pytest
+import tiny
+import torch
+
+from fastdpo import attention, cli, head, ops, verify
+from fastdpo.kernels import reference
+
+LAYOUTS = ("shared", "packed", "padded")
+LORA = ("--use_peft", "--lora_target_modules", "all-linear")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """Two tiny models and 8 preference rows."""
+    folder = tmp_path_factory.mktemp("here")
+    tokenizer = tiny.tokenizer(text for pair in tiny.PAIRS for text in pair)
+    for family in ("llama", "gemma2"):
+        save(tiny.model(family, len(tokenizer)), folder / family)
+    write_rows(folder / "rows.jsonl", tiny.rows())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def save(model, path):
+    tiny.tokenizer(text for pair in tiny.PAIRS for text in pair).save_pretrained(path)
+    model.save_pretrained(path)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(here, *more, model="llama", rows="rows.jsonl"):
+    names = ("--model_name_or_path", str(here / model), "--dataset_name", str(here / rows))
+    return cli.main(["verify", *names, "--use_cpu", "True", *more])
+
+
+def table(capsys):
+    """What was printed: {(layout, first word of what was compared): its line}."""
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith(LAYOUTS)]
+    return {tuple(line.split()[:2]): line for line in rows}
+
+
+def what_differs(capsys):
+    return {at: line for at, line in table(capsys).items() if "DIFFERS" in line}
+
+
+# A sound engine
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), LORA, (*LORA[:2], "q_proj", "lm_head"), ("--bf16", "True")],
+    ids=["full", "lora", "lora-on-the-head", "autocast"],
+)
+@pytest.mark.parametrize("model", ["llama", "gemma2"])
+def test_every_layout_agrees(here, model, more, capsys):
+    assert run(here, "--per_device_train_batch_size", "3", *more, model=model) == 0
+    lines = table(capsys)
+    assert set(lines) == {(a, b) for a in LAYOUTS for b in ("token", "pair", "gradients")}
+    assert all("  ok  " in line for line in lines.values())
+
+
+def test_a_float32_engine_agrees_far_within_its_tolerance(here, capsys):
+    run(here)
+    for (_, what), line in table(capsys).items():
+        largest, _, allowed = (float(x) for x in line[32:62].split())
+        assert largest < allowed / 20, what
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_cut_pairs_agree(here, mode, capsys):
+    # at 12 tokens keep_end leaves some completions without any prompt
+    flags = ("--max_length", "12", "--truncation_mode", mode, "--loss_type", "ipo")
+    assert run(here, *flags, "--max_pairs", "3") == 0
+
+
+def test_weighted_pairs_agree_and_a_wrong_weight_is_found(here, monkeypatch, capsys):
+    for dtype in ("bfloat16", "float32"):
+        assert run(here, "--use_weighting", "True", "--loss_type", "ipo", "--dtype", dtype) == 0
+    monkeypatch.setattr(verify, "pair_weights", lambda *tensors: 1.01)
+    capsys.readouterr()
+    assert run(here, "--use_weighting", "True", "--loss_type", "ipo") == 1
+    assert {what for _, what in what_differs(capsys)} == {"pair", "gradients"}
+
+
+def test_only_the_first_rows_are_looked_at(here, tmp_path, capsys):
+    write_rows(tmp_path / "rows.jsonl", tiny.rows(5))
+    assert run(here, "--max_pairs", "2", rows=tmp_path / "rows.jsonl") == 0
+    assert "pairs      2 of the first 2 rows" in capsys.readouterr().out
+
+
+def test_rows_left_out_are_not_counted_as_pairs(here, tmp_path, capsys):
+    rows = tiny.rows(4)
+    rows[1]["prompt"] *= 9  # alone longer than max_length
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert run(here, "--max_length", "40", rows=tmp_path / "rows.jsonl") == 0
+    assert "pairs      3 of the first 4 rows" in capsys.readouterr().out
+
+
+def test_a_named_layout_is_run_alone(here, capsys):
+    assert run(here, "--layout", "packed") == 0
+    assert {layout for layout, _ in table(capsys)} == {"packed"}
+
+
+def test_layouts_that_a_model_cannot_run_are_said_not_run(here, tmp_path, capsys):
+    sinks = families.model("gpt_oss", torch.float32, vocab_size=300, num_local_experts=4)
+    save(sinks, tmp_path / "sinks")
+    assert run(here, model=tmp_path / "sinks") == 0
+    lines = table(capsys)
+    assert "attention sinks" in lines["shared", "not"]
+    assert "  ok  " in lines["padded", "gradients"]
+    assert run(here, "--layout", "shared", model=tmp_path / "sinks") == 2
+    assert "attention sinks" in capsys.readouterr().err
+
+
+def test_adapters_all_have_a_gradient_to_compare(here):
+    from fastdpo.arguments import VerifyParser
+    from fastdpo.subject import load_subject
+
+    names = (
+        "--model_name_or_path",
+        str(here / "llama"),
+        "--dataset_name",
+        str(here / "rows.jsonl"),
+    )
+    (*arguments, _), _ = VerifyParser("fastdpo verify").parse([*names, *LORA, "--use_cpu", "True"])
+    gradients = verify.plain_way(load_subject(*arguments, 2)).answer.gradients
+    assert len(gradients) == 2 * 7 * 2  # two matrices on seven layers, in two blocks
+    assert all(gradient.any() for gradient in gradients.values())
+
+
+# An engine made wrong
+
+
+def test_attention_that_leaks_is_found(here, monkeypatch, capsys):
+    attend = attention._attend
+
+    def leaky(query, key, value, **settings):
+        out = attend(query, key, value, **settings)
+        return out + 0.05 * value.mean(2, keepdim=True).repeat_interleave(2, 1)
+
+    monkeypatch.setattr(attention, "_attend", leaky)
+    assert run(here) == 1
+    found = what_differs(capsys)
+    assert {layout for layout, _ in found} == {"shared", "packed"}
+    assert "pair " in found["shared", "token"] and ", token " in found["shared", "token"]
+
+
+def test_a_branch_that_sees_a_token_of_its_sibling_is_found(here, monkeypatch, capsys):
+    # one token too many of the trunk: nothing in the packed layout, which has no branches
+    by_segments = attention._by_segments
+
+    def one_too_many(query, key, value, tree, **settings):
+        branches = [b._replace(shared=b.shared + 1) for b in tree.branches]
+        object.__setattr__(tree, "branches", tuple(branches))
+        return by_segments(query, key, value, tree, **settings)
+
+    monkeypatch.setattr(attention, "_by_segments", one_too_many)
+    assert run(here) == 1
+    assert {layout for layout, _ in what_differs(capsys)} == {"shared"}
+
+
+def test_a_head_off_by_a_scale_is_found(here, monkeypatch, capsys):
+    monkeypatch.setattr(head, "logit_scale", lambda config: 1.01)
+    assert run(here) == 1
+    assert {(layout, "token") for layout in LAYOUTS} <= set(what_differs(capsys))
+
+
+def test_a_little_too_much_in_every_token_is_found(here, monkeypatch, capsys):
+    # less than a single token may be off, more than all of them may
+    linear_logps = ops.linear_logps
+
+    def shifted(*tensors, **settings):
+        logps_N, found = linear_logps(*tensors, **settings)
+        return logps_N + 5e-5, found
+
+    monkeypatch.setattr(ops, "linear_logps", shifted)
+    assert run(here, "--layout", "padded") == 1
+    assert set(what_differs(capsys)) == {("padded", "token")}
+
+
+def wrong_at(n):
+    """ops.linear_logps, 0.01 off at its n-th row."""
+    linear_logps = ops.linear_logps
+
+    def wrong(*tensors, **settings):
+        logps_N, found = linear_logps(*tensors, **settings)
+        return logps_N + 0.01 * (torch.arange(len(logps_N)) == n), found
+
+    return wrong
+
+
+def test_one_wrong_token_is_named(here, monkeypatch, capsys):
+    monkeypatch.setattr(ops, "linear_logps", wrong_at(3))
+    assert run(here, "--layout", "padded") == 1
+    line = what_differs(capsys)["padded", "token"]
+    assert "pair 0, chosen, token 3 (" in line and " 1.0e-02" in line
+
+
+def test_a_token_is_numbered_as_in_the_row_though_its_beginning_is_cut(
+    here, tmp_path, monkeypatch, capsys
+):
+    # tokens 2 to 5 are left of either completion, and nothing predicts token 2
+    tokens = {"prompt_ids": [5], "chosen_ids": [*range(10, 16)], "rejected_ids": [*range(20, 26)]}
+    write_rows(tmp_path / "rows.jsonl", [tokens])
+    monkeypatch.setattr(ops, "linear_logps", wrong_at(1))
+    flags = ("--layout", "padded", "--max_length", "4", "--truncation_mode", "keep_end")
+    assert run(here, *flags, rows=tmp_path / "rows.jsonl") == 1
+    assert "pair 0, chosen, token 4 (" in what_differs(capsys)["padded", "token"]
+
+
+def test_a_token_scored_too_little_is_found(here, monkeypatch, capsys):
+    score = verify.score
+
+    def one_less(policy, batch, **settings):
+        batch.cu_seqlens[1] -= 1
+        return score(policy, batch, **settings)
+
+    monkeypatch.setattr(verify, "score", one_less)
+    assert run(here, "--layout", "padded") == 1
+    assert "pair 0, chosen: " in what_differs(capsys)["padded", "token"]
+
+
+def test_a_dropped_gradient_is_found_and_its_parameter_named(here, monkeypatch, capsys):
+    linear_logps = ops.linear_logps
+
+    def frozen(hidden_ND, head_VD, labels_N, **settings):
+        return linear_logps(hidden_ND, head_VD.detach(), labels_N, **settings)
+
+    monkeypatch.setattr(ops, "linear_logps", frozen)
+    assert run(here) == 1
+    found = what_differs(capsys)
+    assert set(found) == {(layout, "gradients") for layout in LAYOUTS}
+    assert all("lm_head.weight" in line for line in found.values())
+
+
+def test_a_wrong_loss_is_found(here, monkeypatch, capsys):
+    def off(*tensors, beta, **settings):
+        return reference.pair_loss(*tensors, beta=1.02 * beta, **settings)
+
+    monkeypatch.setattr(ops, "pair_loss", off)
+    assert run(here) == 1
+    found = what_differs(capsys)
+    assert {what for _, what in found} == {"pair", "gradients"}
+
+
+def test_a_nan_of_the_engine_differs(here, monkeypatch, capsys):
+    monkeypatch.setattr(head, "logit_scale", lambda config: float("nan"))
+    assert run(here, "--layout", "padded") == 1
+    assert set(what_differs(capsys)) == {("padded", w) for w in ("token", "pair", "gradients")}
+
+
+def test_an_engine_that_cannot_run_differs(here, monkeypatch, capsys):
+    def broken(*_args, **_settings):
+        raise RuntimeError("no kernel for this shape")
+
+    monkeypatch.setattr(attention, "_attend", broken)
+    assert run(here) == 1
+    found = what_differs(capsys)
+    assert set(found) == {("shared", "forward"), ("packed", "forward")}
+    assert "no kernel for this shape" in found["shared", "forward"]
+
+
+# Bad input
+
+
+def error(capsys):
+    err = capsys.readouterr().err
+    return next(line for line in err.splitlines() if line.startswith("fastdpo: error: "))
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        (("--max_pairs", "0"), "max_pairs"),
+        (("--num_processes", "2"), "--num_processes"),
+        (("--model_name_or_path", "/no/where"), "/no/where"),
+        (("--dataset_name", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--fresh",), "--fresh"),
+    ],
+)
+def test_bad_input_ends_with_one_line(here, more, told, capsys):
+    assert run(here, *more) == 2
+    assert told in error(capsys)
+
+
+def test_a_nan_weight_is_named(here, tmp_path, capsys):
+    model = tiny.model("llama", 300)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4:6] = float("nan")
+    save(model, tmp_path / "model")
+    assert run(here, model=tmp_path / "model") == 2
+    assert "2 NaN or Inf in model.layers.1.mlp.up_proj.weight" in error(capsys)
+
+
+def test_hidden_states_that_overflow_are_named(here, tmp_path, capsys):
+    model = tiny.model("llama", 300)
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(3e38)
+    save(model, tmp_path / "model")
+    assert run(here, model=tmp_path / "model") == 2
+    told = error(capsys)
+    assert "pair 0, chosen, token " in told and "hidden states of layer 1" in told
+
+
+def test_a_token_outside_the_vocabulary_is_named(here, tmp_path, capsys):
+    tokens = {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}
+    write_rows(tmp_path / "rows.jsonl", [tokens, {**tokens, "rejected_ids": [9, 290]}])
+    save(tiny.model("llama", 280), tmp_path / "model")  # fewer than its tokenizer's
+    assert run(here, model=tmp_path / "model", rows=tmp_path / "rows.jsonl") == 2
+    assert "pair 1, rejected_ids, token 1: want an id in [0, 280)" in error(capsys)
+
+
+# The command
+
+
+def test_help_lists_its_flags(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["verify", "--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    assert "--max_pairs" in out and "--layout" in out and "--fresh" not in out
+
+
+def test_nothing_is_written(here, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(here, "--max_pairs", "1", "--output_dir", "out") == 0
+    assert not list(tmp_path.iterdir())
