@@ -87,8 +87,12 @@ def _finish_directions(us: list[Tensor | None], tiles: Tiles, total_N, c_target_
 
 
 def _is_plain(tiles: Tiles) -> bool:
-    """Whether the logits are linear in the hidden states: their means then follow from products."""
-    return tiles.bias_V is None and tiles.settings.softcap is None
+    """Whether logits are linear in the inputs as they are: means then follow from products."""
+    settings = tiles.settings
+    dtypes = [x.dtype for term in tiles.terms for x in (term.x_NK, term.w_VK)]
+    narrowest = settings.rounded_to or settings.operand_dtype
+    is_linear = tiles.bias_V is None and settings.softcap is None
+    return is_linear and all(torch.promote_types(x, narrowest) == narrowest for x in dtypes)
 
 
 def _sums(tiles: Tiles) -> tuple[str, ...]:
@@ -178,13 +182,13 @@ def linear_logps(
     fold: "triton" (a GPU, or Triton's interpreter) or "torch" takes a tile into the result.
 
     Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles: on
-    a CPU 2 MiB, for operands of another dtype than float32 also 4 D (512 + 1024) bytes; on a GPU
-    192 MiB. A trained weight keeps its inputs and the cache as well, and sums a narrow gradient
-    in a tile of float32.
+    a CPU 4 MiB or 2 MiB and 2048 D bytes, for operands of another dtype than float32 also 4 D
+    (512 + 1024) bytes; on a GPU 192 MiB. A trained weight keeps its inputs and the cache as
+    well, and sums a narrow gradient in a tile of float32.
 
     The same inputs give the same bits. On a CPU a row's answer does not depend on the other rows
     either, not in one bit, as far as its matrix product sums a row alike in 16 rows and in 512
-    (MKL does, by tests/test_linear_logps.py); cuBLAS chooses by shape, and does not.
+    (oneDNN and MKL do, by tests/test_linear_logps.py); cuBLAS chooses by shape, and does not.
 
     ValueError for shapes, dtypes or names that do not fit. The same with full logits:
     reference.linear_logps.
@@ -199,6 +203,7 @@ def linear_logps(
         labels_N = F.pad(labels_N, fill)
         factors[::2] = [F.pad(x_NK, (0, 0, *fill)) for x_NK in factors[::2]]
     grads = [_wants_grad(factor) for factor in factors]
+    operand_dtype, rounded_to = _operand_dtypes(hidden_ND)
     settings = Settings(
         scale=scale,
         softcap=softcap,
@@ -206,8 +211,8 @@ def linear_logps(
         head_cache_bytes=head_cache_bytes,
         skip_below=skip_below,
         fold=fold,
-        operand_dtype=_operand_dtype(hidden_ND),
-        autocast=_autocast_dtype(device) == torch.bfloat16,
+        operand_dtype=operand_dtype,
+        rounded_to=rounded_to,
         term_grads=tuple(zip(grads[::2], grads[1::2], strict=True)),
         bias_grad=_wants_grad(bias_V),
     )
@@ -245,15 +250,11 @@ def _wants_grad(x: Tensor | HeadRows | None) -> bool:
     return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
 
 
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if enabled else None
-
-
-def _operand_dtype(hidden_ND: Tensor) -> torch.dtype:
-    """The inputs' or autocast's dtype; on a CPU float32, which `product` may narrow."""
-    if hidden_ND.dtype == torch.float64:
-        return torch.float64
-    if hidden_ND.device.type == "cpu":
-        return torch.float32
-    return _autocast_dtype(hidden_ND.device) or hidden_ND.dtype
+def _operand_dtypes(hidden_ND: Tensor) -> tuple[torch.dtype, torch.dtype | None]:
+    """The inputs' or autocast's; on a CPU float32 at least, which keeps what autocast rounds to."""
+    device, dtype, autocast = hidden_ND.device.type, hidden_ND.dtype, None
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        autocast = torch.get_autocast_dtype(device)
+    if device == "cpu":
+        return torch.promote_types(dtype, torch.float32), autocast
+    return autocast or dtype, None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.kernels.products import HeadRows, Operand, Term, product
+from fastdpo.kernels.products import HeadRows, Term, product
 from fastdpo.kernels.tiles import FOLDS, Rows
 
 # Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
@@ -27,7 +27,7 @@ class Settings(NamedTuple):
     skip_below: float
     fold: str
     operand_dtype: torch.dtype  # of the products' operands
-    autocast: bool
+    rounded_to: torch.dtype | None  # what autocast makes of them, where that is narrower
     term_grads: tuple[tuple[bool, bool], ...]  # of hidden and head, of down and up
     bias_grad: bool
 
@@ -42,7 +42,8 @@ class Settings(NamedTuple):
 
     def terms(self, *factors: Tensor | HeadRows) -> list[Term]:
         pairs = zip(factors[::2], factors[1::2], self.term_grads, strict=True)
-        return [Term(x, w, grads, self.operand_dtype, self.autocast) for x, w, grads in pairs]
+        dtypes = self.operand_dtype, self.rounded_to
+        return [Term(x, w, grads, *dtypes) for x, w, grads in pairs]
 
 
 class Tiles:
@@ -63,7 +64,7 @@ class Tiles:
         p_NT = _view(memory, block, columns)
         z_NT = p_NT if self.z.dtype == self.p.dtype else _view(self.z, block, columns)
         for k, term in enumerate(self.terms):
-            product(term.x[block], term.w[columns].T, z_NT, accumulate=k > 0, narrow=term.narrow)
+            product(term.x[block], term.w[columns].T, z_NT, accumulate=k > 0)
         bias_T = None if self.bias_V is None else self.bias_V[columns].to(z_NT.dtype)
         labels_N, scale, softcap = self.labels_N[block], self.settings.scale, self.settings.softcap
         FOLDS[self.settings.fold](z_NT, p_NT, bias_T, labels_N, columns.start, rows, scale, softcap)
@@ -128,9 +129,7 @@ def walk(tiles: Tiles, rows: Rows) -> tuple[list[Tensor | None], dict]:
             for term, u_NK in zip(tiles.terms, us, strict=True):
                 if u_NK is not None:
                     out_NK, w_TK = u_NK[block].mul_(at.rescale_N[:, None]), term.w[columns]
-                    product(
-                        p_NT[:, likely], w_TK[likely], out_NK, accumulate=True, narrow=term.narrow
-                    )
+                    product(p_NT[:, likely], w_TK[likely], out_NK, accumulate=True)
     return us, kept
 
 
@@ -162,7 +161,7 @@ class _Trained:
     """The gradient of one term's weight: summed in place, or beside it if that is narrow."""
 
     def __init__(self, term: Term, dz_N: Tensor, tiles: Tiles):
-        self._x, self._narrow = Operand(term.x_NK, term.dtype, dz_N), term.narrow
+        self._x = term.weighted_x(dz_N)
         self.dw_VK, self._sum_TK, wide = torch.empty_like(term.w_VK), None, tiles.settings.wide
         if self.dw_VK.dtype != wide:
             self._sum_TK = torch.empty_like(self.dw_VK[tiles.columns[0]], dtype=wide)
@@ -173,7 +172,7 @@ class _Trained:
 
     def add(self, dlogits_NT: Tensor, block: slice, columns: slice) -> None:
         a, b, out = dlogits_NT.T, self._x[block], self._sum(columns)
-        product(a, b, out, accumulate=block.start > 0, narrow=self._narrow)
+        product(a, b, out, accumulate=block.start > 0)
 
     def finish(self, columns: slice) -> None:
         if self._sum_TK is not None:
