@@ -47,7 +47,7 @@ def completion_logps(
 
     With ld_alpha, tokens past the length of the pair's shorter completion weigh ld_alpha.
     """
-    return reference.completion_logps(token_logps_C, cu_seqlens, ld_alpha)
+    return ops.completion_logps(token_logps_C, cu_seqlens, ld_alpha)
 
 
 def pair_loss(

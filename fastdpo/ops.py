@@ -42,8 +42,31 @@ def _check_rows(hidden_ND: Tensor, V: int, labels_N: Tensor) -> None:
         raise ValueError(f"want finite hidden states, got NaN or Inf in row {broken[0].item()}")
 
 
+def completion_logps(
+    token_logps_C: Tensor, cu_seqlens: Tensor, ld_alpha: float | None = None
+) -> Tensor:
+    """kernels.reference.completion_logps on every device: torch's one launch is all there is.
+
+    The sums inside pair_loss are its kernel's own, in another order on a GPU.
+    """
+    return reference.completion_logps(token_logps_C, cu_seqlens, ld_alpha)
+
+
 def pair_loss(token_logps_C: Tensor, cu_seqlens: Tensor, reference_logps_S: Tensor, **settings):
-    """kernels.pair_loss.pair_loss on CUDA, kernels.reference.pair_loss elsewhere."""
-    on_gpu = implementation(token_logps_C.device) == "triton"
-    chosen = _pair_loss.pair_loss if on_gpu else reference.pair_loss
-    return chosen(token_logps_C, cu_seqlens, reference_logps_S, **settings)
+    """kernels.pair_loss.pair_loss on CUDA, kernels.reference.pair_loss elsewhere.
+
+    ValueError, on both, for what check_pair_loss refuses; with FASTDPO_DEBUG=1 also for cu_seqlens
+    that do not run from 0 to C.
+    """
+    if os.environ.get("FASTDPO_DEBUG") == "1":
+        _check_lengths(cu_seqlens, token_logps_C.numel())
+    if implementation(token_logps_C.device) == "triton":
+        return _pair_loss.pair_loss(token_logps_C, cu_seqlens, reference_logps_S, **settings)
+    _pair_loss.check_pair_loss(token_logps_C, cu_seqlens, reference_logps_S, **settings)
+    return reference.pair_loss(token_logps_C, cu_seqlens, reference_logps_S, **settings)
+
+
+def _check_lengths(cu_seqlens: Tensor, C: int) -> None:
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != C or ends != sorted(ends):
+        raise ValueError(f"want cu_seqlens that rise from 0 to {C}, got {ends}")

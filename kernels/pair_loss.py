@@ -200,7 +200,7 @@ def pair_loss(
     The rows of metrics_MB are chosen reward, rejected reward, margin, accuracy (1 where the
     margin is above 0, else 0), chosen logps, rejected logps. Gradient flows from loss_B alone to
     token_logps_C; backward keeps 4 bytes a completion. The same in plain PyTorch, with each
-    loss's paper: reference.pair_loss. ValueError for other shapes, dtypes or names.
+    loss's paper: reference.pair_loss. ValueError as check_pair_loss has it.
 
     token_logps_C: float32; completion s is cu_seqlens[s] to cu_seqlens[s + 1] of it.
     cu_seqlens: int32 (S + 1,), from 0 to C, unchecked.
@@ -211,21 +211,16 @@ def pair_loss(
         f_alpha_divergence_coef.
     ld_alpha: weight of tokens past the length of the pair's shorter completion (LD-DPO); None: 1.
     """
-    shapes = (token_logps_C.ndim, cu_seqlens.ndim, reference_logps_S.ndim)
-    S = reference_logps_S.numel()
-    if shapes != (1, 1, 1) or S % 2 or cu_seqlens.numel() != S + 1:
-        came = f"{(*token_logps_C.shape,)}, {(*cu_seqlens.shape,)}, {(*reference_logps_S.shape,)}"
-        raise ValueError(f"want token_logps (C,), cu_seqlens (2B + 1,), logps (2B,), got {came}")
-    dtypes = (token_logps_C.dtype, cu_seqlens.dtype, reference_logps_S.dtype)
-    if dtypes != (torch.float32, torch.int32, torch.float32):
-        raise ValueError(f"want float32, int32 and float32, got {dtypes}")
+    check_pair_loss(
+        token_logps_C,
+        cu_seqlens,
+        reference_logps_S,
+        loss_type=loss_type,
+        loss_weights=loss_weights,
+        label_smoothing=label_smoothing,
+        f_divergence_type=f_divergence_type,
+    )
     loss_weights = loss_weights or (1.0,) * len(loss_type)
-    if not set(loss_type) <= set(LOSS_TYPES) or len(loss_type) != len(loss_weights):
-        raise ValueError(
-            f"want some of {LOSS_TYPES} and a weight for each, got {loss_type} and {loss_weights}"
-        )
-    if f_divergence_type not in F_DIVERGENCES:
-        raise ValueError(f"want f_divergence_type in {F_DIVERGENCES}, got {f_divergence_type!r}")
     if f_divergence_type == "alpha_divergence" and abs(f_alpha_divergence_coef - 1) < 1e-6:
         f_divergence_type = "reverse_kl"  # its limit
     settings = _Settings(
@@ -244,3 +239,40 @@ def pair_loss(
         reference_logps_S.contiguous(),
         settings,
     )
+
+
+def check_pair_loss(
+    token_logps_C: Tensor,
+    cu_seqlens: Tensor,
+    reference_logps_S: Tensor,
+    *,
+    loss_type: tuple[str, ...] = ("sigmoid",),
+    loss_weights: tuple[float, ...] | None = None,
+    label_smoothing: float = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    **_others: float | None,
+) -> None:
+    """ValueError for shapes, dtypes or settings that pair_loss and its twin do not take.
+
+    No value of a tensor is looked at: that would make the CPU wait for the GPU.
+    """
+    shapes = (token_logps_C.ndim, cu_seqlens.ndim, reference_logps_S.ndim)
+    S = reference_logps_S.numel()
+    if shapes != (1, 1, 1) or S % 2 or cu_seqlens.numel() != S + 1:
+        came = f"{(*token_logps_C.shape,)}, {(*cu_seqlens.shape,)}, {(*reference_logps_S.shape,)}"
+        raise ValueError(f"want token_logps (C,), cu_seqlens (2B + 1,), logps (2B,), got {came}")
+    dtypes = (token_logps_C.dtype, cu_seqlens.dtype, reference_logps_S.dtype)
+    if dtypes != (torch.float32, torch.int32, torch.float32):
+        raise ValueError(f"want float32, int32 and float32, got {dtypes}")
+    num_weights = len(loss_type) if loss_weights is None else len(loss_weights)
+    if not set(loss_type) <= set(LOSS_TYPES) or len(loss_type) != num_weights:
+        raise ValueError(
+            f"want some of {LOSS_TYPES} and a weight for each, got {loss_type} and {loss_weights}"
+        )
+    if f_divergence_type not in F_DIVERGENCES:
+        raise ValueError(f"want f_divergence_type in {F_DIVERGENCES}, got {f_divergence_type!r}")
+    least = "above 0" if "exo_pair" in loss_type else "from 0"  # its log, and robust's 1 - 2 x
+    if not 0 <= label_smoothing < 0.5 or (least == "above 0" and label_smoothing == 0):
+        raise ValueError(
+            f"want label_smoothing {least} and below 0.5 for {loss_type}, got {label_smoothing}"
+        )

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fastdpo import ops
+from fastdpo.kernels import pair_loss as kernel
 
 
 @pytest.mark.parametrize(
@@ -19,3 +20,43 @@ def test_the_debug_flag_names_the_row(monkeypatch, broken, message):
     monkeypatch.setenv("FASTDPO_DEBUG", "1")
     with pytest.raises(ValueError, match=message):
         ops.linear_logps(hidden_ND, head_VD, labels_N)
+
+
+LENGTHS = torch.tensor([0, 2, 5], dtype=torch.int32)
+TWINS = [ops.pair_loss, kernel.pair_loss]
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=["here", "triton"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": ("nope",)}, "want some of .*'nope'"),
+        ({"loss_type": ("sigmoid", "hinge"), "loss_weights": (1.0,)}, "a weight for each"),
+        ({"f_divergence_type": "nope"}, "want f_divergence_type in"),
+        ({"loss_type": ("robust",), "label_smoothing": 0.5}, "from 0 and below 0.5"),
+        ({"loss_type": ("exo_pair",), "label_smoothing": 0.0}, "above 0 and below 0.5"),
+    ],
+    ids=str,
+)
+def test_both_losses_refuse_the_same_settings(twin, settings, message):
+    with pytest.raises(ValueError, match=message):
+        twin(torch.zeros(5), LENGTHS, torch.zeros(2), beta=0.1, **settings)
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=["here", "triton"])
+def test_both_losses_refuse_the_same_tensors(twin):
+    for arguments in (
+        (torch.zeros(5), LENGTHS, torch.zeros(4)),
+        (torch.zeros(5), LENGTHS.long(), torch.zeros(2)),
+    ):
+        with pytest.raises(ValueError, match="want"):
+            twin(*arguments, beta=0.1)
+
+
+def test_the_debug_flag_looks_at_the_lengths(monkeypatch):
+    monkeypatch.setenv("FASTDPO_DEBUG", "1")
+    ops.pair_loss(torch.zeros(5), LENGTHS, torch.zeros(2), beta=0.1)
+    for wrong in ([0, 2, 4], [1, 2, 5], [0, 6, 5]):
+        lengths = torch.tensor(wrong, dtype=torch.int32)
+        with pytest.raises(ValueError, match="want cu_seqlens that rise from 0 to 5"):
+            ops.pair_loss(torch.zeros(5), lengths, torch.zeros(2), beta=0.1)
