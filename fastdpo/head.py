@@ -20,12 +20,16 @@ from fastdpo.quantised import quantised_rows
 def check_head_module(causal_lm: PreTrainedModel) -> None:
     """ValueError where the model has no linear head, or an adapter on it other than plain LoRA."""
     head = causal_lm.get_output_embeddings()
-    base = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    base = _without_adapters(head)
     if not isinstance(getattr(base, "weight", None), Tensor) or causal_lm.base_model is causal_lm:
         name = type(causal_lm).__name__
         raise ValueError(f"want a body and a linear output embedding, {name} has none")
     if base is not head:
         _check_adapter(head)
+
+
+def _without_adapters(head: nn.Module) -> nn.Module:
+    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
 
 
 def _check_adapter(head: BaseTunerLayer) -> None:
@@ -52,7 +56,7 @@ def head_logps(
     at a time.
     """
     head = causal_lm.get_output_embeddings()
-    base = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    base = _without_adapters(head)
     config = causal_lm.config.get_text_config()
     hidden_CD = hidden_CD.to(base.weight.device)
     rows = quantised_rows(base, hidden_CD.dtype)

@@ -61,17 +61,16 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
 def attach_scorer(model: nn.Module, **head_settings: Any) -> None:
     """Let `model(..., scored_rows=..., labels=..., stats=...)` answer with a ScoredOutput.
 
-    head_settings: head_cache_bytes and skip_below, as kernels.linear_logps has them.
-    A second call changes nothing. ValueError where the model has no linear head, or an adapter
-    on it (the adapter would never be trained: not there yet).
+    head_settings: head_cache_bytes and skip_below, as kernels.linear_logps has them; a second call
+    changes these alone. ValueError for a head that head.py does not know.
     """
     causal_lm = causal_lm_of(model)
+    check_head_module(causal_lm)
+    causal_lm._head_settings = head_settings
     if hasattr(causal_lm, "_unscored_forward"):
         return
-    check_head_module(causal_lm)
     # an attribute, not a closure: a deep copy of the model then calls the copy
     causal_lm._unscored_forward = causal_lm.forward
-    causal_lm._head_settings = head_settings
 
     @functools.wraps(type(causal_lm).forward)  # generate() reads the signature
     def forward(self, *args, scored_rows=None, labels=None, stats=(), **kwargs):
@@ -113,21 +112,29 @@ def _score(
     )
     aux_loss = None
     if token_counts is not None:
-        config = causal_lm.config.get_text_config()
         aux_loss = load_balancing_loss_func(
-            outputs.router_logits, config.num_experts, config.num_experts_per_tok, token_counts
+            outputs.router_logits, *_experts(causal_lm), token_counts
         )
     stats_R = {f"{name}_C": value_R for name, value_R in stats_R.items()}
     return ScoredOutput(token_logps_C=token_logps_R, aux_loss=aux_loss, **stats_R)
+
+
+def _experts(causal_lm: PreTrainedModel) -> tuple[int, int] | None:
+    """How many experts a layer has and how many run a token, where transformers' names say so."""
+    for holder in (causal_lm, causal_lm.config.get_text_config()):
+        if hasattr(holder, "num_experts"):
+            return holder.num_experts, holder.num_experts_per_tok
+    return None
 
 
 def aux_loss_weight(model: nn.Module, router_aux_loss_coef: float | None) -> float:
     """Weight of a mixture-of-experts model's load-balancing loss; 0 for any other model.
 
     router_aux_loss_coef: None for the model's own. ValueError where it asks for a loss that the
-    model does not have.
+    model does not have, or that fastdpo cannot make for it.
     """
-    config = causal_lm_of(model).config.get_text_config()
+    causal_lm = causal_lm_of(model)
+    config = causal_lm.config.get_text_config()
     if not hasattr(config, "output_router_logits"):
         if router_aux_loss_coef:
             raise ValueError(
@@ -135,32 +142,52 @@ def aux_loss_weight(model: nn.Module, router_aux_loss_coef: float | None) -> flo
                 f"{router_aux_loss_coef} for {config.model_type}"
             )
         return 0.0
-    if router_aux_loss_coef is None:
-        return getattr(config, "router_aux_loss_coef", 0.0)
-    return router_aux_loss_coef
+    weight = router_aux_loss_coef
+    if weight is None:
+        weight = getattr(config, "router_aux_loss_coef", None) or 0.0
+    if weight and _experts(causal_lm) is None:
+        raise ValueError(
+            f"want router_aux_loss_coef=0 for {type(causal_lm).__name__}, whose experts fastdpo "
+            f"cannot count, got {weight}"
+        )
+    return weight
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, input_ids: list[int]) -> None:
+def check_head(
+    model: nn.Module, input_ids: list[int], *, name: str = "model", aux_loss: bool = False
+) -> None:
     """ValueError unless scoring `input_ids` agrees with the log-softmax of the model's own logits.
 
-    One forward of a short sequence: what a model does between its body and its logits can be
+    Two forwards of a short sequence: what a model does between its body and its logits can be
     more than this module knows, and would then be silently left out of every log-probability.
+    With aux_loss, the load-balancing loss is held against the model's own too. name: the model's,
+    for the error.
     """
+    name = f"{name} ({type(causal_lm_of(model)).__name__})"
     was_training = model.training
     model.eval()
     ids_L = torch.tensor(input_ids, device=model.device)
+    inputs = {"input_ids": ids_L[None], "use_cache": False}
+    inputs |= {"output_router_logits": True} if aux_loss else {}
+    own = model(**inputs)
+    inputs |= {"token_counts": torch.ones_like(ids_L)[None]} if aux_loss else {}
     rows = torch.arange(len(input_ids) - 1, device=model.device)
-    scored = model(input_ids=ids_L[None], scored_rows=rows, labels=ids_L[1:], use_cache=False)
-    logits_LV = model(input_ids=ids_L[None], use_cache=False).logits[0, :-1]
+    scored = model(**inputs, scored_rows=rows, labels=ids_L[1:])
     model.train(was_training)
+    logits_LV = own.logits[0, :-1]
     own_L = logits_LV.float().log_softmax(-1).gather(1, ids_L[1:, None]).squeeze(1)
     difference = (own_L - scored.token_logps_C.to(own_L.device)).abs().max().item()
     # logits rounded to a dtype are off by half its spacing: eps * |logit| / 2, here and in the lse
     allowed = max(1e-3, 2 * torch.finfo(logits_LV.dtype).eps * logits_LV.abs().max().item())
     if not difference <= allowed:
         raise ValueError(
-            f"{type(causal_lm_of(model)).__name__}: want the model's own log-probabilities within "
-            f"{allowed:.1e} nats, got {difference:.1e}: its logits are not hidden states times "
-            "the output embedding, scaled or capped in a way fastdpo knows"
+            f"{name}: want the model's own log-probabilities within {allowed:.1e} nats, got "
+            f"{difference:.1e}: its logits are not hidden states times the output embedding, "
+            "scaled or capped in a way fastdpo knows"
+        )
+    if aux_loss and not torch.allclose(own.aux_loss.float(), scored.aux_loss.float(), rtol=1e-2):
+        raise ValueError(
+            f"{name}: want its own load-balancing loss, {own.aux_loss.item():.4g}, got "
+            f"{scored.aux_loss.item():.4g} by Mixtral's formula: set router_aux_loss_coef=0"
         )

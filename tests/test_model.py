@@ -1,5 +1,7 @@
 import copy
+import types
 
+import families
 import pytest
 import tiny
 import torch
@@ -109,6 +111,54 @@ def test_experts_loss_is_the_models_own(inputs):
     attach_scorer(model)
     scored = score(model, PairBatch.from_inputs(inputs), aux_loss=True)
     torch.testing.assert_close(scored.aux_loss, own)
+
+
+EXPERTS = {  # where each keeps their number
+    "mixtral": {"num_local_experts": 4},
+    "granitemoe": {"num_local_experts": 4},
+    "phimoe": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16},
+    "olmoe": {"num_experts": 4},
+    "jetmoe": {"num_local_experts": 4, "num_key_value_heads": 4},
+    "gpt_oss": {"num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_loss_is_the_models_own_in_every_family(family):
+    settings = {"num_experts_per_tok": 2, "vocab_size": VOCAB, **EXPERTS[family]}
+    model = families.model(family, torch.float32, **settings)
+    attach_scorer(model)
+    assert aux_loss_weight(model, 0.5) == 0.5
+    check_head(model, [5, 6, 7, 8, 9, 10], aux_loss=True)
+
+
+def test_a_loss_of_experts_that_is_made_otherwise_is_found_out():
+    model = tiny.model("mixtral", VOCAB)
+    attach_scorer(model)
+    own = model._unscored_forward
+
+    def forward(**inputs):
+        outputs = own(**inputs)
+        if outputs.aux_loss is not None:
+            outputs.aux_loss = 3 * outputs.aux_loss
+        return outputs
+
+    model._unscored_forward = forward
+    check_head(model, [5, 6, 7, 8])
+    with pytest.raises(ValueError, match="want its own load-balancing loss"):
+        check_head(model, [5, 6, 7, 8], aux_loss=True)
+
+
+def test_experts_that_cannot_be_counted_are_refused():
+    model = tiny.model("mixtral", VOCAB)
+    model.config = types.SimpleNamespace(
+        get_text_config=lambda: types.SimpleNamespace(output_router_logits=False)
+    )
+    del model.num_experts
+    assert aux_loss_weight(model, 0.0) == aux_loss_weight(model, None) == 0.0
+    with pytest.raises(ValueError, match="want router_aux_loss_coef=0 for MixtralForCausalLM"):
+        aux_loss_weight(model, 0.1)
 
 
 def test_experts_loss_is_weighed_as_the_model_says_unless_told():
