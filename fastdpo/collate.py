@@ -294,6 +294,9 @@ class _PackedRow:
         return (rows[1:], labels[1:]) if unpredicted else (rows, labels)
 
 
+LAYOUTS = ("shared", "packed", "padded")
+
+
 def make_collator(
     layout: str, cut: Cut, pad_token_id: int, pad_to_multiple_of: int | None
 ) -> PaddedCollator | PackedCollator:

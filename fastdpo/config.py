@@ -5,12 +5,14 @@ moves over unchanged. Two defaults differ, and both are written beside the field
 there is no GPU, and `logging_nan_inf_filter`.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
+from fastdpo.collate import LAYOUTS, Cut
 from fastdpo.kernels.linear_logps import HEAD_CACHE_BYTES
 from fastdpo.losses import COMPARING, F_DIVERGENCES, LOSS_TYPES, SMOOTHED
 from fastdpo.model import TOKEN_STATS
@@ -90,10 +92,10 @@ class DPOConfig(TrainingArguments):
         "How pairs stand in a forward. shared: each prompt once, its completions as branches; "
         "packed: whole sequences end to end; padded: a sequence a row, as in TRL; auto: shared, "
         "or padded for a model that cannot run it.",
-        choices=["auto", "shared", "packed", "padded"],
+        choices=["auto", *LAYOUTS],
     )
     strict_layout: bool = _setting(
-        False, "End the run, instead of padding, where a model computes otherwise in its layout."
+        False, "End the run, instead of padding, where the layout changes the model's numbers."
     )
     max_tokens_per_forward: int | str | None = _setting(
         None,
@@ -120,7 +122,7 @@ class DPOConfig(TrainingArguments):
 
     # The reference
     precompute_ref_log_probs: bool = _setting(
-        False, "Score all data with the reference before training and keep no reference after."
+        False, "Score all data with the reference before training, which then does without it."
     )
     precompute_ref_batch_size: int | None = _setting(
         None, "Pairs per forward while doing so; unset: the train or eval batch size."
@@ -178,10 +180,18 @@ class DPOConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         self.pad_to_multiple_of = _pad_multiple(self.pad_to_multiple_of)
         self.max_tokens_per_forward = _max_tokens(self.max_tokens_per_forward)
+        if self.accelerator_config is None:
+            # batches move to the GPU from pinned memory while the CPU goes on
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         super().__post_init__()
         self._check_values()
         self._check_loss()
         self._check_unsupported()
+        # ranks' batches differ in width, and a packed row is no batch of rows to share out
+        self.accelerator_config.dispatch_batches = False
+        if self.use_liger_kernel:  # its head would take the place of fastdpo's
+            given = self.liger_kernel_config or {}
+            self.liger_kernel_config = {**given, "fused_linear_cross_entropy": False}
         if self.padding_free:
             logger.warning("padding_free=True changes nothing: `layout` says how pairs stand.")
 
@@ -195,6 +205,21 @@ class DPOConfig(TrainingArguments):
     def token_stats(self) -> tuple[str, ...]:
         """What a training step asks of the head beside log-probabilities."""
         return (*TOKEN_STATS, "log_sum_p2") if self.use_weighting else TOKEN_STATS
+
+    @property
+    def cut(self) -> Cut:
+        """How sequences that are too long are cut."""
+        return Cut(max_length=self.max_length, truncation_mode=self.truncation_mode)
+
+    @property
+    def collator_settings(self) -> dict[str, Any]:
+        """What collate.make_collator takes of a config, by its names."""
+        return {"cut": self.cut, "pad_to_multiple_of": self.pad_to_multiple_of}
+
+    @property
+    def head_settings(self) -> dict[str, Any]:
+        """What model.attach_scorer takes, by its names."""
+        return {"head_cache_bytes": self.head_cache_bytes, "skip_below": self.head_skip_below}
 
     @property
     def loss_settings(self) -> dict[str, Any]:
@@ -217,7 +242,13 @@ class DPOConfig(TrainingArguments):
         _want(self.truncation_mode in modes, f"truncation_mode in {modes}", self.truncation_mode)
         _want(self.head_cache_bytes >= 0, "head_cache_bytes >= 0", self.head_cache_bytes)
         _want(0 <= self.head_skip_below < 1, "head_skip_below in [0, 1)", self.head_skip_below)
-        layouts = ("auto", "shared", "packed", "padded")
+        coef, batch_size = self.router_aux_loss_coef, self.precompute_ref_batch_size
+        _want(coef is None or 0 <= coef < math.inf, "router_aux_loss_coef >= 0", coef)
+        _want(batch_size is None or batch_size > 0, "precompute_ref_batch_size > 0", batch_size)
+        weights, alpha = self.loss_weights, self.f_alpha_divergence_coef
+        _want(weights is None or _are_finite(weights), "loss_weights as finite numbers", weights)
+        _want(_are_finite([alpha]), "a finite f_alpha_divergence_coef", alpha)
+        layouts = ("auto", *LAYOUTS)
         _want(self.layout in layouts, f"layout of {layouts}", self.layout)
         _want(self.on_bad_rows in ("raise", "skip"), "on_bad_rows raise or skip", self.on_bad_rows)
 
@@ -260,11 +291,21 @@ class DPOConfig(TrainingArguments):
         for name in ("sync_ref_model", "activation_offloading"):
             value = getattr(self, name)
             _want(not value, f"{name}=False (True is not there yet)", value)
+        dispatch = self.accelerator_config.dispatch_batches
+        _want(not dispatch, "dispatch_batches=False in accelerator_config", dispatch)
+        liger = (self.liger_kernel_config or {}).get("fused_linear_cross_entropy")
+        _want(not liger, "fused_linear_cross_entropy=False in liger_kernel_config", liger)
 
 
 def _want(condition: bool, wanted: str, came: Any):
     if not condition:
         raise ValueError(f"DPOConfig: want {wanted}, got {came!r}")
+
+
+def _are_finite(values: Any) -> bool:
+    """Whether `values` is a list of finite numbers."""
+    is_list = isinstance(values, list | tuple)
+    return is_list and all(isinstance(x, int | float) and math.isfinite(x) for x in values)
 
 
 def _pad_multiple(value: int | str | None) -> int | None:

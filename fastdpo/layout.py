@@ -20,7 +20,6 @@ from fastdpo.model import causal_lm_of
 
 logger = logging.get_logger(__name__)
 
-LAYOUTS = ("shared", "packed", "padded")
 DESCRIPTIONS = {
     "shared": "each prompt once with its completions as branches, no padding",
     "packed": "whole sequences end to end, no padding",
@@ -28,6 +27,8 @@ DESCRIPTIONS = {
 }
 # attention along a tree is all that these layers do across tokens
 LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+
+Probe = Callable[[nn.Module, str], str | None]
 
 
 class Layout(NamedTuple):
@@ -60,35 +61,42 @@ def why_padded(model: nn.Module) -> str | None:
 def choose_layout(
     wanted: str,
     models: Sequence[nn.Module],
-    probe: Callable[[nn.Module, str], str | None] | None,
+    probe: Probe | None,
     *,
     strict: bool,
 ) -> Layout:
     """The layout that all `models` run, and make those models ready for it.
 
-    wanted: "auto" or one of LAYOUTS. probe(model, layout): how the two layouts differ on a real
-    pair, None for not at all; None where the weights are not in one piece. ValueError where a
+    wanted: "auto" or one of collate.LAYOUTS. probe(model, layout): how the two layouts differ on a
+    real pair, None for not at all; None where the weights are not in one piece. ValueError where a
     layout asked for by name cannot run, or, when `strict`, where the probe finds a difference.
     """
     if wanted == "padded":
         return Layout("padded", DESCRIPTIONS["padded"])
     name = "shared" if wanted == "auto" else wanted
-    reason = next(filter(None, map(why_padded, models)), None)
     is_error = wanted != "auto"
+    reason = next(filter(None, map(why_padded, models)), None)
     if reason is None:
-        for model in models:
-            attend_along_trees(causal_lm_of(model))
         if probe is None and strict:
             raise ValueError("want strict_layout=False with sharded weights, which go unchecked")
-        differences = [probe(model, name) for model in models] if probe else []
-        reason = next(filter(None, differences), None)
-        is_error |= strict
+        is_error = is_error or strict
+        reason = _why_not(name, models, probe)
     if reason is None:
         unchecked = "" if probe else " (not checked: the weights are not in one piece)"
         return Layout(name, DESCRIPTIONS[name] + unchecked)
-    for model in models:
-        attend_as_before(causal_lm_of(model))
     if is_error:
         raise ValueError(f"want layout={wanted!r} for a model that can run it: {reason}")
     logger.warning(f"layout padded: {reason}")
     return Layout("padded", f"{DESCRIPTIONS['padded']}: {reason}")
+
+
+def _why_not(name: str, models: Sequence[nn.Module], probe: Probe | None) -> str | None:
+    """How one of `models` computes otherwise in layout `name`; None if all are ready for it."""
+    for model in models:
+        attend_along_trees(causal_lm_of(model))
+    differences = (probe(model, name) for model in models) if probe else ()
+    reason = next(filter(None, differences), None)
+    if reason is not None:
+        for model in models:
+            attend_as_before(causal_lm_of(model))
+    return reason

@@ -7,11 +7,13 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from fastdpo.batch import PairBatch
 from fastdpo.collate import Row
 from fastdpo.model import causal_lm_of, score
+from fastdpo.preferences import ID_FIELDS
 
 Collator = Callable[[list[Row]], dict[str, Any]]
 LOOKED_AT = 32  # rows, of which the longest is scored: more of it lies beyond a sliding window
@@ -20,10 +22,11 @@ ROUNDINGS, LEAST_TOLERANCE = 12, 1e-3
 
 
 def longest_rows(rows: Iterable[Row]) -> list[Row]:
-    """The first few rows, the longest first."""
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    few = islice(rows, LOOKED_AT)
-    return sorted(few, key=lambda row: sum(len(row[name]) for name in names), reverse=True)
+    """The first few rows to train on, the longest first; ValueError where there is none."""
+    few = list(islice(rows, LOOKED_AT))
+    if not few:
+        raise ValueError("train dataset: want at least one row to train on, got none")
+    return sorted(few, key=lambda row: sum(len(row[name]) for name in ID_FIELDS), reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,33 +42,36 @@ class LayoutCheck:
     def difference(self, model: nn.Module, collator: Collator) -> str | None:
         """What `model` computes otherwise in `collator`'s layout than padded; None for nothing.
 
-        Two forwards of one pair; four, to find the layer, where they differ.
+        Two forwards of one pair; four, to find the layer, where they differ. What fails padded
+        fails: that is no layout's doing.
         """
         was_training = model.training
         model.eval()
         try:
-            batches = [self._batch(each) for each in (self.padded, collator)]
-            with self.autocast():
-                padded, packed = (score(model, batch).token_logps_C for batch in batches)
-            rms = (padded - packed).square().mean().sqrt().item()
-            if rms <= (tolerance := self._tolerance(model)):  # a NaN is no agreement
-                return None
-            where = self._where(model, batches)
-        except torch.OutOfMemoryError:  # says nothing of the layout, and padded takes more
-            raise
-        except (TypeError, ValueError, RuntimeError) as error:
-            return f"{type(causal_lm_of(model)).__name__} cannot run it: {error}"
+            return self._difference(model, *map(self._batch, (self.padded, collator)))
         finally:
             model.train(was_training)
+
+    def _difference(self, model: nn.Module, padded: PairBatch, packed: PairBatch) -> str | None:
+        name = type(causal_lm_of(model)).__name__
+        with self.autocast():
+            padded_C = score(model, padded).token_logps_C
+            try:
+                packed_C = score(model, packed).token_logps_C
+            except torch.OutOfMemoryError:  # says nothing of the layout, and padded takes more
+                raise
+            except (TypeError, ValueError, RuntimeError) as error:
+                return f"{name} cannot run it: {error}"
+        rms = (padded_C - packed_C).square().mean().sqrt().item()
+        if rms <= (tolerance := self._tolerance(model)):  # a NaN is no agreement
+            return None
         return (
-            f"{type(causal_lm_of(model)).__name__} gives other log-probabilities than padded, "
-            f"{rms:.2g} nats a token (up to {tolerance:.2g} is rounding), from {where} on"
+            f"{name} gives other log-probabilities than padded, {rms:.2g} nats a token (up to "
+            f"{tolerance:.2g} is rounding), from {self._where(model, padded, packed)} on"
         )
 
     def _batch(self, collator: Collator) -> PairBatch:
-        inputs = collator([self.row]).items()
-        moved = {k: v.to(self.device) if hasattr(v, "to") else v for k, v in inputs}
-        return PairBatch.from_inputs(moved)
+        return PairBatch.from_inputs(send_to_device(collator([self.row]), self.device))
 
     def _tolerance(self, model: nn.Module) -> float:
         device = self.device.type
@@ -73,14 +79,14 @@ class LayoutCheck:
             on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return max(LEAST_TOLERANCE, ROUNDINGS * torch.finfo(dtype if on else model.dtype).eps)
 
-    def _where(self, model: nn.Module, batches: list[PairBatch]) -> str:
+    def _where(self, model: nn.Module, padded: PairBatch, packed: PairBatch) -> str:
         """The first layer whose output differs, and its kind."""
         with self.autocast():
-            padded, packed = (self._hidden_states(model, batch) for batch in batches)
+            right, wrong = (self._hidden_states(model, batch) for batch in (padded, packed))
         config = causal_lm_of(model).config.get_text_config()
-        kinds = getattr(config, "layer_types", None) or ["attention"] * len(padded)
+        kinds = getattr(config, "layer_types", None) or ["attention"] * len(right)
         far = 4 * self._tolerance(model)  # as a share of the hidden states
-        for layer, (ours, theirs) in enumerate(zip(packed, padded, strict=True)):
+        for layer, (ours, theirs) in enumerate(zip(wrong, right, strict=True)):
             if not (ours - theirs).norm() <= far * theirs.norm():
                 return f"layer {layer - 1} ({kinds[layer - 1]})" if layer else "the embedding"
         return "the head"

@@ -17,15 +17,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from fastdpo.attention import attend_along_trees, attend_as_before
 from fastdpo.batch import PairBatch
-from fastdpo.collate import Row, make_collator
+from fastdpo.collate import LAYOUTS, Row, make_collator
 from fastdpo.kernels import reference
-from fastdpo.layout import LAYOUTS, why_padded
+from fastdpo.layout import why_padded
 from fastdpo.losses import pair_loss, pair_weights
 from fastdpo.model import attach_scorer, causal_lm_of, score
+from fastdpo.preferences import ID_FIELDS
 from fastdpo.subject import Subject
 
 SIDES = ("chosen", "rejected")
@@ -54,6 +56,17 @@ class OwnTokens(NamedTuple):
     logps_C: Tensor
     variance_C: Tensor
     log_sum_p2_C: Tensor
+
+
+class PlainPair(NamedTuple):
+    """A pair's two completions; the log-probabilities that the policy is held against; its loss,
+    weighted, with its graph; and the length of its loss's gradient in the token log-probabilities.
+    """
+
+    sides: list[OwnTokens]
+    reference_logps_2: Tensor
+    loss_1: Tensor
+    slope: Tensor
 
 
 class Plain(NamedTuple):
@@ -113,41 +126,55 @@ def plain_way(subject: Subject) -> Plain:
 
     ValueError, with pair, token and layer, where a log-probability comes out NaN or Inf.
     """
-    policy, settings, B = subject.policy, subject.args.loss_settings, len(subject.pairs)
-    token_logps, losses, reference_logps, slopes, variance_C = [], [], [], [], []
+    B = len(subject.pairs)
     # rewards in [-1, 1], no two pairs' alike
     offsets_B2 = torch.arange(2.0 * B).sin().view(B, 2) / subject.args.beta
-    policy.zero_grad()
+    pairs = []
+    subject.policy.zero_grad()
     for b in range(B):
-        sides = [_own_tokens(subject, b, side) for side in SIDES]
-        token_logps_C = torch.cat([side.logps_C for side in sides])
-        lengths = [len(side.logps_C) for side in sides]
-        cu_seqlens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
-        cu_seqlens = cu_seqlens.to(token_logps_C.device)
-        logps_2 = reference.completion_logps(token_logps_C.detach(), cu_seqlens)
-        reference_logps_2 = logps_2 - offsets_B2[b].to(logps_2)
-        loss_1, _ = reference.pair_loss(token_logps_C, cu_seqlens, reference_logps_2, **settings)
-        weight = torch.ones_like(loss_1)
-        if subject.args.use_weighting:
-            alignments_C = token_logps_C - torch.cat([side.log_sum_p2_C for side in sides])
-            weight = sum(side_C.mean() for side_C in alignments_C.split(lengths)).exp()
-        # a weight is no part of the gradient, but as far off as the tokens that it is made of
-        (slope_C,) = torch.autograd.grad((loss_1 * weight).sum(), token_logps_C, retain_graph=True)
-        loss_1 = loss_1 * weight.detach()
-        (loss_1.sum() / B).backward()
-        token_logps += [side.logps_C.detach() for side in sides]
-        losses.append(loss_1.detach())
-        reference_logps.append(reference_logps_2)
-        slopes.append(slope_C.norm())
-        variance_C += [side.variance_C for side in sides]
-    answer = Answer(token_logps, torch.cat(losses), _take_gradients(subject))
-    spread = torch.cat(variance_C).mean().sqrt().item()
-    return Plain(answer, torch.stack(reference_logps), torch.stack(slopes), spread)
+        pair = _plain_pair(subject, b, offsets_B2[b])
+        (pair.loss_1.sum() / B).backward()
+        pairs.append(pair)
+    sides = [side for pair in pairs for side in pair.sides]
+    answer = Answer(
+        token_logps=[side.logps_C.detach() for side in sides],
+        loss_B=torch.cat([pair.loss_1.detach() for pair in pairs]),
+        gradients=_take_gradients(subject),
+    )
+    return Plain(
+        answer,
+        reference_logps_B2=torch.stack([pair.reference_logps_2 for pair in pairs]),
+        slope_B=torch.stack([pair.slope for pair in pairs]),
+        spread=torch.cat([side.variance_C for side in sides]).mean().sqrt().item(),
+    )
+
+
+def _plain_pair(subject: Subject, b: int, offsets_2: Tensor) -> PlainPair:
+    """offsets_2: how far off the policy its reference is, for the chosen and the rejected side."""
+    args = subject.args
+    sides = [_own_tokens(subject, b, side) for side in SIDES]
+    token_logps_C = torch.cat([side.logps_C for side in sides])
+    lengths = [len(side.logps_C) for side in sides]
+    cu_seqlens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
+    cu_seqlens = cu_seqlens.to(token_logps_C.device)
+    # weighted as the loss has them, or the reference would be as far off as ld_alpha leaves out
+    logps_2 = reference.completion_logps(token_logps_C.detach(), cu_seqlens, args.ld_alpha)
+    reference_logps_2 = logps_2 - offsets_2.to(logps_2)
+    loss_1, _ = reference.pair_loss(
+        token_logps_C, cu_seqlens, reference_logps_2, **args.loss_settings
+    )
+    weight = torch.ones_like(loss_1)
+    if args.use_weighting:
+        alignments_C = token_logps_C - torch.cat([side.log_sum_p2_C for side in sides])
+        weight = sum(side_C.mean() for side_C in alignments_C.split(lengths)).exp()
+    # a weight is no part of the gradient, but as far off as the tokens that it is made of
+    (slope_C,) = torch.autograd.grad((loss_1 * weight).sum(), token_logps_C, retain_graph=True)
+    return PlainPair(sides, reference_logps_2, loss_1 * weight.detach(), slope_C.norm())
 
 
 def _own_tokens(subject: Subject, b: int, side: str) -> OwnTokens:
     pair = subject.pairs[b]
-    prompt, completion = subject.cut(pair["prompt_ids"], pair[f"{side}_ids"])
+    prompt, completion = subject.args.cut(pair["prompt_ids"], pair[f"{side}_ids"])
     ids_L = torch.tensor(prompt + completion, device=subject.args.device)
     start = max(1, len(prompt))  # a first token has nothing that predicts it
     with subject.autocast():
@@ -188,16 +215,13 @@ def _take_gradients(subject: Subject) -> dict[str, Tensor | None]:
 def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Answer:
     """As a training step has it, batches of per_device_train_batch_size pairs in `layout`."""
     args, B = subject.args, len(subject.pairs)
-    collate = make_collator(
-        layout, subject.cut, subject.tokenizer.pad_token_id, args.pad_to_multiple_of
-    )
+    pad_token_id = subject.tokenizer.pad_token_id
+    collate = make_collator(layout, pad_token_id=pad_token_id, **args.collator_settings)
     token_logps, losses = [], []
     subject.policy.zero_grad()
     for chunk in torch.arange(B).split(args.per_device_train_batch_size):
-        inputs = collate([_without_reference(subject.pairs[b]) for b in chunk]).items()
-        batch = PairBatch.from_inputs(
-            {k: v.to(args.device) if hasattr(v, "to") else v for k, v in inputs}
-        )
+        inputs = collate([_without_reference(subject.pairs[b]) for b in chunk])
+        batch = PairBatch.from_inputs(send_to_device(inputs, args.device))
         with subject.autocast():
             scored = score(subject.policy, batch, stats=args.token_stats)
         loss_B = pair_loss(
@@ -219,7 +243,7 @@ def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Ans
 
 
 def _without_reference(pair: Row) -> dict[str, Any]:
-    return {name: ids for name, ids in pair.items() if name.endswith("_ids")}
+    return {name: pair[name] for name in ID_FIELDS}
 
 
 # Held against each other
@@ -252,10 +276,7 @@ def compare(subject: Subject, plain: Plain) -> Iterator[Finding]:
 
     Layouts are all that the model can run, or the one that args.layout names.
     """
-    args = subject.args
-    attach_scorer(
-        subject.policy, head_cache_bytes=args.head_cache_bytes, skip_below=args.head_skip_below
-    )
+    attach_scorer(subject.policy, **subject.args.head_settings)
     tolerance = Tolerance.of(subject.compute_dtype, plain.spread)
     wanted, reason = subject.args.layout, why_padded(subject.policy)
     for layout in LAYOUTS if wanted == "auto" else (wanted,):

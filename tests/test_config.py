@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -110,6 +111,12 @@ def test_pad_to_multiple_of_reads_text_of_the_command_line(tmp_path, given, mult
         ("max_tokens_per_forward", 0),
         ("head_cache_bytes", -1),
         ("head_skip_below", 1.0),
+        ("router_aux_loss_coef", -0.1),
+        ("router_aux_loss_coef", math.nan),
+        ("loss_weights", 0.5),
+        ("loss_weights", [math.nan]),
+        ("f_alpha_divergence_coef", math.nan),
+        ("precompute_ref_batch_size", -1),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(tmp_path, name, value):
@@ -144,6 +151,17 @@ def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path, name, value):
             "reverse_kl with .*'apo_zero'",
         ),
         ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "loss_weights with 2 weights"),
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            "dispatch_batches=False in accelerator_config, got True",
+        ),
+        (
+            {
+                "use_liger_kernel": True,
+                "liger_kernel_config": {"fused_linear_cross_entropy": True},
+            },
+            "fused_linear_cross_entropy=False in liger_kernel_config, got True",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, message):
@@ -165,3 +183,11 @@ def test_a_mix_is_written_on_the_command_line(tmp_path):
 def test_a_json_object_may_stand_for_model_init_kwargs(tmp_path):
     made = config(tmp_path, model_init_kwargs='{"revision": "v1"}')
     assert made.model_init_kwargs == {"revision": "v1"}
+
+
+def test_memory_is_pinned_for_copies_that_do_not_wait_unless_told(tmp_path):
+    assert config(tmp_path).accelerator_config.non_blocking is True
+    assert config(tmp_path, dataloader_pin_memory=False).accelerator_config.non_blocking is False
+    told = config(tmp_path, accelerator_config={"non_blocking": False, "even_batches": False})
+    assert told.accelerator_config.non_blocking is told.accelerator_config.even_batches is False
+    assert told.accelerator_config.dispatch_batches is False

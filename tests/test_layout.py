@@ -71,6 +71,19 @@ def test_memory_that_runs_out_in_the_check_is_no_reason_to_pad(tmp_path, tokeniz
         make_trainer(tmp_path, tokenizer)
 
 
+def test_what_fails_padded_is_no_layouts_doing(tmp_path, tokenizer):
+    model = tiny.model("llama", len(tokenizer))
+
+    def only_short_rows(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] > 32 and "tree" not in kwargs:
+            raise ValueError("padded is broken")
+
+    model.model.register_forward_pre_hook(only_short_rows, with_kwargs=True)
+    rows = [row | {"prompt": 4 * row["prompt"]} for row in tiny.rows()]
+    with pytest.raises(ValueError, match="padded is broken"):
+        make_trainer(tmp_path, tokenizer, model=model, rows=rows)
+
+
 def test_a_prompt_learning_adapter_cannot_run_packed():
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = get_peft_model(families.model("llama", torch.float32), config)
@@ -131,7 +144,7 @@ def test_a_model_that_keeps_its_tree_to_itself_is_found_out(tmp_path, tokenizer,
 
 
 def test_a_reference_that_cannot_run_packed_pads_both(tmp_path, tokenizer):
-    reference = for_tokenizer("gpt_oss", tokenizer, num_local_experts=2)
+    reference = for_tokenizer("gpt_oss", tokenizer, num_local_experts=2, num_experts_per_tok=2)
     trainer = make_trainer(tmp_path, tokenizer, ref_model=reference)
     assert trainer.layout.name == "padded" and "GptOss" in trainer.layout.line
 
