@@ -9,12 +9,34 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    set_seed,
 )
 
 
-def load_policy(name: str, *, quantization_config: Any = None, **init_kwargs: Any):
+def make_policy(
+    model: str | PreTrainedModel | PeftModel,
+    peft_config: PeftConfig | None,
+    *,
+    seed: int,
+    quantization_config: Any = None,
+    **init_kwargs: Any,
+) -> PreTrainedModel | PeftModel:
+    """`model`, loaded where it is a name, with the adapters that peft_config asks for.
+
+    quantization_config, init_kwargs: as load_policy has them.
+    """
+    set_seed(seed)  # new adapters start at random
+    if isinstance(model, str):
+        model = load_policy(model, quantization_config=quantization_config, **init_kwargs)
+    return model if peft_config is None else with_adapters(model, peft_config)
+
+
+def load_policy(
+    name: str, *, quantization_config: Any = None, **init_kwargs: Any
+) -> PreTrainedModel:
     """The causal language model in the folder or Hub repository `name`, in float32 by default.
 
     init_kwargs go to `from_pretrained`; dtype may be a torch.dtype, its name, or "auto". A
@@ -43,20 +65,7 @@ def load_policy(name: str, *, quantization_config: Any = None, **init_kwargs: An
 
 
 def with_adapters(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    """`model` with new adapters, which alone train; on a quantised model in bfloat16.
-
-    TypeError or ValueError where peft_config is none, the model has adapters, or they would change
-    the prompt instead of the layers (a prompt-learning adapter: not there yet).
-    """
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"want a peft.PeftConfig as peft_config, got {type(peft_config).__name__}")
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "want peft_config or a model with adapters, got both: merge the model's adapters "
-            "first, or leave peft_config out to train them on"
-        )
-    if peft_config.is_prompt_learning:
-        raise ValueError(f"want adapters on layers, got {peft_config.peft_type} (not there yet)")
+    """`model` with new adapters, which alone train; on a quantised model in bfloat16."""
     model = get_peft_model(model, peft_config)
     if _is_quantized(model):
         for name, parameter in model.named_parameters():
@@ -92,20 +101,31 @@ def make_ready(
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: the layers, and the rates that attention modules apply themselves."""
+    """Set every dropout to 0: the layers, and the rates that modules and their configs hold.
+
+    A rate is a number with `drop` in its name: attention_dropout, resid_pdrop, layerdrop.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        config = getattr(module, "config", None)
+        for holder in (module, config) if isinstance(config, PreTrainedConfig) else (module,):
+            for name, value in vars(holder).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
 
 
 def load_tokenizer(
-    processing_class: Any, model: str | PreTrainedModel | PeftModel, **init_kwargs: Any
+    processing_class: Any,
+    model: str | PreTrainedModel | PeftModel,
+    *,
+    pad_token: str | None = None,
+    **init_kwargs: Any,
 ) -> PreTrainedTokenizerBase:
-    """`processing_class`, or the tokenizer beside `model`; it pads with its end token if need be.
+    """`processing_class`, or the tokenizer beside `model`, able to pad.
 
-    TypeError for anything but a tokenizer, ValueError for one with neither a pad nor an end token.
+    It pads with pad_token, or the token of its own, or else its end token. TypeError for anything
+    but a tokenizer, ValueError for a pad_token that it lacks, or where there is none of the three.
     """
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(model_name(model), **init_kwargs)
@@ -114,6 +134,10 @@ def load_tokenizer(
             "want a tokenizer as processing_class (vision-language processors are not there "
             f"yet), got {type(processing_class).__name__}"
         )
+    if pad_token is not None:
+        if pad_token not in processing_class.get_vocab():
+            raise ValueError(f"want pad_token in the tokenizer's vocabulary, got {pad_token!r}")
+        processing_class.pad_token = pad_token
     if processing_class.pad_token is None:
         if processing_class.eos_token is None:
             raise ValueError("want a tokenizer with a pad_token or an eos_token, got neither")

@@ -4,44 +4,30 @@
     AdaptersOff     the policy without its adapters, or with a frozen copy of them
     FrozenModel     a second model
 
-Each answers `logps(policy, batch, ld_alpha) -> (S,)` and says in `source` what it is. ld_alpha
-weighs tokens as losses.completion_logps says, None for all alike; what stands in the rows is
-taken as it is.
+`choose_reference` picks one. Each answers `logps(policy, batch, ld_alpha) -> (S,)` and says in
+`source` what it is. ld_alpha weighs tokens as losses.completion_logps says, None for all alike;
+what stands in the rows is taken as it is.
 """
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from fastdpo.batch import PairBatch
 from fastdpo.collate import REFERENCE_COLUMNS
 from fastdpo.losses import completion_logps
-from fastdpo.model import score
+from fastdpo.model import attach_scorer, score
 
-REFERENCE_ADAPTER = "ref"
-
-
-@dataclass(frozen=True, slots=True)
-class RowLogps:
-    """ref_chosen_logps and ref_rejected_logps of the rows."""
-
-    source: str = "log-probabilities in the rows"
-
-    def logps(self, policy: nn.Module, batch: PairBatch, ld_alpha: float | None = None) -> Tensor:
-        if batch.reference_logps_S is None:
-            raise ValueError(
-                "want ref_chosen_logps and ref_rejected_logps in every row, as the training rows "
-                "have them (or precompute_ref_log_probs put them there), got a batch without"
-            )
-        return batch.reference_logps_S
+REFERENCE_ADAPTER = "fastdpo_reference"  # a name that no adapter of the user's will have
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +46,10 @@ class AdaptersOff:
         with self._as_before():
             return _frozen_logps(policy, batch, ld_alpha)
 
-    @contextlib.contextmanager
-    def _as_before(self) -> Iterator[None]:
+    def _as_before(self) -> contextlib.AbstractContextManager:
         if REFERENCE_ADAPTER not in self.peft_model.peft_config:
-            with self.peft_model.disable_adapter():
-                yield
-            return
-        trained = self.peft_model.active_adapter
-        self.peft_model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
-        try:
-            yield
-        finally:
-            self.peft_model.set_adapter(trained)
+            return self.peft_model.disable_adapter()
+        return _reference_adapter_on(self.peft_model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +63,34 @@ class FrozenModel:
         return _frozen_logps(self.model, batch, ld_alpha)
 
 
+@dataclass(frozen=True, slots=True)
+class RowLogps:
+    """ref_chosen_logps and ref_rejected_logps of the rows; `others` scores rows without them."""
+
+    source: str = "log-probabilities in the rows"
+    others: AdaptersOff | FrozenModel | None = None
+
+    def logps(self, policy: nn.Module, batch: PairBatch, ld_alpha: float | None = None) -> Tensor:
+        if batch.reference_logps_S is not None:
+            return batch.reference_logps_S
+        if self.others is None:
+            raise ValueError(
+                f"want {' and '.join(REFERENCE_COLUMNS)} in every row, got a batch without: the "
+                f"reference ({self.source}) is not there to score it"
+            )
+        return self.others.logps(policy, batch, ld_alpha)
+
+
+Reference = RowLogps | AdaptersOff | FrozenModel
+
+
 @torch.no_grad()
 def _frozen_logps(model: nn.Module, batch: PairBatch, ld_alpha: float | None) -> Tensor:
     """logps_S of `batch`, without dropout or checkpointing whatever mode the model is in."""
+    if batch.reference_logps_S is not None:
+        raise ValueError(
+            "want one reference, got log-probabilities in the rows, as the training rows have none"
+        )
     was_training = model.training
     model.eval()
     try:
@@ -102,22 +105,105 @@ def frozen_copy(policy: nn.Module) -> nn.Module:
     return copy.deepcopy(policy).requires_grad_(False).eval()
 
 
-def add_reference_adapter(policy: PeftModel) -> None:
+def _copy_trained_adapter(policy: PeftModel) -> None:
     """Keep the policy's trained adapter, as it is now, as a second one that is not trained."""
     trained = policy.active_adapter
-    policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[trained])
+    with _as_trained(policy):
+        if REFERENCE_ADAPTER not in policy.peft_config:  # another trainer's, on the same model
+            policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[trained])
     parameters = dict(policy.named_parameters())
     for name, parameter in parameters.items():
         if f".{trained}." in name:
             twin = parameters[name.replace(f".{trained}.", f".{REFERENCE_ADAPTER}.")]
             twin.data.copy_(parameter.data)
-    policy.set_adapter(trained)
+            twin.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _reference_adapter_on(policy: PeftModel) -> Iterator[None]:
+    with _as_trained(policy):
+        policy.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+        yield
+
+
+@contextlib.contextmanager
+def _as_trained(policy: PeftModel) -> Iterator[None]:
+    """Afterwards, the adapter is active that is now, and what is trained now, no more, is."""
+    active = policy.active_adapter
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    try:
+        yield
+    finally:
+        policy.set_adapter(active, inference_mode=True)  # or all of it would be trained
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def choose_reference(
+    policy: nn.Module,
+    ref_model: PreTrainedModel | PeftModel | None,
+    *,
+    in_rows: bool,
+    has_new_adapters: bool,
+    precompute: bool,
+    device: torch.device,
+) -> Reference:
+    """The cheapest reference that these rows, models and adapters have, on `device`.
+
+    in_rows: whether the rows have log-probabilities. has_new_adapters: that change nothing yet, so
+    that the policy without them is the reference. precompute: it is asked before training alone.
+    ValueError where the rows and ref_model are two.
+    """
+    if in_rows and ref_model is not None:
+        raise ValueError(f"want one reference, got ref_model and {REFERENCE_COLUMNS} in the rows")
+    if in_rows:
+        return RowLogps()
+    if ref_model is not None:
+        return _placed(ref_model.requires_grad_(False).eval(), "ref_model", device)
+    if isinstance(policy, PeftModel):
+        if not has_new_adapters:
+            _copy_trained_adapter(policy)
+        return AdaptersOff(policy)
+    if precompute:
+        return FrozenModel(policy, "the policy before training")
+    return _placed(frozen_copy(policy), "a frozen copy of the policy", device)
+
+
+def _placed(model: nn.Module, source: str, device: torch.device) -> FrozenModel:
+    attach_scorer(model)
+    if getattr(model, "hf_device_map", None) is None:
+        model.to(device)
+    return FrozenModel(model, source)
+
+
+def are_scored(datasets: Mapping[str, Dataset | IterableDataset]) -> bool:
+    """Whether the rows of all data sets have reference log-probabilities.
+
+    Of a stream that does not say what columns it has, a row is read. ValueError where the rows of
+    some data sets have them and others' do not.
+    """
+    columns = {name: rows.column_names or next(iter(rows), ()) for name, rows in datasets.items()}
+    scored = [name for name in columns if set(REFERENCE_COLUMNS) <= set(columns[name])]
+    others = [name for name in columns if name not in scored]
+    if scored and others:
+        raise ValueError(
+            f"want {' and '.join(REFERENCE_COLUMNS)} in all data sets or in none, got them in "
+            f"{', '.join(scored)} and not in {', '.join(others)}"
+        )
+    return bool(scored)
+
+
+def once_precomputed(reference: Reference, policy: nn.Module) -> RowLogps:
+    """What `reference` is when it has scored all rows, and is there for new ones if it remains."""
+    is_gone = isinstance(reference, FrozenModel) and reference.model is policy
+    source = f"{reference.source}, all rows scored before training"
+    return RowLogps(source, None if is_gone else reference)
 
 
 def with_reference_logps(
-    dataset: Dataset,
-    reference_logps: Callable[[PairBatch], Tensor],
+    dataset: Dataset | IterableDataset,
     *,
+    reference_logps: Callable[[PairBatch], Tensor],
     collator: Callable,
     batch_size: int,
     accelerator: Accelerator,

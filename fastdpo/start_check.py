@@ -12,28 +12,25 @@ from fastdpo.losses import PairLoss
 
 logger = logging.get_logger(__name__)
 
-# Policy and reference run the same kernels on the same tokens, so they should agree to the bit;
-# atomic additions on a GPU may cost the last digits of a sum over thousands of tokens.
+# Policy and reference score the same tokens with the same kernels; a GPU adds them up in another
+# order (the policy's in the loss's kernel), which costs last digits of a sum over thousands.
 TOLERANCE = 1e-2  # nats, of a completion's log-probability
 
 
 def check_start(
     losses: PairLoss, reference_logps_S: Tensor, policy: nn.Module, args: DPOConfig, source: str
-) -> str | None:
-    """Say why, if the policy's first log-probabilities are not the reference's; None if they are.
+) -> None:
+    """Warn, and say why, if the policy's first log-probabilities are not the reference's.
 
     Reads one number from the device.
     """
     difference = (losses.logps_S - reference_logps_S).abs().max().item()
-    if difference <= TOLERANCE:  # a NaN is no agreement
-        return None
-    message = (
-        f"the policy does not start at its reference: a completion's log-probability under the "
-        f"policy and under the reference ({source}) differ by up to {difference:.3g} nats before "
-        f"the first step. {_why(policy, args)}"
-    )
-    logger.warning(message)
-    return message
+    if not difference <= TOLERANCE:  # a NaN is no agreement
+        logger.warning(
+            "the policy does not start at its reference: a completion's log-probability under the "
+            f"policy and under the reference ({source}) differ by up to {difference:.3g} nats "
+            f"before the first step. {_why(policy, args)}"
+        )
 
 
 def _why(policy: nn.Module, args: DPOConfig) -> str:
@@ -41,6 +38,11 @@ def _why(policy: nn.Module, args: DPOConfig) -> str:
         return (
             "The policy may run with dropout and the reference runs without: set "
             "disable_dropout=True, or expect a noisy start."
+        )
+    if args.neftune_noise_alpha:
+        return (
+            "NEFTune adds noise to the policy's embeddings and none to the reference's "
+            "(neftune_noise_alpha): expect a noisy start."
         )
     if isinstance(policy, PeftModel):
         return (

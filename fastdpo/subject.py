@@ -11,16 +11,25 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
-from fastdpo.arguments import init_kwargs, load_datasets, peft_config, quantization_config
-from fastdpo.collate import Cut, Row
+from fastdpo.arguments import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    init_kwargs,
+    load_datasets,
+    peft_config,
+    quantization_config,
+)
+from fastdpo.collate import Row
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
 from fastdpo.head import check_head_module
 from fastdpo.layout import why_padded
 from fastdpo.model import causal_lm_of
-from fastdpo.policy import load_policy, load_tokenizer, make_ready, with_adapters
+from fastdpo.policy import load_tokenizer, make_policy, make_ready
+from fastdpo.trainer_check import check_token_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,10 +41,6 @@ class Subject:
     pairs: list[Row]
     num_rows: int
     args: DPOConfig
-
-    @property
-    def cut(self) -> Cut:
-        return Cut(max_length=self.args.max_length, truncation_mode=self.args.truncation_mode)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -55,14 +60,20 @@ class Subject:
     def place(self, b: int, side: str, t: int) -> str:
         """A completion's t-th scored token, in words."""
         ids = self.pairs[b][f"{side}_ids"]
-        prompt, completion = self.cut(self.pairs[b]["prompt_ids"], ids)
+        prompt, completion = self.args.cut(self.pairs[b]["prompt_ids"], ids)
         if self.args.truncation_mode == "keep_end":
             t += len(ids) - len(completion)
         t += not prompt  # nothing predicts a sequence's first token
         return f"pair {b}, {side}, token {t} ({self.tokenizer.decode([ids[t]])!r})"
 
 
-def load_subject(script_args, args: DPOConfig, model_args, dataset_args, max_pairs: int) -> Subject:
+def load_subject(
+    script_args: ScriptArguments,
+    args: DPOConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+    max_pairs: int,
+) -> Subject:
     """The model and the first max_pairs rows, as `fastdpo train` would load them.
 
     ValueError for what cannot be compared: a weight that is not finite, a token id outside the
@@ -77,7 +88,11 @@ def load_subject(script_args, args: DPOConfig, model_args, dataset_args, max_pai
     kwargs = init_kwargs(args, model_args)
     name = model_args.model_name_or_path
     tokenizer = load_tokenizer(
-        None, name, revision=kwargs["revision"], trust_remote_code=args.trust_remote_code
+        None,
+        name,
+        pad_token=args.pad_token,
+        revision=kwargs["revision"],
+        trust_remote_code=args.trust_remote_code,
     )
     pairs, counts = prepare_pairs(
         Dataset.from_list(list(islice(rows, max_pairs))),
@@ -86,10 +101,13 @@ def load_subject(script_args, args: DPOConfig, model_args, dataset_args, max_pai
         truncation_mode=args.truncation_mode,
         on_bad_rows=args.on_bad_rows,
     )
-    set_seed(args.seed)
-    policy = load_policy(name, quantization_config=quantization_config(model_args), **kwargs)
-    if (config := peft_config(model_args)) is not None:
-        policy = with_adapters(policy, config)
+    policy = make_policy(
+        name,
+        peft_config(model_args),
+        seed=args.seed,
+        quantization_config=quantization_config(model_args),
+        **kwargs,
+    )
     make_ready(
         policy,
         None,
@@ -105,7 +123,7 @@ def load_subject(script_args, args: DPOConfig, model_args, dataset_args, max_pai
     )
     check_head_module(causal_lm_of(policy))
     _check_weights(subject)
-    _check_token_ids(subject)
+    check_token_ids({"train": pairs}, [policy])
     if args.layout not in ("auto", "padded") and (reason := why_padded(policy)) is not None:
         raise ValueError(f"want layout={args.layout!r} for a model that can run it: {reason}")
     if isinstance(policy, PeftModel):
@@ -120,18 +138,6 @@ def _check_weights(subject: Subject) -> None:
         if parameter.is_floating_point() and not (finite := parameter.isfinite()).all():
             bad = parameter.numel() - int(finite.sum())
             raise ValueError(f"want finite weights, got {bad:,} NaN or Inf in {name}")
-
-
-def _check_token_ids(subject: Subject) -> None:
-    V = causal_lm_of(subject.policy).config.get_text_config().vocab_size
-    for b, pair in enumerate(subject.pairs):
-        for field in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            for t, token in enumerate(pair[field]):
-                if not 0 <= token < V:
-                    raise ValueError(
-                        f"pair {b}, {field}, token {t}: want an id in [0, {V}), the model's "
-                        f"vocabulary, got {token}"
-                    )
 
 
 def _stir(subject: Subject) -> None:

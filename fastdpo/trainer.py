@@ -15,56 +15,32 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastdpo.batch import PairBatch, TokensRun
-from fastdpo.collate import (
-    REFERENCE_COLUMNS,
-    Cut,
-    PackedCollator,
-    PaddedCollator,
-    make_collator,
-)
+from fastdpo.collate import REFERENCE_COLUMNS, PackedCollator, PaddedCollator, Row, make_collator
 from fastdpo.config import DPOConfig
 from fastdpo.data import PairCounts, prepare_pairs
 from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck, longest_rows
 from fastdpo.losses import PairLoss, pair_loss, pair_weights
 from fastdpo.metrics import MetricSums, pair_metrics
-from fastdpo.model import (
-    ScoredOutput,
-    attach_scorer,
-    aux_loss_weight,
-    check_head,
-    score,
-)
+from fastdpo.model import ScoredOutput, attach_scorer, aux_loss_weight, check_head, score
 from fastdpo.pack_trainer import PackTrainer
 from fastdpo.packs import TokenBudget, tokens_that_fit
-from fastdpo.policy import (
-    load_policy,
-    load_tokenizer,
-    make_ready,
-    model_name,
-    with_adapters,
-)
+from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
+from fastdpo.preferences import ID_FIELDS
 from fastdpo.reference import (
-    AdaptersOff,
     FrozenModel,
     RowLogps,
-    add_reference_adapter,
-    frozen_copy,
+    are_scored,
+    choose_reference,
+    once_precomputed,
     with_reference_logps,
 )
 from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
-from fastdpo.trainer_check import check_arguments
-
-PAIR_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+from fastdpo.trainer_check import check_arguments, check_models, check_token_ids
 
 OWN_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
 
@@ -90,7 +66,8 @@ class DPOTrainer(PackTrainer):
     quantization_config: for `from_pretrained`, when model is a name.
     peft_config: adapters to put on the policy.
 
-    ValueError or TypeError for what does not go together, before any compute is spent.
+    ValueError or TypeError for what does not go together: as far as it shows without the rows and
+    the weights, before either is read (trainer_check.py).
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
@@ -110,8 +87,9 @@ class DPOTrainer(PackTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ):
+        check_models(model, ref_model, peft_config)
         args = args or DPOConfig(output_dir=f"{model_name(model).split('/')[-1]}-DPO")
-        check_arguments(model, ref_model, args, data_collator, train_dataset, quantization_config)
+        check_arguments(args, model, train_dataset, data_collator, quantization_config)
         init_kwargs = {
             "trust_remote_code": args.trust_remote_code,
             **(args.model_init_kwargs or {}),
@@ -119,11 +97,10 @@ class DPOTrainer(PackTrainer):
         tokenizer = load_tokenizer(
             processing_class,
             model,
+            pad_token=args.pad_token,
             revision=init_kwargs.get("revision"),
             trust_remote_code=init_kwargs["trust_remote_code"],
         )
-        tokenizer.pad_token = args.pad_token or tokenizer.pad_token
-
         self.pair_counts: dict[str, PairCounts | None] = {}
         self._data_settings = {
             "tokenizer": tokenizer,
@@ -136,18 +113,13 @@ class DPOTrainer(PackTrainer):
         train_dataset = self._prepare(train_dataset, "train")
         if eval_dataset is not None:
             eval_dataset = self._prepare(eval_dataset, "eval")
-        # batches move to the GPU from pinned memory while the CPU goes on
-        args.accelerator_config.non_blocking = args.dataloader_pin_memory
-        # ranks' batches differ in width, and a packed row is no batch of rows to share out
-        args.accelerator_config.dispatch_batches = False
-
-        set_seed(args.seed)  # new adapters start at random
-        if isinstance(model, str):
-            model = load_policy(model, quantization_config=quantization_config, **init_kwargs)
-        if peft_config is not None:
-            model = with_adapters(model, peft_config)
-        elif isinstance(model, PeftModel) and ref_model is None:
-            add_reference_adapter(model)
+        model = make_policy(
+            model,
+            peft_config,
+            seed=args.seed,
+            quantization_config=quantization_config,
+            **init_kwargs,
+        )
         make_ready(
             model,
             ref_model,
@@ -155,7 +127,6 @@ class DPOTrainer(PackTrainer):
             without_dropout=args.disable_dropout,
             reentrant_checkpoints=(args.gradient_checkpointing_kwargs or {}).get("use_reentrant"),
         )
-
         super().__init__(
             model=model,
             args=args,
@@ -167,33 +138,56 @@ class DPOTrainer(PackTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"want one process per GPU (accelerate launch, torchrun), got {args.n_gpu} GPUs in "
-                "one process: launch it so, or show it one GPU with CUDA_VISIBLE_DEVICES"
-            )
         self.model_accepts_loss_kwargs = True  # what loss_is_scaled_for_ga says, before 5.18
         self.metric_sums = {"train": MetricSums(), "eval": MetricSums()}
         self.num_train_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self.tokens = TokensRun()
         self._start_checked = False
-        self.aux_loss_weight = aux_loss_weight(self.model, args.router_aux_loss_coef)
-        head_settings = {
-            "head_cache_bytes": args.head_cache_bytes,
-            "skip_below": args.head_skip_below,
-        }
-        attach_scorer(self.model, **head_settings)
-        self.reference = self._choose_reference(ref_model)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # weights in one piece
-            first = next(iter(train_dataset))
-            check_head(self.model, (first["prompt_ids"] + first["chosen_ids"])[:32])
-        self.layout = OWN_LAYOUT
-        if data_collator is None:
-            self._choose_layout()
+        row = longest_rows(train_dataset)[0]
+        self._set_up_models(ref_model, row, has_new_adapters=peft_config is not None)
+        self.layout = self._choose_layout(row) if data_collator is None else OWN_LAYOUT
         self.budget = self._token_budget()
-        if args.precompute_ref_log_probs:
+        if args.precompute_ref_log_probs and not isinstance(self.reference, RowLogps):
             self._precompute_reference()
         self.model.add_model_tags(["fastdpo", "dpo"])
+
+    def _set_up_models(
+        self, ref_model: PreTrainedModel | None, row: Row, *, has_new_adapters: bool
+    ) -> None:
+        """Policy and reference, able to score, and held against the data and `row`.
+
+        ValueError for token ids beyond a model's vocabulary, or a head that is not what it seems.
+        """
+        args = self.args
+        attach_scorer(self.model, **args.head_settings)
+        self.aux_loss_weight = aux_loss_weight(self.model, args.router_aux_loss_coef)
+        datasets = {"train": self.train_dataset, **_by_name(self.eval_dataset, "eval")}
+        self.reference = choose_reference(
+            self.model,
+            ref_model,
+            in_rows=are_scored(datasets),
+            has_new_adapters=has_new_adapters,
+            precompute=args.precompute_ref_log_probs,
+            device=args.device,
+        )
+        check_token_ids(datasets, self._models().values())
+        if not self._is_sharded:
+            ids = (row["prompt_ids"] + row["chosen_ids"])[:32]
+            for name, model in self._models().items():
+                is_balanced = name == "model" and self.aux_loss_weight > 0
+                check_head(model, ids, name=name, aux_loss=is_balanced)
+
+    def _models(self) -> dict[str, nn.Module]:
+        """The policy, and the reference where it is a model of its own, by its argument's name."""
+        models = {"model": self.model}
+        if isinstance(self.reference, FrozenModel) and self.reference.model is not self.model:
+            models["ref_model"] = self.reference.model
+        return models
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether the weights are not in one piece here."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def summary(self) -> str:
         """What is about to run: model, pairs, dropped rows, layout, kernels, reference, updates."""
@@ -208,8 +202,15 @@ class DPOTrainer(PackTrainer):
         pairs, self.pair_counts[name] = prepare_pairs(dataset, name=name, **self._data_settings)
         return pairs
 
+    def _prepare_new(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
+        """As _prepare, of rows that come when the models are there to be held against."""
+        pairs = self._prepare(dataset, name)
+        check_token_ids(_by_name(pairs, name), self._models().values())
+        return pairs
+
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = [*PAIR_COLUMNS, *REFERENCE_COLUMNS, self.args.length_column]
+        columns = [*ID_FIELDS, *REFERENCE_COLUMNS, self.args.length_column]
+        self._signature_columns = [name for name in columns if name is not None]
 
     def _remove_unused_columns(self, dataset, description=None):
         pairs = super()._remove_unused_columns(dataset, description)
@@ -217,38 +218,38 @@ class DPOTrainer(PackTrainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As transformers.Trainer's; padded where compute_metrics wants each sequence's logits."""
-        needs_logits = self.compute_metrics is not None and self.layout is not OWN_LAYOUT
-        with self.collating_with(self._collator("padded") if needs_logits else None):
+        with self._collating_for_logits(self.compute_metrics is not None):
             return super().get_eval_dataloader(eval_dataset)
 
-    def _collator(self, layout: str) -> PaddedCollator | PackedCollator:
-        args = self.args
-        return make_collator(
-            layout,
-            Cut(max_length=args.max_length, truncation_mode=args.truncation_mode),
-            pad_token_id=self.processing_class.pad_token_id,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-        )
+    def get_test_dataloader(self, test_dataset):
+        """As transformers.Trainer's, of preference rows; padded, as predictions are logits."""
+        with self._collating_for_logits(True):
+            return super().get_test_dataloader(self._prepare_new(test_dataset, "test"))
 
-    def _choose_layout(self):
+    def _collating_for_logits(self, wanted: bool):
+        wanted = wanted and self.layout is not OWN_LAYOUT
+        return self.collating_with(self._collator("padded") if wanted else None)
+
+    def _collator(self, layout: str) -> PaddedCollator | PackedCollator:
+        pad_token_id = self.processing_class.pad_token_id
+        return make_collator(layout, pad_token_id=pad_token_id, **self.args.collator_settings)
+
+    def _choose_layout(self, row: Row) -> Layout:
         """Settle how pairs are laid out, once the models are where they will run."""
         check = LayoutCheck(
-            row=longest_rows(self.train_dataset)[0],
+            row=row,
             padded=self._collator("padded"),
             device=self.args.device,
             autocast=self.accelerator.autocast,
         )
-        models = [self.model]
-        if isinstance(self.reference, FrozenModel) and self.reference.model is not self.model:
-            models.append(self.reference.model)
-        are_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.layout = choose_layout(
+        layout = choose_layout(
             self.args.layout,
-            models,
-            None if are_sharded else lambda m, name: check.difference(m, self._collator(name)),
+            list(self._models().values()),
+            None if self._is_sharded else lambda m, name: check.difference(m, self._collator(name)),
             strict=self.args.strict_layout,
         )
-        self.data_collator = self._collator(self.layout.name)
+        self.data_collator = self._collator(layout.name)
+        return layout
 
     def _token_budget(self) -> TokenBudget | None:
         """What max_tokens_per_forward asks for; `auto` runs the longest pairs to see."""
@@ -289,28 +290,6 @@ class DPOTrainer(PackTrainer):
 
     # The reference
 
-    def _choose_reference(self, ref_model: PreTrainedModel | None):
-        in_rows = set(REFERENCE_COLUMNS) <= set(self.train_dataset.column_names or ())
-        if in_rows and ref_model is not None:
-            raise ValueError(
-                f"want one reference, got ref_model and {REFERENCE_COLUMNS} in the rows"
-            )
-        if in_rows:
-            return RowLogps()
-        if ref_model is not None:
-            return self._placed(ref_model.requires_grad_(False).eval(), "ref_model")
-        if isinstance(self.model, PeftModel):
-            return AdaptersOff(self.model)
-        if self.args.precompute_ref_log_probs:
-            return FrozenModel(self.model, "the policy before training")
-        return self._placed(frozen_copy(self.model), "a frozen copy of the policy")
-
-    def _placed(self, model: nn.Module, source: str) -> FrozenModel:
-        attach_scorer(model)
-        if getattr(model, "hf_device_map", None) is None:
-            model.to(self.args.device)
-        return FrozenModel(model, source)
-
     def _reference_logps(self, policy: nn.Module, batch: PairBatch) -> Tensor:
         with self.accelerator.autocast():  # as the policy's forward has it
             return self.reference.logps(policy, batch, self.args.ld_alpha)
@@ -318,23 +297,21 @@ class DPOTrainer(PackTrainer):
     def _precompute_reference(self):
         """Score all data now; from here on the reference is a column of the rows."""
         args = self.args
-
-        def scored(dataset: Rows, batch_size: int) -> Dataset:
-            return with_reference_logps(
-                dataset,
-                functools.partial(self._reference_logps, self.model),
-                collator=self.data_collator,
-                batch_size=args.precompute_ref_batch_size or batch_size,
-                accelerator=self.accelerator,
-            )
-
-        self.train_dataset = scored(self.train_dataset, args.per_device_train_batch_size)
+        scored = functools.partial(
+            with_reference_logps,
+            reference_logps=functools.partial(self._reference_logps, self.model),
+            collator=self.data_collator,
+            accelerator=self.accelerator,
+        )
+        batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
+        self.train_dataset = scored(self.train_dataset, batch_size=batch_size)
+        batch_size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
         if isinstance(self.eval_dataset, dict):
             for name, dataset in self.eval_dataset.items():
-                self.eval_dataset[name] = scored(dataset, args.per_device_eval_batch_size)
+                self.eval_dataset[name] = scored(dataset, batch_size=batch_size)
         elif self.eval_dataset is not None:
-            self.eval_dataset = scored(self.eval_dataset, args.per_device_eval_batch_size)
-        self.reference = RowLogps(f"{self.reference.source}, all rows scored before training")
+            self.eval_dataset = scored(self.eval_dataset, batch_size=batch_size)
+        self.reference = once_precomputed(self.reference, self.model)
 
     # The step
 
@@ -384,29 +361,47 @@ class DPOTrainer(PackTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
+            batch = PairBatch.from_inputs(inputs)
+            B = batch.num_pairs
+            self.metric_sums["eval"].add({("loss",): (B * loss[None], B)})
             if prediction_loss_only:
                 return loss, None, None
-            batch = PairBatch.from_inputs(inputs)
             logits = model(**batch.model_inputs, use_cache=False).logits
         return loss, logits, inputs["input_ids"]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As transformers.Trainer's; rows passed here are prepared as those of the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare(eval_dataset, metric_key_prefix)
+            eval_dataset = self._prepare_new(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As transformers.Trainer's, of evaluations and predictions, with DPO's metrics.
+
+        The loss is the pairs' mean: transformers weighs the batches of a stream alike. And it would
+        cut the last batch's sequences to the number of its pairs.
+        """
+        gather = self.gather_function
+        self.gather_function = lambda x_S: torch.cat([gather(half) for half in x_S.chunk(2)])
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = self.metric_sums["eval"].read(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": sums[name] for name in sums})
+        return output
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add this interval's metrics to `logs`: the one moment that waits for the device."""
-        prefixes = [
-            n.removesuffix("loss") for n in logs if n.endswith("_loss") and n != "train_loss"
-        ]
-        mode, prefix = ("eval", prefixes[0]) if prefixes else ("train", "")
-        for name, value in self.metric_sums[mode].read(self.accelerator).items():
-            logs[prefix + name] = value
+        """Add an interval's metrics to training's `logs`: the moment that waits for the device."""
+        if "loss" in logs or "train_runtime" in logs:
+            logs |= self.metric_sums["train"].read(self.accelerator)
         if "loss" in logs:
             tokens = self.accelerator.reduce(self.num_train_tokens.clone(), "sum")
             logs["num_tokens"] = tokens.item()
         if "train_runtime" in logs:
             logs |= self.tokens.over_ranks(self.accelerator)
         super().log(logs, start_time)
+
+
+def _by_name(dataset: Rows | dict[str, Rows] | None, name: str) -> dict[str, Rows]:
+    """`dataset`, or each of a dictionary's, by the name that errors have for it."""
+    if isinstance(dataset, dict):
+        return {f"{name}_{key}": each for key, each in dataset.items()}
+    return {} if dataset is None else {name: dataset}

@@ -1,32 +1,84 @@
-"""What DPOTrainer's arguments must be, said before any compute is spent."""
+"""What DPOTrainer refuses, said before the rows are tokenised; then what no model can embed."""
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
 
 from fastdpo.collate import PackedCollator
 from fastdpo.config import DPOConfig
+from fastdpo.model import aux_loss_weight, causal_lm_of
+from fastdpo.preferences import ID_FIELDS
+
+CHUNK = 1000
+
+
+def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
+    """TypeError or ValueError for what are no models and adapters, or do not go together."""
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise TypeError(f"want model as a name or a loaded model, got {type(model).__name__}")
+    if not isinstance(ref_model, PreTrainedModel | PeftModel | None):
+        raise TypeError(f"want ref_model as a loaded model, got {type(ref_model).__name__}")
+    if ref_model is model:
+        raise ValueError("want ref_model apart from model; leave it out for a frozen copy")
+    if peft_config is None:
+        return
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"want a peft.PeftConfig as peft_config, got {type(peft_config).__name__}")
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "want peft_config or a model with adapters, got both: merge the model's adapters "
+            "first, or leave peft_config out to train them on"
+        )
+    if peft_config.is_prompt_learning:
+        raise ValueError(f"want adapters on layers, got {peft_config.peft_type} (not there yet)")
 
 
 def check_arguments(
-    model, ref_model, args, data_collator, train_dataset, quantization_config
+    args: Any, model: Any, train_dataset: Any, data_collator: Any, quantization_config: Any
 ) -> None:
-    """ValueError or TypeError for arguments of DPOTrainer that are none, or do not go together."""
+    """TypeError or ValueError for other arguments of DPOTrainer; model as check_models lets it by.
+
+    The experts of a model that is still a name are looked at when it is loaded.
+    """
     if not isinstance(args, DPOConfig):
-        raise TypeError(f"want a fastdpo.DPOConfig as args, got {type(args).__name__}")
+        kind = type(args)
+        got = f"{kind.__module__}.{kind.__qualname__}"
+        raise TypeError(f"want a fastdpo.DPOConfig as args, got {got}")
+    _check_machine(args)
     if not isinstance(train_dataset, Dataset | IterableDataset):
         got = "none" if train_dataset is None else type(train_dataset).__name__
+        if isinstance(train_dataset, dict):
+            got += f", of which one split is wanted: {[*train_dataset]}"
         raise TypeError(f"want a datasets.Dataset or IterableDataset as train_dataset, got {got}")
-    if data_collator is not None:
-        _check_collators_settings(args)
     if isinstance(data_collator, PackedCollator):
         raise ValueError("want layout='shared' or 'packed' in place of a PackedCollator")
-    if ref_model is model:
-        raise ValueError("want ref_model apart from model; leave it out for a frozen copy")
+    if data_collator is not None:
+        _check_collators_settings(args)
     if isinstance(model, str):
         return
+    aux_loss_weight(model, args.router_aux_loss_coef)
     if args.model_init_kwargs is not None or quantization_config is not None:
         raise ValueError(
             "want model as a name with model_init_kwargs or quantization_config, got a "
             f"{type(model).__name__} that is already loaded"
+        )
+
+
+def _check_machine(args: DPOConfig) -> None:
+    device = args.device.type
+    if device not in ("cuda", "cpu"):  # MPS has neither float64 nor segment_reduce
+        raise ValueError(f"want a CUDA GPU, or use_cpu=True, got device {device!r}")
+    if device == "cuda" and args.head_skip_below:
+        raise ValueError(f"want head_skip_below=0 on a GPU, got {args.head_skip_below}")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"want one process per GPU (accelerate launch, torchrun), got {args.n_gpu} GPUs in "
+            "one process: launch it so, or show it one GPU with CUDA_VISIBLE_DEVICES"
         )
 
 
@@ -37,3 +89,35 @@ def _check_collators_settings(args: DPOConfig) -> None:
                 f"want {name}={unset!r} with a data_collator of your own, which decides that, got "
                 f"{getattr(args, name)!r}"
             )
+
+
+def check_token_ids(
+    datasets: Mapping[str, Dataset | IterableDataset], models: Iterable[PreTrainedModel | PeftModel]
+) -> None:
+    """ValueError for a token of the data sets, here by name, that one of the models cannot embed.
+
+    Reads Arrow columns, CHUNK pairs at a time. A stream goes unchecked.
+    """
+    causal_lms = map(causal_lm_of, models)
+    V, model = min((m.config.get_text_config().vocab_size, type(m).__name__) for m in causal_lms)
+    for name, pairs in datasets.items():
+        if not isinstance(pairs, Dataset):
+            continue
+        columns = pairs.select_columns(list(ID_FIELDS)).with_format("arrow")
+        for start, table in zip(range(0, len(pairs), CHUNK), columns.iter(CHUNK), strict=True):
+            for field in ID_FIELDS:
+                largest, row = _largest(table[field].combine_chunks())
+                if largest >= V:
+                    raise ValueError(
+                        f"{name} dataset, pair {start + row}, {field}: want token ids in [0, {V}), "
+                        f"the vocabulary of {model}, got {largest} (a token added to the tokenizer "
+                        "and not to the model?)"
+                    )
+
+
+def _largest(column: pyarrow.ListArray) -> tuple[int, int]:
+    """The largest number in the lists of `column`, and the row of the first list that has it."""
+    numbers = pc.list_flatten(column)
+    largest = pc.max(numbers)
+    row = pc.list_parent_indices(column)[pc.index(numbers, largest).as_py()]
+    return largest.as_py(), row.as_py()

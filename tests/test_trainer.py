@@ -7,12 +7,11 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.batch import PairBatch
 from fastdpo.collate import PackedCollator
 
 TRL_ARGUMENTS = [
@@ -131,60 +130,6 @@ def test_a_step_makes_the_cpu_wait_for_nothing(tmp_path, tokenizer):
     with CountReads() as step:
         trainer.compute_loss(trainer.model, inputs, num_items_in_batch=4).backward()
     assert step.count == 0
-
-
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_the_reference_stays_where_the_policy_started(tmp_path, tokenizer, adapters):
-    lora = LoraConfig(**LORA) if adapters else None
-    trainer = make_trainer(tmp_path, tokenizer, peft_config=lora)
-    batch = next(iter(trainer.get_train_dataloader()))
-    before = trainer.reference.logps(trainer.model, PairBatch.from_inputs(batch))
-    trainer.train()
-    after = trainer.reference.logps(trainer.model, PairBatch.from_inputs(batch))
-    assert torch.equal(before, after)
-    assert trainer.model.training  # the reference's forward put the mode back
-
-
-def test_an_explicit_reference_is_used_and_not_trained(tmp_path, tokenizer):
-    other = tiny.model("llama", len(tokenizer), seed=1)
-    start = weights(other)
-    trainer = make_trainer(tmp_path, tokenizer, ref_model=other)
-    trainer.train()
-    assert abs(logged(trainer)[0] - math.log(2)) > 1e-3
-    for name, parameter in other.named_parameters():
-        assert torch.equal(parameter, start[name]), name
-
-
-def test_a_trained_adapter_is_held_against_a_copy_of_itself(tmp_path, tokenizer):
-    torch.manual_seed(0)
-    lora = LoraConfig(**LORA, init_lora_weights=False)
-    model = get_peft_model(tiny.model("llama", len(tokenizer)), lora)
-    trainer = make_trainer(tmp_path, tokenizer, model=model)
-    trainer.train()
-    assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert logged(trainer)[-1] < 0.69
-    assert trainer.model.active_adapter == "default"
-
-
-def test_reference_logps_of_the_rows_are_used_without_a_second_model(tmp_path, tokenizer):
-    plain = make_trainer(tmp_path, tokenizer)
-    plain.train()
-    scored = make_trainer(tmp_path, tokenizer, precompute_ref_log_probs=True)
-    rows = [dict(row) for row in scored.train_dataset]
-    assert {"ref_chosen_logps", "ref_rejected_logps"} <= set(rows[0])
-    scored.train()
-    from_rows = make_trainer(tmp_path, tokenizer, rows=rows)
-    from_rows.train()
-    assert logged(plain) == pytest.approx(logged(scored), abs=1e-6)
-    assert logged(plain) == pytest.approx(logged(from_rows), abs=1e-6)
-    assert "rows" in from_rows.reference.source and "rows" in scored.reference.source
-
-
-def test_two_references_are_one_too_many(tmp_path, tokenizer):
-    rows = [row | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0} for row in tiny.rows()]
-    other = tiny.model("llama", len(tokenizer))
-    with pytest.raises(ValueError, match="want one reference"):
-        make_trainer(tmp_path, tokenizer, rows=rows, ref_model=other)
 
 
 def test_pairs_weigh_the_same_however_they_are_cut_into_microbatches(tmp_path, tokenizer):
@@ -412,8 +357,9 @@ def test_experts_are_balanced_as_the_model_says(tmp_path, tokenizer):
     [
         ({"ref_model": 1}, "expected if the reference is another"),
         ({"peft_config": LoraConfig(**LORA, init_lora_weights=False)}, "not initialised to zero"),
+        ({"neftune_noise_alpha": 50}, "NEFTune adds noise"),
     ],
-    ids=["another-reference", "adapters-not-zero"],
+    ids=["another-reference", "adapters-not-zero", "neftune"],
 )
 def test_a_start_elsewhere_is_told_why(tmp_path, tokenizer, settings, reason, caplog):
     if "ref_model" in settings:
@@ -434,34 +380,6 @@ def test_the_summary_says_what_will_run(tmp_path, tokenizer):
     assert "4 updates of 4 pairs" in text
 
 
-@pytest.mark.parametrize(
-    ("wrong", "error", "message"),
-    [
-        ({"train_dataset": None}, TypeError, "train_dataset, got none"),
-        ({"train_dataset": tiny.rows()}, TypeError, "train_dataset, got list"),
-        ({"args": "run"}, TypeError, "want a fastdpo.DPOConfig"),
-        ({"quantization_config": object()}, ValueError, "already loaded"),
-        ({"peft_config": "lora"}, TypeError, "want a peft.PeftConfig"),
-        ({"processing_class": object()}, TypeError, "want a tokenizer"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(tmp_path, tokenizer, wrong, error, message):
-    arguments = {
-        "model": tiny.model("llama", len(tokenizer)),
-        "args": DPOConfig(output_dir=tmp_path, report_to="none", use_cpu=True),
-        "train_dataset": Dataset.from_list(tiny.rows()),
-        "processing_class": tokenizer,
-    }
-    with pytest.raises(error, match=message):
-        DPOTrainer(**(arguments | wrong))
-
-
-def test_a_reference_that_is_the_policy_is_refused(tmp_path, tokenizer):
-    model = tiny.model("llama", len(tokenizer))
-    with pytest.raises(ValueError, match="want ref_model apart from model"):
-        make_trainer(tmp_path, tokenizer, model=model, ref_model=model)
-
-
 def test_a_second_trainer_on_the_same_model_starts_where_the_first_ended(tmp_path, tokenizer):
     first = make_trainer(tmp_path, tokenizer)
     first.train()
@@ -479,3 +397,63 @@ def test_the_heads_cache_changes_no_number_and_its_filter_does(tmp_path, tokeniz
     whole = run()
     assert run(head_cache_bytes=0) == pytest.approx(whole, rel=1e-5)
     assert run(head_skip_below=0.9)[0] != pytest.approx(whole[0], rel=1e-3)
+
+
+def test_predictions_come_with_the_logits_and_the_metrics(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, per_device_eval_batch_size=3)
+    rows = Dataset.from_list(tiny.rows(4))
+    evaluated = trainer.evaluate(rows)
+    predicted = trainer.predict(rows)
+    assert predicted.predictions.shape[0] == 8  # a chosen and a rejected sequence each
+    assert predicted.predictions.shape[2] == len(tokenizer)
+    for name in ("loss", "rewards/margins", "logps/chosen"):
+        assert predicted.metrics[f"test_{name}"] == pytest.approx(
+            evaluated[f"eval_{name}"], abs=1e-5
+        )
+    assert trainer.evaluate(rows)["eval_logps/chosen"] == evaluated["eval_logps/chosen"]
+
+
+def test_a_second_trainer_takes_the_head_settings_of_its_own(tmp_path, tokenizer):
+    model = tiny.model("llama", len(tokenizer))
+
+    def grad_norm(**settings):
+        trainer = make_trainer(
+            tmp_path, tokenizer, model=model, max_steps=1, learning_rate=0.0, **settings
+        )
+        trainer.train()
+        return logged(trainer, "grad_norm")[0]
+
+    whole = grad_norm()
+    assert grad_norm(head_skip_below=0.9) != pytest.approx(whole, rel=1e-3)
+
+
+def test_ligers_kernels_leave_the_head_to_fastdpo(tmp_path, tokenizer, monkeypatch):
+    def apply(model, config):
+        if config.get("fused_linear_cross_entropy", True):  # liger-kernel's default
+            model.forward = None
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply)
+    settings = {"liger_kernel_config": {"rope": False}}
+    trainer = make_trainer(tmp_path, tokenizer, use_liger_kernel=True, **settings)
+    trainer.train()
+    assert trainer.args.liger_kernel_config["rope"] is False
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["kept", "streamed"])
+def test_an_evaluations_pairs_weigh_alike_and_are_all_there(tmp_path, tokenizer, streamed):
+    def evaluation(batch_size):
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            ref_model=tiny.model("llama", len(tokenizer), seed=1),
+            per_device_eval_batch_size=batch_size,
+            compute_metrics=lambda prediction: {"rows": len(prediction.label_ids)},
+        )
+        rows = tiny.rows(7)
+        if streamed:
+            return trainer.evaluate(IterableDataset.from_generator(lambda: iter(rows)))
+        return trainer.evaluate(Dataset.from_list(rows))
+
+    whole, ragged = evaluation(7), evaluation(4)
+    assert ragged["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-5)
+    assert ragged["eval_rows"] == whole["eval_rows"] == 14

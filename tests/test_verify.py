@@ -8,7 +8,9 @@ import tiny
 import torch
 
 from fastdpo import attention, cli, head, ops, verify
+from fastdpo.arguments import VerifyParser
 from fastdpo.kernels import reference
+from fastdpo.subject import load_subject
 
 LAYOUTS = ("shared", "packed", "padded")
 LORA = ("--use_peft", "--lora_target_modules", "all-linear")
@@ -94,6 +96,17 @@ def test_weighted_pairs_agree_and_a_wrong_weight_is_found(here, monkeypatch, cap
     assert {what for _, what in what_differs(capsys)} == {"pair", "gradients"}
 
 
+@pytest.mark.parametrize(
+    "more", [("--ld_alpha", "0.2"), ("--ld_alpha", "0", "--loss_type", "hinge"), ()], ids=str
+)
+def test_no_pairs_loss_is_flat(here, tmp_path, more):
+    """Where a pair's loss does not move with its tokens, nothing of the engine's gradient shows."""
+    rows = [row | {"chosen": 40 * row["chosen"]} for row in tiny.rows()]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    plain = verify.plain_way(load(here, *more, rows=tmp_path / "rows.jsonl"))
+    assert plain.slope_B.min() > 0.05
+
+
 def test_only_the_first_rows_are_looked_at(here, tmp_path, capsys):
     write_rows(tmp_path / "rows.jsonl", tiny.rows(5))
     assert run(here, "--max_pairs", "2", rows=tmp_path / "rows.jsonl") == 0
@@ -124,18 +137,16 @@ def test_layouts_that_a_model_cannot_run_are_said_not_run(here, tmp_path, capsys
     assert "attention sinks" in capsys.readouterr().err
 
 
-def test_adapters_all_have_a_gradient_to_compare(here):
-    from fastdpo.arguments import VerifyParser
-    from fastdpo.subject import load_subject
+def load(here, *more, rows="rows.jsonl"):
+    """The subject that `fastdpo verify` would look at."""
+    names = ("--model_name_or_path", str(here / "llama"), "--dataset_name", str(here / rows))
+    parser = VerifyParser("fastdpo verify")
+    (*arguments, max_pairs), _ = parser.parse([*names, "--use_cpu", "True", *more])
+    return load_subject(*arguments, max_pairs)
 
-    names = (
-        "--model_name_or_path",
-        str(here / "llama"),
-        "--dataset_name",
-        str(here / "rows.jsonl"),
-    )
-    (*arguments, _), _ = VerifyParser("fastdpo verify").parse([*names, *LORA, "--use_cpu", "True"])
-    gradients = verify.plain_way(load_subject(*arguments, 2)).answer.gradients
+
+def test_adapters_all_have_a_gradient_to_compare(here):
+    gradients = verify.plain_way(load(here, *LORA, "--max_pairs", "2")).answer.gradients
     assert len(gradients) == 2 * 7 * 2  # two matrices on seven layers, in two blocks
     assert all(gradient.any() for gradient in gradients.values())
 
@@ -317,7 +328,7 @@ def test_a_token_outside_the_vocabulary_is_named(here, tmp_path, capsys):
     write_rows(tmp_path / "rows.jsonl", [tokens, {**tokens, "rejected_ids": [9, 290]}])
     save(tiny.model("llama", 280), tmp_path / "model")  # fewer than its tokenizer's
     assert run(here, model=tmp_path / "model", rows=tmp_path / "rows.jsonl") == 2
-    assert "pair 1, rejected_ids, token 1: want an id in [0, 280)" in error(capsys)
+    assert "train dataset, pair 1, rejected_ids: want token ids in [0, 280)" in error(capsys)
 
 
 # The command

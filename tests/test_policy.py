@@ -1,0 +1,46 @@
+"""The policy before training: its dropout off, its tokenizer able to pad."""
+
+import families
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastdpo.policy import disable_dropout, load_tokenizer
+
+DROPPING = {  # where each keeps its rates
+    "llama": {"attention_dropout": 0.3},  # on the attention modules
+    "opt": {"dropout": 0.3, "ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.3},  # floats
+    "falcon": {"hidden_dropout": 0.3, "attention_dropout": 0.3},  # read as numbers by its layers
+    "bloom": {"hidden_dropout": 0.3, "attention_dropout": 0.3, "n_head": 4},
+    "gpt2": {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3},
+    "granitemoe": {"attention_dropout": 0.3, "num_local_experts": 2, "num_experts_per_tok": 1},
+}
+
+
+def rates(module):
+    return {k: v for k, v in vars(module).items() if "drop" in k and isinstance(v, float) and v}
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_without_dropout_two_forwards_are_the_same(family):
+    torch.manual_seed(0)
+    sizes = {name: size for name, size in families.SIZES.items() if name != "head_dim"}
+    config = AutoConfig.for_model(family, **(sizes | DROPPING[family]))
+    model = AutoModelForCausalLM.from_config(config).train()
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+        disable_dropout(model)
+        assert torch.equal(model(ids).logits, model(ids).logits)
+    assert not any(rates(module) for module in model.modules()) and not rates(model.config)
+
+
+def test_a_pad_token_that_the_tokenizer_lacks_is_refused_and_left_out():
+    tokenizer = tiny.tokenizer()
+    with pytest.raises(
+        ValueError, match="want pad_token in the tokenizer's vocabulary, got '<no>'"
+    ):
+        load_tokenizer(tokenizer, "model", pad_token="<no>")
+    assert tokenizer.pad_token == "<pad>"
+    assert load_tokenizer(tokenizer, "model", pad_token="</s>").pad_token_id == 2

@@ -1,0 +1,140 @@
+"""What DPOTrainer refuses, and that it does so before it has spent anything."""
+
+import pytest
+import tiny
+import torch
+import trl
+from datasets import Dataset, DatasetDict, IterableDataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+from fastdpo import DPOConfig, DPOTrainer, data, trainer
+from fastdpo.trainer_check import check_token_ids
+
+LORA = LoraConfig(r=2, target_modules="all-linear")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.fixture
+def nothing_spent(monkeypatch):
+    """Rows that are tokenised, or weights that are loaded, fail the test."""
+
+    def spend(*args, **kwargs):
+        raise AssertionError("compute was spent")
+
+    monkeypatch.setattr(trainer, "prepare_pairs", spend)
+    monkeypatch.setattr(trainer, "load_tokenizer", spend)
+
+
+def build(tokenizer, settings=None, **arguments):
+    defaults = {
+        "model": tiny.model("llama", len(tokenizer)),
+        "args": DPOConfig(output_dir="run", report_to="none", use_cpu=True, **(settings or {})),
+        "train_dataset": Dataset.from_list(tiny.rows()),
+        "processing_class": tokenizer,
+    }
+    return DPOTrainer(**(defaults | arguments))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"train_dataset": None}, TypeError, "train_dataset, got none"),
+        ({"train_dataset": tiny.rows()}, TypeError, "train_dataset, got list"),
+        (
+            {"train_dataset": DatasetDict(train=Dataset.from_list(tiny.rows()))},
+            TypeError,
+            r"got DatasetDict, of which one split is wanted: \['train'\]",
+        ),
+        ({"args": "run"}, TypeError, "want a fastdpo.DPOConfig as args, got builtins.str"),
+        (
+            {"args": trl.DPOConfig(output_dir="run", report_to="none", use_cpu=True, bf16=False)},
+            TypeError,
+            "want a fastdpo.DPOConfig as args, got trl.trainer.dpo_config.DPOConfig",
+        ),
+        ({"model": None}, TypeError, "want model as a name or a loaded model, got NoneType"),
+        ({"model": None, "args": None}, TypeError, "want model as a name or a loaded model"),
+        ({"ref_model": "gpt2"}, TypeError, "want ref_model as a loaded model, got str"),
+        ({"quantization_config": object()}, ValueError, "already loaded"),
+        ({"peft_config": {"r": 8}}, TypeError, "want a peft.PeftConfig as peft_config, got dict"),
+        (
+            {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
+            ValueError,
+            "want adapters on layers",
+        ),
+        (
+            {"peft_config": LORA, "model": get_peft_model(tiny.model("llama", 300), LORA)},
+            ValueError,
+            "got both",
+        ),
+        ({"settings": {"router_aux_loss_coef": 0.1}}, ValueError, "without experts, got 0.1"),
+    ],
+    ids=lambda value: None if isinstance(value, type) else str(value)[:30],
+)
+def test_arguments_that_do_not_fit_are_refused(tokenizer, nothing_spent, wrong, error, message):
+    with pytest.raises(error, match=message):
+        build(tokenizer, **wrong)
+
+
+def test_a_reference_that_is_the_policy_is_refused(tokenizer, nothing_spent):
+    model = tiny.model("llama", len(tokenizer))
+    with pytest.raises(ValueError, match="want ref_model apart from model"):
+        build(tokenizer, model=model, ref_model=model)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("device", torch.device("mps"), "want a CUDA GPU, or use_cpu=True, got device 'mps'"),
+        ("n_gpu", 2, "want one process per GPU"),
+    ],
+)
+def test_machines_that_it_does_not_run_on_are_refused(
+    tokenizer, nothing_spent, monkeypatch, name, value, message
+):
+    monkeypatch.setattr(DPOConfig, name, value)
+    with pytest.raises(ValueError, match=message):
+        build(tokenizer)
+
+
+def test_a_filter_that_the_gpu_does_not_have_is_refused_by_its_name(
+    tokenizer, nothing_spent, monkeypatch
+):
+    monkeypatch.setattr(DPOConfig, "device", torch.device("cuda"))
+    with pytest.raises(ValueError, match="want head_skip_below=0 on a GPU, got 0.1"):
+        build(tokenizer, settings={"head_skip_below": 0.1})
+
+
+@pytest.mark.parametrize("which", ["model", "ref_model"])
+def test_a_token_outside_a_models_vocabulary_is_refused(tokenizer, which):
+    rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}] * 3
+    rows[2] = rows[2] | {"chosen_ids": [7, 250]}
+    small = tiny.model("llama", 240)
+    with pytest.raises(
+        ValueError, match=r"train dataset, pair 2, chosen_ids: want .* 240.* got 250"
+    ):
+        build(tokenizer, train_dataset=Dataset.from_list(rows), **{which: small})
+
+
+def test_a_token_outside_the_vocabulary_is_refused_in_an_evaluation_too(tokenizer):
+    rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}]
+    small = tiny.model("llama", 240)
+    run = build(tokenizer, model=small, train_dataset=Dataset.from_list(rows))
+    with pytest.raises(ValueError, match="eval dataset, pair 0, rejected_ids"):
+        run.evaluate(Dataset.from_list([rows[0] | {"rejected_ids": [240]}]))
+
+
+def test_token_ids_are_looked_at_without_python_lists(tokenizer, monkeypatch):
+    pairs, _ = data.prepare_pairs(Dataset.from_list(tiny.rows()), tokenizer)
+    monkeypatch.setattr(Dataset, "__getitem__", None)  # what would make them
+    check_token_ids({"train": pairs}, [tiny.model("llama", len(tokenizer))])
+
+
+def test_a_stream_without_a_row_to_train_on_says_so(tokenizer):
+    rows = IterableDataset.from_generator(lambda: iter([tiny.rows(1)[0] | {"chosen": 1}]))
+    settings = {"max_steps": 1, "on_bad_rows": "skip"}
+    with pytest.raises(ValueError, match="train dataset: want at least one row to train on"):
+        build(tokenizer, settings=settings, train_dataset=rows)
