@@ -212,6 +212,17 @@ class DPOConfig(TrainingArguments):
         return Cut(max_length=self.max_length, truncation_mode=self.truncation_mode)
 
     @property
+    def data_settings(self) -> dict[str, Any]:
+        """What data.prepare_pairs takes of a config, by its names."""
+        return {
+            "max_length": self.max_length,
+            "truncation_mode": self.truncation_mode,
+            "on_bad_rows": self.on_bad_rows,
+            "num_proc": self.dataset_num_proc,
+            "length_column": self.length_column,
+        }
+
+    @property
     def collator_settings(self) -> dict[str, Any]:
         """What collate.make_collator takes of a config, by its names."""
         return {"cut": self.cut, "pad_to_multiple_of": self.pad_to_multiple_of}

@@ -106,10 +106,14 @@ def frozen_copy(policy: nn.Module) -> nn.Module:
 
 
 def _copy_trained_adapter(policy: PeftModel) -> None:
-    """Keep the policy's trained adapter, as it is now, as a second one that is not trained."""
+    """Keep the policy's trained adapter, as it is now, as a second one that is not trained.
+
+    It takes the place of an earlier trainer's on the same model, and is saved beside the trained
+    one, as checkpoints need it.
+    """
     trained = policy.active_adapter
     with _as_trained(policy):
-        if REFERENCE_ADAPTER not in policy.peft_config:  # another trainer's, on the same model
+        if REFERENCE_ADAPTER not in policy.peft_config:
             policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[trained])
     parameters = dict(policy.named_parameters())
     for name, parameter in parameters.items():
@@ -128,13 +132,13 @@ def _reference_adapter_on(policy: PeftModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_trained(policy: PeftModel) -> Iterator[None]:
-    """Afterwards, the adapter is active that is now, and what is trained now, no more, is."""
+    """Afterwards the same adapter is active as before, and the same parameters are trained."""
     active = policy.active_adapter
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     try:
         yield
     finally:
-        policy.set_adapter(active, inference_mode=True)  # or all of it would be trained
+        policy.set_adapter(active, inference_mode=True)  # else what its owner froze would train
         for parameter in trained:
             parameter.requires_grad_(True)
 

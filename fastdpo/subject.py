@@ -97,9 +97,7 @@ def load_subject(
     pairs, counts = prepare_pairs(
         Dataset.from_list(list(islice(rows, max_pairs))),
         tokenizer,
-        max_length=args.max_length,
-        truncation_mode=args.truncation_mode,
-        on_bad_rows=args.on_bad_rows,
+        **args.data_settings,
     )
     policy = make_policy(
         name,

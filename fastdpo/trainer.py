@@ -9,6 +9,7 @@ The loop, checkpoints, mixed precision and distribution are transformers' and ac
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -90,10 +91,8 @@ class DPOTrainer(PackTrainer):
         check_models(model, ref_model, peft_config)
         args = args or DPOConfig(output_dir=f"{model_name(model).split('/')[-1]}-DPO")
         check_arguments(args, model, train_dataset, data_collator, quantization_config)
-        init_kwargs = {
-            "trust_remote_code": args.trust_remote_code,
-            **(args.model_init_kwargs or {}),
-        }
+        init_kwargs = {"trust_remote_code": args.trust_remote_code}
+        init_kwargs |= args.model_init_kwargs or {}
         tokenizer = load_tokenizer(
             processing_class,
             model,
@@ -101,15 +100,8 @@ class DPOTrainer(PackTrainer):
             revision=init_kwargs.get("revision"),
             trust_remote_code=init_kwargs["trust_remote_code"],
         )
+        self.args, self.processing_class = args, tokenizer  # as Trainer will: _prepare reads them
         self.pair_counts: dict[str, PairCounts | None] = {}
-        self._data_settings = {
-            "tokenizer": tokenizer,
-            "max_length": args.max_length,
-            "truncation_mode": args.truncation_mode,
-            "on_bad_rows": args.on_bad_rows,
-            "num_proc": args.dataset_num_proc,
-            "length_column": args.length_column,
-        }
         train_dataset = self._prepare(train_dataset, "train")
         if eval_dataset is not None:
             eval_dataset = self._prepare(eval_dataset, "eval")
@@ -199,7 +191,9 @@ class DPOTrainer(PackTrainer):
         """`dataset` as token ids, its rows counted under `name`; token ids stay as they are."""
         if isinstance(dataset, dict):
             return {key: self._prepare(each, f"{name}_{key}") for key, each in dataset.items()}
-        pairs, self.pair_counts[name] = prepare_pairs(dataset, name=name, **self._data_settings)
+        pairs, self.pair_counts[name] = prepare_pairs(
+            dataset, self.processing_class, name=name, **self.args.data_settings
+        )
         return pairs
 
     def _prepare_new(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
@@ -226,7 +220,7 @@ class DPOTrainer(PackTrainer):
         with self._collating_for_logits(True):
             return super().get_test_dataloader(self._prepare_new(test_dataset, "test"))
 
-    def _collating_for_logits(self, wanted: bool):
+    def _collating_for_logits(self, wanted: bool) -> AbstractContextManager:
         wanted = wanted and self.layout is not OWN_LAYOUT
         return self.collating_with(self._collator("padded") if wanted else None)
 

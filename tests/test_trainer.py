@@ -232,45 +232,6 @@ def test_what_is_saved_loads_again(tmp_path, tokenizer):
     assert torch.equal(loaded(ids).logits, trainer.model(ids).logits)
 
 
-def test_evaluation_measures_what_training_does(tmp_path, tokenizer):
-    rows = Dataset.from_list(tiny.rows())
-    trainer = make_trainer(
-        tmp_path,
-        tokenizer,
-        per_device_train_batch_size=8,
-        per_device_eval_batch_size=8,
-        eval_dataset={"seen": rows, "half": Dataset.from_list(tiny.rows(4))},
-    )
-    trainer.train()
-    metrics = trainer.evaluate()
-    assert metrics["eval_seen_loss"] < 0.69
-    assert metrics["eval_seen_rewards/accuracies"] == 1.0
-    assert "eval_half_rewards/margins" in metrics
-    fresh = trainer.evaluate(rows)
-    assert fresh["eval_loss"] == pytest.approx(metrics["eval_seen_loss"], abs=1e-6)
-    margins = fresh["eval_rewards/margins"]
-    assert margins == pytest.approx(metrics["eval_seen_rewards/margins"], abs=1e-6)
-
-
-def test_compute_metrics_sees_the_logits(tmp_path, tokenizer):
-    seen = {}
-
-    def compute_metrics(prediction):
-        seen["logits"], seen["ids"] = prediction.predictions, prediction.label_ids
-        return {"rows": len(prediction.label_ids)}
-
-    rows = Dataset.from_list(tiny.rows(4))
-    trainer = make_trainer(
-        tmp_path,
-        tokenizer,
-        eval_dataset=rows,
-        compute_metrics=compute_metrics,
-        per_device_eval_batch_size=4,
-    )
-    assert trainer.evaluate()["eval_rows"] == 8  # a chosen and a rejected sequence each
-    assert seen["logits"].shape == (*seen["ids"].shape, len(tokenizer))
-
-
 def test_a_streamed_dataset_trains_like_one_in_memory(tmp_path, tokenizer):
     kept = make_trainer(tmp_path, tokenizer, train_sampling_strategy="sequential")
     kept.train()
@@ -282,29 +243,6 @@ def test_a_streamed_dataset_trains_like_one_in_memory(tmp_path, tokenizer):
     )
     streamed.train()
     assert logged(streamed) == pytest.approx(logged(kept), abs=1e-6)
-
-
-@pytest.mark.parametrize("layout", ["shared", "padded"])
-def test_a_streamed_evaluation_measures_what_a_kept_one_does(tmp_path, tokenizer, layout):
-    rows = tiny.rows(7)
-    rows[5]["chosen"] *= 3  # rows of unlike width
-    reference = tiny.model("llama", len(tokenizer), seed=1)
-
-    def evaluation(dataset):
-        trainer = make_trainer(
-            tmp_path,
-            tokenizer,
-            ref_model=copy.deepcopy(reference),
-            eval_dataset=dataset,
-            per_device_eval_batch_size=7,
-            layout=layout,
-        )
-        timings = ("time", "per_second")
-        return {k: v for k, v in trainer.evaluate().items() if not any(t in k for t in timings)}
-
-    kept = evaluation(Dataset.from_list(rows))
-    assert evaluation(IterableDataset.from_generator(lambda: iter(rows))) == pytest.approx(kept)
-    assert kept["eval_loss"] != pytest.approx(math.log(2), abs=1e-3)
 
 
 def test_a_packed_collator_is_asked_for_by_layout(tmp_path, tokenizer):
@@ -399,20 +337,6 @@ def test_the_heads_cache_changes_no_number_and_its_filter_does(tmp_path, tokeniz
     assert run(head_skip_below=0.9)[0] != pytest.approx(whole[0], rel=1e-3)
 
 
-def test_predictions_come_with_the_logits_and_the_metrics(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer, per_device_eval_batch_size=3)
-    rows = Dataset.from_list(tiny.rows(4))
-    evaluated = trainer.evaluate(rows)
-    predicted = trainer.predict(rows)
-    assert predicted.predictions.shape[0] == 8  # a chosen and a rejected sequence each
-    assert predicted.predictions.shape[2] == len(tokenizer)
-    for name in ("loss", "rewards/margins", "logps/chosen"):
-        assert predicted.metrics[f"test_{name}"] == pytest.approx(
-            evaluated[f"eval_{name}"], abs=1e-5
-        )
-    assert trainer.evaluate(rows)["eval_logps/chosen"] == evaluated["eval_logps/chosen"]
-
-
 def test_a_second_trainer_takes_the_head_settings_of_its_own(tmp_path, tokenizer):
     model = tiny.model("llama", len(tokenizer))
 
@@ -437,23 +361,3 @@ def test_ligers_kernels_leave_the_head_to_fastdpo(tmp_path, tokenizer, monkeypat
     trainer = make_trainer(tmp_path, tokenizer, use_liger_kernel=True, **settings)
     trainer.train()
     assert trainer.args.liger_kernel_config["rope"] is False
-
-
-@pytest.mark.parametrize("streamed", [False, True], ids=["kept", "streamed"])
-def test_an_evaluations_pairs_weigh_alike_and_are_all_there(tmp_path, tokenizer, streamed):
-    def evaluation(batch_size):
-        trainer = make_trainer(
-            tmp_path,
-            tokenizer,
-            ref_model=tiny.model("llama", len(tokenizer), seed=1),
-            per_device_eval_batch_size=batch_size,
-            compute_metrics=lambda prediction: {"rows": len(prediction.label_ids)},
-        )
-        rows = tiny.rows(7)
-        if streamed:
-            return trainer.evaluate(IterableDataset.from_generator(lambda: iter(rows)))
-        return trainer.evaluate(Dataset.from_list(rows))
-
-    whole, ragged = evaluation(7), evaluation(4)
-    assert ragged["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-5)
-    assert ragged["eval_rows"] == whole["eval_rows"] == 14

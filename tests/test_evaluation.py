@@ -1,0 +1,110 @@
+"""What evaluate() and predict() measure: what training does, of every pair alike."""
+
+import copy
+import math
+
+import pytest
+import tiny
+from datasets import Dataset, IterableDataset
+from test_trainer import make_trainer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+def test_evaluation_measures_what_training_does(tmp_path, tokenizer):
+    rows = Dataset.from_list(tiny.rows())
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+        eval_dataset={"seen": rows, "half": Dataset.from_list(tiny.rows(4))},
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_seen_loss"] < 0.69
+    assert metrics["eval_seen_rewards/accuracies"] == 1.0
+    assert "eval_half_rewards/margins" in metrics
+    fresh = trainer.evaluate(rows)
+    assert fresh["eval_loss"] == pytest.approx(metrics["eval_seen_loss"], abs=1e-6)
+    margins = fresh["eval_rewards/margins"]
+    assert margins == pytest.approx(metrics["eval_seen_rewards/margins"], abs=1e-6)
+
+
+def test_compute_metrics_sees_the_logits(tmp_path, tokenizer):
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["logits"], seen["ids"] = prediction.predictions, prediction.label_ids
+        return {"rows": len(prediction.label_ids)}
+
+    rows = Dataset.from_list(tiny.rows(4))
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        eval_dataset=rows,
+        compute_metrics=compute_metrics,
+        per_device_eval_batch_size=4,
+    )
+    assert trainer.evaluate()["eval_rows"] == 8  # a chosen and a rejected sequence each
+    assert seen["logits"].shape == (*seen["ids"].shape, len(tokenizer))
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_a_streamed_evaluation_measures_what_a_kept_one_does(tmp_path, tokenizer, layout):
+    rows = tiny.rows(7)
+    rows[5]["chosen"] *= 3  # rows of unlike width
+    reference = tiny.model("llama", len(tokenizer), seed=1)
+
+    def evaluation(dataset):
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            ref_model=copy.deepcopy(reference),
+            eval_dataset=dataset,
+            per_device_eval_batch_size=7,
+            layout=layout,
+        )
+        timings = ("time", "per_second")
+        return {k: v for k, v in trainer.evaluate().items() if not any(t in k for t in timings)}
+
+    kept = evaluation(Dataset.from_list(rows))
+    assert evaluation(IterableDataset.from_generator(lambda: iter(rows))) == pytest.approx(kept)
+    assert kept["eval_loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_predictions_come_with_the_logits_and_the_metrics(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, per_device_eval_batch_size=3)
+    rows = Dataset.from_list(tiny.rows(4))
+    evaluated = trainer.evaluate(rows)
+    predicted = trainer.predict(rows)
+    assert predicted.predictions.shape[0] == 8  # a chosen and a rejected sequence each
+    assert predicted.predictions.shape[2] == len(tokenizer)
+    for name in ("loss", "rewards/margins", "logps/chosen"):
+        assert predicted.metrics[f"test_{name}"] == pytest.approx(
+            evaluated[f"eval_{name}"], abs=1e-5
+        )
+    assert trainer.evaluate(rows)["eval_logps/chosen"] == evaluated["eval_logps/chosen"]
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["kept", "streamed"])
+def test_an_evaluations_pairs_weigh_alike_and_are_all_there(tmp_path, tokenizer, streamed):
+    def evaluation(batch_size):
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            ref_model=tiny.model("llama", len(tokenizer), seed=1),
+            per_device_eval_batch_size=batch_size,
+            compute_metrics=lambda prediction: {"rows": len(prediction.label_ids)},
+        )
+        rows = tiny.rows(7)
+        if streamed:
+            return trainer.evaluate(IterableDataset.from_generator(lambda: iter(rows)))
+        return trainer.evaluate(Dataset.from_list(rows))
+
+    whole, ragged = evaluation(7), evaluation(4)
+    assert ragged["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-5)
+    assert ragged["eval_rows"] == whole["eval_rows"] == 14
