@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdpo.kernels import linear_logps as module
-from fastdpo.kernels import reference, tiles, vocabulary_walk
-from fastdpo.kernels.linear_logps import STATS, linear_logps
-from fastdpo.kernels.tiles import BLOCK_V
+from fastdpo.kernels import reference, vocabulary_walk
+from fastdpo.kernels.fold import BLOCK_V
+from fastdpo.kernels.linear_logps import linear_logps
+from fastdpo.kernels.row_statistics import STATS
 
 SHAPES = {
     "no-row": (0, 8, 40),
@@ -264,7 +265,7 @@ def test_a_frozen_heads_workspace_is_bounded(monkeypatch, dtype):
 def test_a_frozen_heads_workspace_on_a_gpu_is_bounded(monkeypatch):
     """A GPU's tiles and dtypes at a real size, on tensors without memory and by no arithmetic."""
     monkeypatch.undo()
-    monkeypatch.setitem(tiles.FOLDS, "triton", lambda *args: None)
+    monkeypatch.setitem(vocabulary_walk.FOLDS, "triton", lambda *args: None)
     monkeypatch.setattr(vocabulary_walk, "product", lambda *args, **kinds: None)
     for constants in (vocabulary_walk.TILE_ROWS, vocabulary_walk.TILE_COLUMNS):
         monkeypatch.setitem(constants, "cpu", constants["cuda"])
