@@ -133,7 +133,7 @@ def linear_logps(
 
     The same inputs give the same bits. On a CPU a row's answer does not depend on the other rows
     either, not in one bit, as far as its matrix product sums a row alike in 16 rows and in 512
-    (oneDNN and MKL do, by tests/test_linear_logps.py); cuBLAS chooses by shape, and does not.
+    (oneDNN and MKL do, by tests/test_head_cost.py); cuBLAS chooses by shape, and does not.
 
     ValueError for shapes, dtypes or names that do not fit. The same with full logits:
     reference.linear_logps.
