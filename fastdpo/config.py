@@ -18,7 +18,7 @@ from fastdpo.model import TOKEN_STATS
 logger = logging.get_logger(__name__)
 
 # TRL's losses that need more of a batch than one pair's log-probabilities
-NOT_YET = ("bco_pair", "aot", "aot_unpaired", "sft")
+NOT_YET = ("aot", "aot_unpaired", "sft")
 
 
 def _setting(default: Any, text: str, **metadata: Any) -> Any:

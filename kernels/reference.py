@@ -165,6 +165,14 @@ def _nca_pair(chosen_B, rejected_B, **_):
     return -F.logsigmoid(chosen_B) - 0.5 * pushed_B
 
 
+def _bco_pair(chosen_B, rejected_B, **_):
+    """BCO of a pair, arXiv:2404.04656: a classifier of desirable completions, by their reward.
+
+    As in TRL, without the paper's reward shift delta, a moving average of both sides' rewards.
+    """
+    return -F.logsigmoid(chosen_B) - F.logsigmoid(-rejected_B)
+
+
 def _sppo_hard(chosen_B, rejected_B, *, beta, **_):
     """SPPO, arXiv:2405.00675, equation 4.7, with win probabilities 1 and 0."""
     return ((chosen_B - 0.5) / beta).square() + ((rejected_B + 0.5) / beta).square()
@@ -198,6 +206,7 @@ LOSSES = {
     "ipo": _ipo,
     "exo_pair": _exo_pair,
     "nca_pair": _nca_pair,
+    "bco_pair": _bco_pair,
     "sppo_hard": _sppo_hard,
     "apo_zero": _apo_zero,
     "apo_down": _apo_down,

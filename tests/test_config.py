@@ -120,7 +120,6 @@ def test_a_value_out_of_range_is_refused_by_name(tmp_path, name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("loss_type", ["bco_pair"]),
         ("loss_type", ["aot"]),
         ("loss_type", ["aot_unpaired"]),
         ("loss_type", ["sigmoid", "sft"]),
@@ -144,6 +143,8 @@ def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path, name, value):
             "reverse_kl with .*'apo_zero'",
         ),
         ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "loss_weights with 2 weights"),
+        ({"loss_type": "bco_pair", "f_divergence_type": "forward_kl"}, "reverse_kl with .*'bco_p"),
+        ({"loss_type": "bco_pair", "label_smoothing": 0.1}, "label_smoothing 0 with .*'bco_pair'"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, message):

@@ -58,6 +58,7 @@ BY_HAND = {
     # log-ratios per token 1/2 + 1/3 and -1 + 2, less 1 / (2 beta) = 1, squared
     "ipo": [(5 / 6 - 1) ** 2, 0.0],
     "nca_pair": [1.5 * SOFT[0.5] + 0.5 * SOFT[-0.5], SOFT[-0.5] + 0.5 * (SOFT[0.5] + SOFT[1.0])],
+    "bco_pair": [2 * SOFT[0.5], SOFT[-0.5] + SOFT[1.0]],
     # 1 / (2 beta) = 1: (1 - 1)² + (-1 + 1)² and (-1 - 1)² + (-2 + 1)²
     "sppo_hard": [0.0, 5.0],
     "apo_zero": [2 * SIGMOID[-0.5], SIGMOID[0.5] + SIGMOID[-1.0]],

@@ -20,6 +20,7 @@ LOSSES = {
     "apo_zero": {"loss_type": "apo_zero"},
     "apo_down": {"loss_type": "apo_down"},
     "discopop": {"loss_type": "discopop"},
+    "bco_pair": {"loss_type": "bco_pair"},
     "mix": {"loss_type": ["sigmoid", "ipo", "apo_zero"], "loss_weights": [0.8, 0.01, -0.3]},
     "forward_kl": {"f_divergence_type": "forward_kl"},
     "js_divergence": {"f_divergence_type": "js_divergence", "loss_type": "hinge"},
