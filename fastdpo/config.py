@@ -96,7 +96,8 @@ class DPOConfig(TrainingArguments):
         None,
         "Run a training batch in packs of at most this many tokens, one after the other, with the "
         "loss and gradients of the whole. auto: as the free memory of the GPU allows, and, in a "
-        "single process, less after an out-of-memory error. Unset: the batch in one forward.",
+        "single process, less after an out-of-memory error. Unset: the batch in one forward. (With "
+        f"loss_type {', '.join(BATCH_LOSSES)} each pack has one more forward, without gradient.)",
     )
     on_bad_rows: Literal["raise", "skip"] = _setting(
         "raise", "A malformed row ends the run before it starts, or is left out and counted."
@@ -263,8 +264,9 @@ class DPOConfig(TrainingArguments):
             self.use_weighting,
         )
         _want(
-            not self.mixes_pairs or self.max_tokens_per_forward is None,
-            f"max_tokens_per_forward unset with loss_type {self.loss_type}",
+            not self.mixes_pairs or self.disable_dropout or self.max_tokens_per_forward is None,
+            f"max_tokens_per_forward unset with loss_type {self.loss_type} and "
+            "disable_dropout=False (a pack is run twice, and two forwards drop different things)",
             self.max_tokens_per_forward,
         )
 

@@ -151,14 +151,23 @@ def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path, name, value):
         ({"loss_type": "bco_pair", "label_smoothing": 0.1}, "label_smoothing 0 with .*'bco_pair'"),
         ({"loss_type": "sft", "label_smoothing": 0.1}, "label_smoothing 0 with .*'sft'"),
         (
-            {"loss_type": ["sigmoid", "aot"], "max_tokens_per_forward": 100},
-            "max_tokens_per_forward unset with .*'aot'.*got 100",
+            {
+                "loss_type": ["sigmoid", "aot"],
+                "max_tokens_per_forward": 100,
+                "disable_dropout": False,
+            },
+            "max_tokens_per_forward unset with .*'aot'.*disable_dropout=False.*got 100",
         ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **settings)
+
+
+def test_dropout_may_stay_where_no_pack_is_run_twice(tmp_path):
+    config(tmp_path, loss_type="aot", disable_dropout=False)
+    config(tmp_path, loss_type="sigmoid", disable_dropout=False, max_tokens_per_forward=100)
 
 
 def test_a_mix_is_written_on_the_command_line(tmp_path):
