@@ -43,7 +43,12 @@ def _check_rows(hidden_ND: Tensor, V: int, labels_N: Tensor) -> None:
 
 
 def pair_loss(token_logps_C: Tensor, cu_seqlens: Tensor, reference_logps_S: Tensor, **settings):
-    """kernels.pair_loss.pair_loss on CUDA, kernels.reference.pair_loss elsewhere."""
+    """kernels.pair_loss.pair_loss on CUDA, kernels.reference.pair_loss elsewhere.
+
+    With one of reference.BATCH_LOSSES among loss_type it is the latter on CUDA too: a few dozen
+    small launches in place of one, and still nothing that waits.
+    """
+    of_batch = reference.BATCH_LOSSES.keys() & set(settings.get("loss_type", ()))
     on_gpu = implementation(token_logps_C.device) == "triton"
-    chosen = _pair_loss.pair_loss if on_gpu else reference.pair_loss
+    chosen = _pair_loss.pair_loss if on_gpu and not of_batch else reference.pair_loss
     return chosen(token_logps_C, cu_seqlens, reference_logps_S, **settings)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from fastdpo.batch import PairBatch
 from fastdpo.collate import REFERENCE_COLUMNS
 from fastdpo.losses import completion_logps
-from fastdpo.model import score
+from fastdpo.model import frozen_token_logps
 
 REFERENCE_ADAPTER = "ref"
 
@@ -85,16 +85,8 @@ class FrozenModel:
         return _frozen_logps(self.model, batch, ld_alpha)
 
 
-@torch.no_grad()
 def _frozen_logps(model: nn.Module, batch: PairBatch, ld_alpha: float | None) -> Tensor:
-    """logps_S of `batch`, without dropout or checkpointing whatever mode the model is in."""
-    was_training = model.training
-    model.eval()
-    try:
-        scored = score(model, batch)
-    finally:
-        model.train(was_training)
-    return completion_logps(scored.token_logps_C, batch.cu_seqlens, ld_alpha)
+    return completion_logps(frozen_token_logps(model, batch), batch.cu_seqlens, ld_alpha)
 
 
 def frozen_copy(policy: nn.Module) -> nn.Module:

@@ -10,8 +10,13 @@ of every trained parameter. Both ways stand in one precision, that of the run.
 The policy is held against log-probabilities up to 1 / beta off its own, as a reference equal to it
 would make all losses alike. The reference model, dropout, gradient checkpointing and experts'
 load-balancing loss are left out.
+
+A loss of a whole batch (aot, aot_unpaired, sft) mixes per_device_train_batch_size pairs both ways.
+AOT ranks them: two log-ratios no further apart than rounding may change ranks, which shows as a
+difference, and is none.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -113,36 +118,44 @@ def plain_way(subject: Subject) -> Plain:
 
     ValueError, with pair, token and layer, where a log-probability comes out NaN or Inf.
     """
-    policy, settings, B = subject.policy, subject.args.loss_settings, len(subject.pairs)
+    policy, args, num_pairs = subject.policy, subject.args, len(subject.pairs)
+    # pairs that meet in a loss are held together, all their logits with them
+    together = args.per_device_train_batch_size if args.mixes_pairs else 1
     token_logps, losses, reference_logps, slopes, variance_C = [], [], [], [], []
     # rewards in [-1, 1], no two pairs' alike
-    offsets_B2 = torch.arange(2.0 * B).sin().view(B, 2) / subject.args.beta
+    offsets_B2 = torch.arange(2.0 * num_pairs).sin().view(-1, 2) / args.beta
     policy.zero_grad()
-    for b in range(B):
-        sides = [_own_tokens(subject, b, side) for side in SIDES]
-        token_logps_C = torch.cat([side.logps_C for side in sides])
-        lengths = [len(side.logps_C) for side in sides]
-        cu_seqlens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
+    for few in torch.arange(num_pairs).split(together):
+        chosen, rejected = ([_own_tokens(subject, b, side) for b in few.tolist()] for side in SIDES)
+        completions = chosen + rejected
+        token_logps_C = torch.cat([each.logps_C for each in completions])
+        lengths = [len(each.logps_C) for each in completions]
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         cu_seqlens = cu_seqlens.to(token_logps_C.device)
-        logps_2 = reference.completion_logps(token_logps_C.detach(), cu_seqlens)
-        reference_logps_2 = logps_2 - offsets_B2[b].to(logps_2)
-        loss_1, _ = reference.pair_loss(token_logps_C, cu_seqlens, reference_logps_2, **settings)
-        weight = torch.ones_like(loss_1)
-        if subject.args.use_weighting:
-            alignments_C = token_logps_C - torch.cat([side.log_sum_p2_C for side in sides])
-            weight = sum(side_C.mean() for side_C in alignments_C.split(lengths)).exp()
+        logps_S = reference.completion_logps(token_logps_C.detach(), cu_seqlens)
+        reference_logps_S = logps_S - offsets_B2[few].T.flatten().to(logps_S)
+        loss_B, _ = reference.pair_loss(
+            token_logps_C, cu_seqlens, reference_logps_S, **args.loss_settings
+        )
+        weight_B = torch.ones_like(loss_B)
+        if args.use_weighting:
+            alignments_C = token_logps_C - torch.cat([each.log_sum_p2_C for each in completions])
+            means_S = torch.stack([each_C.mean() for each_C in alignments_C.split(lengths)])
+            weight_B = means_S.view(2, -1).sum(0).exp()
         # a weight is no part of the gradient, but as far off as the tokens that it is made of
-        (slope_C,) = torch.autograd.grad((loss_1 * weight).sum(), token_logps_C, retain_graph=True)
-        loss_1 = loss_1 * weight.detach()
-        (loss_1.sum() / B).backward()
-        token_logps += [side.logps_C.detach() for side in sides]
-        losses.append(loss_1.detach())
-        reference_logps.append(reference_logps_2)
-        slopes.append(slope_C.norm())
-        variance_C += [side.variance_C for side in sides]
+        for weighted in loss_B * weight_B:
+            (slope_C,) = torch.autograd.grad(weighted, token_logps_C, retain_graph=True)
+            slopes.append(slope_C.norm())
+        loss_B = loss_B * weight_B.detach()
+        (loss_B.sum() / num_pairs).backward()
+        for pair in zip(chosen, rejected, strict=True):
+            token_logps += [each.logps_C.detach() for each in pair]
+            variance_C += [each.variance_C for each in pair]
+        losses.append(loss_B.detach())
+        reference_logps.append(reference_logps_S.view(2, -1).T)
     answer = Answer(token_logps, torch.cat(losses), _take_gradients(subject))
     spread = torch.cat(variance_C).mean().sqrt().item()
-    return Plain(answer, torch.stack(reference_logps), torch.stack(slopes), spread)
+    return Plain(answer, torch.cat(reference_logps), torch.stack(slopes), spread)
 
 
 def _own_tokens(subject: Subject, b: int, side: str) -> OwnTokens:

@@ -27,6 +27,7 @@ LOSS_TYPES = (
     "ipo",
     "exo_pair",
     "nca_pair",
+    "bco_pair",
     "sppo_hard",
     "apo_zero",
     "apo_down",

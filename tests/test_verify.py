@@ -9,6 +9,7 @@ import torch
 
 from fastdpo import attention, cli, head, ops, verify
 from fastdpo.kernels import reference
+from fastdpo.losses import pair_loss
 
 LAYOUTS = ("shared", "packed", "padded")
 LORA = ("--use_peft", "--lora_target_modules", "all-linear")
@@ -91,6 +92,20 @@ def test_weighted_pairs_agree_and_a_wrong_weight_is_found(here, monkeypatch, cap
     monkeypatch.setattr(verify, "pair_weights", lambda *tensors: 1.01)
     capsys.readouterr()
     assert run(here, "--use_weighting", "True", "--loss_type", "ipo") == 1
+    assert {what for _, what in what_differs(capsys)} == {"pair", "gradients"}
+
+
+@pytest.mark.parametrize("loss_type", [("aot",), ("aot_unpaired", "sigmoid"), ("sft", "ipo")])
+def test_losses_of_a_batch_agree_and_a_wrong_mix_is_found(here, monkeypatch, loss_type, capsys):
+    # at this beta the references lie far enough apart for other ranks than the policy's
+    flags = ("--loss_type", *loss_type, "--per_device_train_batch_size", "3", "--beta", "0.01")
+    assert run(here, *flags) == 0
+    alone = {"loss_type": ("sigmoid",), "loss_weights": None}
+    monkeypatch.setattr(
+        verify, "pair_loss", lambda *tensors, **settings: pair_loss(*tensors, **settings | alone)
+    )
+    capsys.readouterr()
+    assert run(here, *flags) == 1
     assert {what for _, what in what_differs(capsys)} == {"pair", "gradients"}
 
 
