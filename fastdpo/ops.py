@@ -20,6 +20,7 @@ def implementation(device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "torch"
 
 
+@torch.compiler.disable  # a compiler would unroll the walk over the vocabulary; torch 2.11's errs
 def linear_logps(hidden_ND: Tensor, head_VD: Tensor | HeadRows, labels_N: Tensor, **settings):
     """kernels.linear_logps.linear_logps, its tiles folded by what suits the device.
 
