@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -21,6 +20,7 @@ from fastdpo.head import check_head_module
 from fastdpo.layout import why_padded
 from fastdpo.model import causal_lm_of
 from fastdpo.policy import load_policy, load_tokenizer, make_ready, with_adapters
+from fastdpo.rows import as_dataset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +80,7 @@ def load_subject(script_args, args: DPOConfig, model_args, dataset_args, max_pai
         None, name, revision=kwargs["revision"], trust_remote_code=args.trust_remote_code
     )
     pairs, counts = prepare_pairs(
-        Dataset.from_list(list(islice(rows, max_pairs))),
+        as_dataset(islice(rows, max_pairs)),
         tokenizer,
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
