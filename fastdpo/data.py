@@ -121,7 +121,7 @@ def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
     if columns is None:  # a stream's rows say; one that could not be read does not
         columns = list(next((row for row in dataset if MALFORMED not in row), {}))
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
-        raise ValueError(f"{name} dataset: want at least one row, got none")
+        raise ValueError(f"{name} dataset: want at least one row that can be read, got none")
     if not ({"chosen", "rejected"} <= set(columns) or set(ID_COLUMNS) <= set(columns)):
         raise ValueError(
             f"{name} dataset: want the columns chosen and rejected, with prompt or without, or "
