@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def load_rows(
     folders of files. A single file is all of the split "train". streaming=True gives an
     IterableDataset, which reads as it goes (an array in a .json file whole).
 
-    RowError names file, line and field of a malformed JSON row; with on_bad_rows="skip" the row
-    stays, with nothing but that message as `malformed`, for prepare_pairs to count and leave out.
+    RowError names file, line and field of a malformed row in JSON, and of a CSV cell that is no
+    JSON; with on_bad_rows="skip" the row stays, with that message as `malformed`, for prepare_pairs
+    to count and leave out.
     ValueError for a path or a split that is not there.
     """
     path = Path(path_or_name).expanduser()
@@ -100,12 +102,13 @@ def _read_file(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | Iter
     rows = read(kind, data_files=str(path), split="train", streaming=streaming, **options)
     if kind == "parquet":
         return rows
+    parse = partial(_parse_cells, str(path), skip_bad)
     if streaming:
-        return rows.map(partial(_parse_cells, str(path)), with_indices=True)
-    return as_dataset(_parse_cells(str(path), row, i) for i, row in enumerate(rows))
+        return rows.map(parse, with_indices=True)
+    return as_dataset(map(parse, rows, count()))
 
 
-def _parse_cells(path: str, row: dict[str, Any], index: int) -> dict[str, Any]:
+def _parse_cells(path: str, skip_bad: bool, row: dict[str, Any], index: int) -> dict[str, Any]:
     """A CSV row, its cells that hold a list of messages as JSON parsed."""
     for field in TEXT_FIELDS:
         cell = row.get(field)
@@ -113,8 +116,15 @@ def _parse_cells(path: str, row: dict[str, Any], index: int) -> dict[str, Any]:
             try:
                 row[field] = parsed(field, cell, list)
             except FieldError as error:
-                raise RowError(f"{path}, row {index}, {error}") from None
+                return _malformed(f"{path}, row {index}, {error}", skip_bad)
     return row
+
+
+def _malformed(reason: str, skip_bad: bool) -> dict[str, str]:
+    """What stands for a row that could not be read, if it may be skipped."""
+    if not skip_bad:
+        raise RowError(reason)
+    return {MALFORMED: reason}
 
 
 def _read_json(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | IterableDataset:
@@ -134,10 +144,7 @@ def _checked_rows(path: str, skip_bad: bool) -> Iterator[dict[str, Any]]:
                 raise FieldError("row", "an object in JSON, in UTF-8", str(row))
             yield _storable(checked_row(row))
         except FieldError as error:
-            reason = f"{path}, line {line}, {error}"
-            if not skip_bad:
-                raise RowError(reason) from None
-            yield {MALFORMED: reason}
+            yield _malformed(f"{path}, line {line}, {error}", skip_bad)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -64,6 +64,20 @@ def test_csv_cells_may_hold_conversations(tmp_path):
     assert texts(load_rows(str(tmp_path / "rows.csv"))) == [CHAT]
 
 
+def test_a_csv_cell_that_is_no_json_is_told_or_counted(tmp_path):
+    row = {k: json.dumps(v) for k, v in CHAT.items()}
+    Dataset.from_list([row, row | {"chosen": "[{"}]).to_csv(tmp_path / "rows.csv")
+    path = str(tmp_path / "rows.csv")
+    with pytest.raises(RowError, match=r"rows.csv, row 1, field 'chosen'"):
+        load_rows(path)
+    pairs, counts = prepare_pairs(
+        load_rows(path, on_bad_rows="skip"), tiny.tokenizer(), on_bad_rows="skip"
+    )
+    assert (counts.pairs, counts.bad) == (1, 1)
+    streamed = load_rows(path, on_bad_rows="skip", streaming=True)
+    assert list(prepare_pairs(streamed, tiny.tokenizer(), on_bad_rows="skip")[0]) == list(pairs)
+
+
 def test_an_empty_csv_cell_is_no_value_and_none_is_a_word(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,chosen,rejected,tools\na,NA,null,\nb,c,,\n")
     rows = list(load_rows(str(tmp_path / "rows.csv")))
