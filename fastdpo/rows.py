@@ -120,11 +120,11 @@ def _parse_cells(path: str, skip_bad: bool, row: dict[str, Any], index: int) -> 
     return row
 
 
-def _malformed(reason: str, skip_bad: bool) -> dict[str, str]:
+def _malformed(reason: str, skip_bad: bool) -> dict[str, str | None]:
     """What stands for a row that could not be read, if it may be skipped."""
     if not skip_bad:
         raise RowError(reason)
-    return {MALFORMED: reason}
+    return dict.fromkeys(TEXT_FIELDS) | {MALFORMED: reason}
 
 
 def _read_json(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | IterableDataset:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import cli
 from fastdpo.arguments import ModelConfig, ScriptArguments, peft_config, quantization_config
+from fastdpo.data import prepare_pairs
 from fastdpo.mixture import DatasetConfig, DatasetMixtureConfig, load_datasets
 from fastdpo.parser import TrainParser
 from fastdpo.trainer import DPOTrainer
@@ -103,13 +104,17 @@ def test_a_run_that_ran_out_of_memory_goes_on_with_less(here, tmp_path, capsys):
     assert "resuming from" in capsys.readouterr().out
 
 
-def test_rows_that_were_skipped_are_in_the_summary(here, tmp_path, capsys):
+def test_rows_that_were_skipped_and_prompts_that_were_cut_are_in_the_summary(
+    here, tmp_path, capsys
+):
     rows = tmp_path / "rows.jsonl"
-    write_rows(rows, tiny.rows(8))
+    cut = {"prompt": "Two and two ma", "chosen": "ke four.", "rejected": "ke five"}
+    write_rows(rows, [*tiny.rows(7), cut])
     rows.write_text(rows.read_text() + '{"prompt": 3}\n{\n')
     skip = {"dataset_name": rows, "on_bad_rows": "skip", "max_steps": 1}
     assert train(here, tmp_path / "out", **skip) == 0
-    assert "8 of 10 rows; 2 dropped: malformed" in capsys.readouterr().out
+    told = "8 of 10 rows; 2 dropped: malformed; 1 without the end of their prompt"
+    assert told in capsys.readouterr().out
 
 
 def test_a_run_says_what_it_will_do_and_where_it_saved(here, tmp_path, capsys):
@@ -429,9 +434,9 @@ def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch)
 # Datasets
 
 
-def load(mixture, *, with_eval=False):
+def load(mixture, *, with_eval=False, on_bad_rows="raise"):
     return load_datasets(
-        ScriptArguments(), mixture, with_eval=with_eval, on_bad_rows="raise", seed=0
+        ScriptArguments(), mixture, with_eval=with_eval, on_bad_rows=on_bad_rows, seed=0
     )
 
 
@@ -448,6 +453,16 @@ def test_a_mixture_is_its_datasets_one_after_the_other(parts):
         row["prompt"] for count in (8, 4) for row in tiny.rows(count)
     ]
     assert held_out is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mixtures_malformed_rows_are_left_to_be_counted(parts, tmp_path, streaming):
+    (tmp_path / "a.jsonl").write_text("{\n" + (tmp_path / "a.jsonl").read_text())
+    datasets = [DatasetConfig(path, columns=["prompt", "chosen", "rejected"]) for path in parts]
+    mixture = DatasetMixtureConfig(datasets=datasets, streaming=streaming)
+    rows, _ = load(mixture, on_bad_rows="skip")
+    pairs, _ = prepare_pairs(rows, tiny.tokenizer(), on_bad_rows="skip")
+    assert len(list(pairs)) == 12
 
 
 def test_fractions_cut_a_mixture_to_its_proportions(parts):
