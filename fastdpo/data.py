@@ -139,10 +139,10 @@ def _as_it_comes(
         batch_size=STREAMED_AT_ONCE,
         with_indices=True,
         remove_columns=columns,
-        features=tokenize.features,
     ).filter(_is_kept, input_columns="status")
     # a later row may have had columns that the first one had not
-    pairs = pairs.select_columns([name for name in tokenize.features if name not in REPORT])
+    features = Features({k: v for k, v in tokenize.features.items() if k not in REPORT})
+    pairs = pairs.select_columns([*features]).cast(features)
     if next(iter(pairs), None) is None:
         raise ValueError(
             f"{tokenize.name} dataset: no row is left of the stream: all are malformed, or their "
