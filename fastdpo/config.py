@@ -5,6 +5,7 @@ moves over unchanged. Two defaults differ, and both are written beside the field
 there is no GPU, and `logging_nan_inf_filter`.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -226,13 +227,18 @@ class DPOConfig(TrainingArguments):
         layouts = ("auto", "shared", "packed", "padded")
         _want(self.layout in layouts, f"layout of {layouts}", self.layout)
         _want(self.on_bad_rows in ("raise", "skip"), "on_bad_rows raise or skip", self.on_bad_rows)
+        _want(
+            self.max_tokens_per_forward is None or self.include_num_input_tokens_seen == "no",
+            "include_num_input_tokens_seen no with max_tokens_per_forward (num_tokens is logged)",
+            self.include_num_input_tokens_seen,
+        )
 
     def _check_loss(self):
         are_known = bool(self.loss_type) and set(self.loss_type) <= set(LOSS_TYPES)
         _want(are_known, f"loss_type some of {LOSS_TYPES}", self.loss_type)
         count = len(self.loss_type)
         _want(
-            self.loss_weights is None or len(self.loss_weights) == count,
+            self.loss_weights is None or _are_weights(self.loss_weights, count),
             f"loss_weights with {count} weights, as loss_type has",
             self.loss_weights,
         )
@@ -280,6 +286,11 @@ class DPOConfig(TrainingArguments):
 def _want(condition: bool, wanted: str, came: Any):
     if not condition:
         raise ValueError(f"DPOConfig: want {wanted}, got {came!r}")
+
+
+def _are_weights(value: Any, count: int) -> bool:
+    is_list = isinstance(value, (list, tuple))
+    return is_list and len(value) == count and all(map(math.isfinite, value))
 
 
 def _pad_multiple(value: int | str | None) -> int | None:

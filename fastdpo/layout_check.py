@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.batch import PairBatch
-from fastdpo.collate import Row
+from fastdpo.collate import ID_COLUMNS, Row
 from fastdpo.model import causal_lm_of, score
 
 Collator = Callable[[list[Row]], dict[str, Any]]
@@ -21,9 +21,8 @@ ROUNDINGS, LEAST_TOLERANCE = 12, 1e-3
 
 def longest_rows(rows: Iterable[Row]) -> list[Row]:
     """The first few rows, the longest first."""
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
     few = islice(rows, LOOKED_AT)
-    return sorted(few, key=lambda row: sum(len(row[name]) for name in names), reverse=True)
+    return sorted(few, key=lambda row: sum(len(row[name]) for name in ID_COLUMNS), reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

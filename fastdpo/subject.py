@@ -8,19 +8,26 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from fastdpo.arguments import init_kwargs, load_datasets, peft_config, quantization_config
-from fastdpo.collate import Cut, Row
+from fastdpo.arguments import (
+    ModelConfig,
+    ScriptArguments,
+    init_kwargs,
+    peft_config,
+    quantization_config,
+)
+from fastdpo.collate import ID_COLUMNS, Cut, Row
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
 from fastdpo.head import check_head_module
 from fastdpo.layout import why_padded
+from fastdpo.mixture import DatasetMixtureConfig, load_datasets
 from fastdpo.model import causal_lm_of
 from fastdpo.policy import load_policy, load_tokenizer, make_ready, with_adapters
+from fastdpo.rows import as_dataset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +69,13 @@ class Subject:
         return f"pair {b}, {side}, token {t} ({self.tokenizer.decode([ids[t]])!r})"
 
 
-def load_subject(script_args, args: DPOConfig, model_args, dataset_args, max_pairs: int) -> Subject:
+def load_subject(
+    script_args: ScriptArguments,
+    args: DPOConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+    max_pairs: int,
+) -> Subject:
     """The model and the first max_pairs rows, as `fastdpo train` would load them.
 
     ValueError for what cannot be compared: a weight that is not finite, a token id outside the
@@ -80,7 +93,7 @@ def load_subject(script_args, args: DPOConfig, model_args, dataset_args, max_pai
         None, name, revision=kwargs["revision"], trust_remote_code=args.trust_remote_code
     )
     pairs, counts = prepare_pairs(
-        Dataset.from_list(list(islice(rows, max_pairs))),
+        as_dataset(islice(rows, max_pairs)),
         tokenizer,
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
@@ -125,7 +138,7 @@ def _check_weights(subject: Subject) -> None:
 def _check_token_ids(subject: Subject) -> None:
     V = causal_lm_of(subject.policy).config.get_text_config().vocab_size
     for b, pair in enumerate(subject.pairs):
-        for field in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        for field in ID_COLUMNS:
             for t, token in enumerate(pair[field]):
                 if not 0 <= token < V:
                     raise ValueError(

@@ -25,6 +25,7 @@ from transformers import (
 from fastdpo.batch import PairBatch, TokensRun
 from fastdpo.batch_loss import PackLogps, with_parts
 from fastdpo.collate import (
+    ID_COLUMNS,
     REFERENCE_COLUMNS,
     Cut,
     PackedCollator,
@@ -65,8 +66,6 @@ from fastdpo.reference import (
 from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
 from fastdpo.trainer_check import check_arguments
-
-PAIR_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 OWN_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
 
@@ -211,7 +210,7 @@ class DPOTrainer(PackTrainer):
         return pairs
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = [*PAIR_COLUMNS, *REFERENCE_COLUMNS, self.args.length_column]
+        self._signature_columns = [*ID_COLUMNS, *REFERENCE_COLUMNS, self.args.length_column]
 
     def _remove_unused_columns(self, dataset, description=None):
         pairs = super()._remove_unused_columns(dataset, description)

@@ -14,6 +14,8 @@ def check_arguments(
         raise TypeError(f"want a fastdpo.DPOConfig as args, got {type(args).__name__}")
     if not isinstance(train_dataset, Dataset | IterableDataset):
         got = "none" if train_dataset is None else type(train_dataset).__name__
+        if isinstance(train_dataset, dict):  # load_dataset without split gives a DatasetDict
+            got += f": take one of its splits, {[*train_dataset]}"
         raise TypeError(f"want a datasets.Dataset or IterableDataset as train_dataset, got {got}")
     if data_collator is not None:
         _check_collators_settings(args)

@@ -3,8 +3,8 @@ import re
 import pytest
 
 from fastdpo import DPOConfig
-from fastdpo.arguments import TrainParser
 from fastdpo.losses import F_DIVERGENCES, LOSS_TYPES, WITH_F_DIVERGENCE
+from fastdpo.parser import TrainParser
 
 # TRL 1.16's DPOConfig, where it differs from transformers.TrainingArguments or adds to it
 TRL_DEFAULTS = {
@@ -100,6 +100,8 @@ def test_pad_to_multiple_of_reads_text_of_the_command_line(tmp_path, given, mult
         ("loss_type", []),
         ("loss_type", ["sigmoid", "simpo"]),
         ("loss_weights", [1.0, 2.0]),
+        ("loss_weights", 0.5),
+        ("loss_weights", [float("nan")]),
         ("f_divergence_type", "backward_kl"),
         ("max_length", 1),
         ("truncation_mode", "middle"),
@@ -157,6 +159,10 @@ def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path, name, value):
                 "disable_dropout": False,
             },
             "max_tokens_per_forward unset with .*'aot'.*disable_dropout=False.*got 100",
+        ),
+        (
+            {"max_tokens_per_forward": 99, "include_num_input_tokens_seen": True},
+            "include_num_input_tokens_seen no with max_tokens_per_forward",
         ),
     ],
 )

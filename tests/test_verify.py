@@ -140,7 +140,7 @@ def test_layouts_that_a_model_cannot_run_are_said_not_run(here, tmp_path, capsys
 
 
 def test_adapters_all_have_a_gradient_to_compare(here):
-    from fastdpo.arguments import VerifyParser
+    from fastdpo.parser import VerifyParser
     from fastdpo.subject import load_subject
 
     names = (
