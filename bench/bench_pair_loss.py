@@ -112,6 +112,7 @@ def eager(batch, loss_type):
 
 
 def compiled(batch, loss_type):
+    torch.compiler.reset()  # else the second batch size is compiled for any size
     compiled_loss = torch.compile(eager_loss)
     tensors = batch.mask_SL, batch.reference_logps_S
     return of_padded(lambda logps_SL: compiled_loss(logps_SL, *tensors, loss_type), batch)

@@ -36,7 +36,7 @@ step() {
     local limit="$1" name="$2" began=$SECONDS status
     shift 2
     # an interrupted pytest still prints the tables it has
-    timeout --signal=INT --kill-after=5 "$limit" "$@" > "$OUT/$name.txt" 2>&1
+    timeout --signal=INT --kill-after=10 "$limit" "$@" > "$OUT/$name.txt" 2>&1
     status=$?
     case $status in
         0) status="ok" ;;
