@@ -53,7 +53,7 @@ bench() {  # LIMIT_S NAME TESTS FILTER: the tables in NAME.txt; a dry run takes 
 }
 
 # seconds add up to 530; a dry run's tests are those of the losses alone
-TESTS=(tests/test_linear_logps.py tests/test_pair_loss.py tests/test_head.py tests/test_model.py
+TESTS=(tests/test_linear_logps.py tests/test_head_cost.py tests/test_pair_loss.py tests/test_head.py tests/test_model.py
     tests/test_layouts.py tests/test_attention.py tests/test_trainer.py)
 if [[ -n "$DRY" ]]; then TESTS=(tests/test_losses.py); fi
 step 90 tests "$PYTHON" -m pytest -q "${TESTS[@]}"

@@ -18,20 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.kernels.products import HeadRows, Term
-from fastdpo.kernels.tiles import FOLDS, Rows
+from fastdpo.kernels.fold import FOLDS, RunningSoftmax
+from fastdpo.kernels.products import HeadRows
+from fastdpo.kernels.row_statistics import STATS, statistics, sums_needed
 from fastdpo.kernels.vocabulary_walk import Settings, Tiles, walk, weight_gradients
 
 MIN_ROWS = 16  # fewer are filled up: a product of fewer rows may sum in another order
 HEAD_CACHE_BYTES = 512 << 20
-STATS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_p2")
 
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: Settings, labels_N, bias_V, *factors):
         tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
-        rows = Rows.start(len(labels_N), settings.wide, labels_N.device, _sums(tiles))
+        rows = RunningSoftmax.start(
+            len(labels_N), settings.wide, labels_N.device, sums_needed(tiles)
+        )
         us, kept = walk(tiles, rows)
 
         lse_N, c_target_N = rows.peak_N + rows.total_N.log(), torch.ones_like(rows.total_N)
@@ -41,7 +43,7 @@ class _LinearLogps(torch.autograd.Function):
                 lse_N += 0 * torch.linalg.vector_norm(term.x_NK, torch.inf, 1, dtype=lse_N.dtype)
         token_logps_N = rows.target_N - lse_N
         c_target_N += 0 * token_logps_N  # where that is NaN, so are all gradients
-        found = _stats(tiles, rows, lse_N, us)
+        found = statistics(tiles, rows, lse_N, us)
         _finish_directions(us, tiles, rows.total_N, c_target_N)
 
         inputs = (labels_N, bias_V, lse_N, c_target_N, *factors) if settings.trained else ()
@@ -86,59 +88,6 @@ def _finish_directions(us: list[Tensor | None], tiles: Tiles, total_N, c_target_
             ).mul_(tiles.settings.scale)
 
 
-def _is_plain(tiles: Tiles) -> bool:
-    """Whether the logits are linear in the hidden states: their means then follow from products."""
-    return tiles.bias_V is None and tiles.settings.softcap is None
-
-
-def _sums(tiles: Tiles) -> tuple[str, ...]:
-    """The sums over the vocabulary that the statistics need and nothing else yields."""
-    by_products = _is_plain(tiles) and all(term.x_grad for term in tiles.terms)
-    by_products &= not tiles.settings.skip_below  # u is then not whole
-    stats = {"log_sum_p2"} if by_products else {"entropy", "mean_logit", "log_sum_p2"}
-    return tuple(stats & set(tiles.settings.stats))
-
-
-def _stats(tiles: Tiles, rows: Rows, lse_N, us: list[Tensor | None]) -> list[Tensor]:
-    """The statistics asked for, in order."""
-    scale, num_tokens = tiles.settings.scale, tiles.terms[0].w_VK.shape[0]
-    found = []
-    for name in tiles.settings.stats:
-        if name == "lse":
-            found.append(lse_N.clone())
-        elif name == "is_top1":
-            found.append(rows.target_N >= rows.peak_N)
-        elif name == "log_sum_p2":
-            found.append(rows.squares_N.log() - 2 * rows.total_N.log())
-        elif name == "entropy" and rows.weighted_N is not None:
-            found.append(lse_N - rows.weighted_N / rows.total_N)
-        elif name == "entropy":
-            dots = [
-                _row_dots(tiles, term, u_NK) for term, u_NK in zip(tiles.terms, us, strict=True)
-            ]
-            found.append(lse_N - scale * sum(dots) / rows.total_N)
-        elif rows.sum_N is not None:
-            found.append(rows.sum_N / num_tokens)
-        else:
-            dots = [_row_dots(tiles, term, _mean_w(tiles, term)) for term in tiles.terms]
-            found.append(scale * sum(dots))
-    return found
-
-
-def _row_dots(tiles: Tiles, term: Term, y: Tensor) -> Tensor:
-    """x_n · y_n of each row: a few at a time, as a float32 copy of all would be another (N, K)."""
-    y_NK = y.expand(term.x_NK.shape)
-    some = tiles.few_rows(term)
-    return torch.cat([torch.linalg.vecdot(term.x_NK[n].to(y.dtype), y_NK[n]) for n in some])
-
-
-def _mean_w(tiles: Tiles, term: Term) -> Tensor:
-    """Mean row of the term's weight: (1, K)."""
-    wide = tiles.settings.wide
-    pieces = (term.w_VK[columns].sum(0, True, dtype=wide) for columns in tiles.columns)
-    return sum(pieces) / term.w_VK.shape[0]
-
-
 def linear_logps(
     hidden_ND: Tensor,
     head_VD: Tensor | HeadRows,
@@ -178,13 +127,13 @@ def linear_logps(
     fold: "triton" (a GPU, or Triton's interpreter) or "torch" takes a tile into the result.
 
     Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles: on
-    a CPU 2 MiB, for operands of another dtype than float32 also 4 D (512 + 1024) bytes; on a GPU
-    192 MiB. A trained weight keeps its inputs and the cache as well, and sums a narrow gradient
-    in a tile of float32.
+    a CPU 4 MiB or 2 MiB and 2048 D bytes, for operands of another dtype than float32 also 4 D
+    (512 + 1024) bytes; on a GPU 192 MiB. A trained weight keeps its inputs and the cache as
+    well, and sums a narrow gradient in a tile of float32.
 
     The same inputs give the same bits. On a CPU a row's answer does not depend on the other rows
     either, not in one bit, as far as its matrix product sums a row alike in 16 rows and in 512
-    (MKL does, by tests/test_linear_logps.py); cuBLAS chooses by shape, and does not.
+    (oneDNN and MKL do, by tests/test_head_cost.py); cuBLAS chooses by shape, and does not.
 
     ValueError for shapes, dtypes or names that do not fit. The same with full logits:
     reference.linear_logps.
@@ -199,6 +148,7 @@ def linear_logps(
         labels_N = F.pad(labels_N, fill)
         factors[::2] = [F.pad(x_NK, (0, 0, *fill)) for x_NK in factors[::2]]
     grads = [_wants_grad(factor) for factor in factors]
+    operand_dtype, rounded_to = _operand_dtypes(hidden_ND)
     settings = Settings(
         scale=scale,
         softcap=softcap,
@@ -206,8 +156,8 @@ def linear_logps(
         head_cache_bytes=head_cache_bytes,
         skip_below=skip_below,
         fold=fold,
-        operand_dtype=_operand_dtype(hidden_ND),
-        autocast=_autocast_dtype(device) == torch.bfloat16,
+        operand_dtype=operand_dtype,
+        rounded_to=rounded_to,
         term_grads=tuple(zip(grads[::2], grads[1::2], strict=True)),
         bias_grad=_wants_grad(bias_V),
     )
@@ -245,15 +195,11 @@ def _wants_grad(x: Tensor | HeadRows | None) -> bool:
     return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
 
 
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if enabled else None
-
-
-def _operand_dtype(hidden_ND: Tensor) -> torch.dtype:
-    """The inputs' or autocast's dtype; on a CPU float32, which `product` may narrow."""
-    if hidden_ND.dtype == torch.float64:
-        return torch.float64
-    if hidden_ND.device.type == "cpu":
-        return torch.float32
-    return _autocast_dtype(hidden_ND.device) or hidden_ND.dtype
+def _operand_dtypes(hidden_ND: Tensor) -> tuple[torch.dtype, torch.dtype | None]:
+    """The inputs' or autocast's; on a CPU float32 at least, which keeps what autocast rounds to."""
+    device, dtype, autocast = hidden_ND.device.type, hidden_ND.dtype, None
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        autocast = torch.get_autocast_dtype(device)
+    if device == "cpu":
+        return torch.promote_types(dtype, torch.float32), autocast
+    return autocast or dtype, None

@@ -17,15 +17,26 @@ class HeadRows(Protocol):
 
 
 class Operand:
-    """Pieces of rows in the products' dtype, perhaps weighted; the last one is kept."""
+    """Pieces of rows in the products' dtype, perhaps weighted; the last one is kept.
 
-    def __init__(self, of: Tensor | HeadRows, dtype: torch.dtype, weight_N: Tensor | None = None):
-        self._of, self._dtype, self._weight_N = of, dtype, weight_N
+    rounded_to: what autocast would narrow them to; they keep its values in the wider dtype.
+    """
+
+    def __init__(
+        self,
+        of: Tensor | HeadRows,
+        dtype: torch.dtype,
+        weight_N: Tensor | None = None,
+        rounded_to: torch.dtype | None = None,
+    ):
+        self._of, self._dtype, self._weight_N, self._rounded_to = of, dtype, weight_N, rounded_to
         self._rows = self._piece = self._memory = None
 
     def __getitem__(self, rows: slice) -> Tensor:
         if rows != self._rows:
             self._rows, piece = rows, self._of[rows]
+            if self._rounded_to is not None:
+                piece = piece.to(self._rounded_to)
             if self._weight_N is not None:
                 piece = torch.mul(piece, self._weight_N[rows, None], out=self._room_for(piece))
             elif piece.dtype != self._dtype:
@@ -42,31 +53,44 @@ class Operand:
 class Term:
     """x_NK w_VKᵀ, one term of the logits: hidden states and head, or an adapter's two factors."""
 
-    def __init__(self, x_NK, w_VK: Tensor | HeadRows, grads, dtype: torch.dtype, autocast: bool):
-        self.x_NK, self.w_VK, self.dtype = x_NK, w_VK, dtype
-        self.x, self.w = Operand(x_NK, dtype), Operand(w_VK, dtype)
-        self.x_grad, self.w_grad = grads
-        self.narrow = autocast or x_NK.dtype == w_VK.dtype == torch.bfloat16
+    def __init__(self, x_NK, w_VK: Tensor | HeadRows, grads, dtype, rounded_to):
+        self.x_NK, self.w_VK, self.x_grad, self.w_grad = x_NK, w_VK, *grads
+        self._dtypes = {"dtype": dtype, "rounded_to": rounded_to}
+        self.x_pieces = Operand(x_NK, **self._dtypes)
+        self.w_pieces = Operand(w_VK, **self._dtypes)
+
+    def weighted_x(self, weight_N: Tensor) -> Operand:
+        return Operand(self.x_NK, weight_N=weight_N, **self._dtypes)
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, narrow: bool) -> None:
-    """out = a @ b, or out += a @ b: accumulated and left in out's dtype, never rounded before.
-
-    narrow: a CPU may round float32 operands to bfloat16, which loses nothing where they came from
-    it. With bfloat16 instructions that halves the time, without them nothing changes.
-    """
+def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
+    """out = a @ b, or out += a @ b: accumulated and left in out's dtype, never rounded before."""
     if a.dtype != out.dtype:
         if accumulate:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
-        return
-    matmul = torch.backends.mkldnn.matmul  # a setting of the whole process: for one product only
-    before = matmul.fp32_precision
-    if narrow:
-        matmul.fp32_precision = "bf16"
-    try:
-        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    finally:
-        if narrow:
-            matmul.fp32_precision = before
+    elif a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() and has_onednn():
+        onednn_product(a, b, out, accumulate)
+    else:
+        torch_product(a, b, out, accumulate)
+
+
+def torch_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+
+
+def has_onednn() -> bool:
+    """Whether float32 products go to oneDNN: it has AVX-512 on all CPUs that do, MKL not."""
+    return torch.backends.mkldnn.is_available() and (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
+def onednn_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """As torch_product, in float32, through the operator that torch.compile has for it."""
+    linear = torch.ops.mkldnn._linear_pointwise  # takes bᵀ, and has no `out`
+    if accumulate:
+        out.copy_(linear.binary(a, out, b.T, None, "add"))
+    else:
+        out.copy_(linear(a, b.T, None, "none", [], ""))

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.kernels.products import HeadRows, Operand, Term, product
-from fastdpo.kernels.tiles import FOLDS, Rows
+from fastdpo.kernels.fold import FOLDS, RunningSoftmax
+from fastdpo.kernels.products import HeadRows, Term, product
 
 # Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
 TILE_ROWS = {"cpu": 512, "cuda": 8192}
@@ -27,7 +27,7 @@ class Settings(NamedTuple):
     skip_below: float
     fold: str
     operand_dtype: torch.dtype  # of the products' operands
-    autocast: bool
+    rounded_to: torch.dtype | None  # what autocast makes of them, where that is narrower
     term_grads: tuple[tuple[bool, bool], ...]  # of hidden and head, of down and up
     bias_grad: bool
 
@@ -42,7 +42,8 @@ class Settings(NamedTuple):
 
     def terms(self, *factors: Tensor | HeadRows) -> list[Term]:
         pairs = zip(factors[::2], factors[1::2], self.term_grads, strict=True)
-        return [Term(x, w, grads, self.operand_dtype, self.autocast) for x, w, grads in pairs]
+        dtypes = self.operand_dtype, self.rounded_to
+        return [Term(x, w, grads, *dtypes) for x, w, grads in pairs]
 
 
 class Tiles:
@@ -58,12 +59,12 @@ class Tiles:
         if dtype != settings.wide:
             self.p = torch.empty_like(self.z, dtype=dtype)
 
-    def fold(self, block: slice, columns: slice, rows: Rows, memory: Tensor) -> Tensor:
+    def fold(self, block: slice, columns: slice, rows: RunningSoftmax, memory: Tensor) -> Tensor:
         """Take one piece into `rows` and return its p, at the beginning of `memory`."""
         p_NT = _view(memory, block, columns)
         z_NT = p_NT if self.z.dtype == self.p.dtype else _view(self.z, block, columns)
         for k, term in enumerate(self.terms):
-            product(term.x[block], term.w[columns].T, z_NT, accumulate=k > 0, narrow=term.narrow)
+            product(term.x_pieces[block], term.w_pieces[columns].T, z_NT, accumulate=k > 0)
         bias_T = None if self.bias_V is None else self.bias_V[columns].to(z_NT.dtype)
         labels_N, scale, softcap = self.labels_N[block], self.settings.scale, self.settings.softcap
         FOLDS[self.settings.fold](z_NT, p_NT, bias_T, labels_N, columns.start, rows, scale, softcap)
@@ -102,7 +103,7 @@ def _view(memory: Tensor, block: slice, columns: slice) -> Tensor:
     return memory[: shape[0] * shape[1]].view(shape)
 
 
-def walk(tiles: Tiles, rows: Rows) -> tuple[list[Tensor | None], dict]:
+def walk(tiles: Tiles, rows: RunningSoftmax) -> tuple[list[Tensor | None], dict]:
     """Take every tile into `rows`; u_NK of each term (None without dx), and the p that fit.
 
     A piece of p is kept under (block, columns) by number, with the peak that it was made with.
@@ -127,10 +128,8 @@ def walk(tiles: Tiles, rows: Rows) -> tuple[list[Tensor | None], dict]:
                 likely = reached_NT.any(0).nonzero().squeeze(1)
             for term, u_NK in zip(tiles.terms, us, strict=True):
                 if u_NK is not None:
-                    out_NK, w_TK = u_NK[block].mul_(at.rescale_N[:, None]), term.w[columns]
-                    product(
-                        p_NT[:, likely], w_TK[likely], out_NK, accumulate=True, narrow=term.narrow
-                    )
+                    out_NK, w_TK = u_NK[block].mul_(at.rescale_N[:, None]), term.w_pieces[columns]
+                    product(p_NT[:, likely], w_TK[likely], out_NK, accumulate=True)
     return us, kept
 
 
@@ -145,7 +144,7 @@ def weight_gradients(
         for r, block in enumerate(tiles.blocks):
             p_NT, peak_N = kept.get((r, c), (None, None))
             if p_NT is None:
-                fresh = Rows.start(block.stop - block.start, wide, device)
+                fresh = RunningSoftmax.start(block.stop - block.start, wide, device)
                 p_NT, peak_N = tiles.fold(block, columns, fresh, tiles.p), fresh.peak_N
             dlogits_NT = tiles.dlogits(p_NT, peak_N - lse_N[block], block, columns, c_target_N)
             for weight in trained:
@@ -162,7 +161,7 @@ class _Trained:
     """The gradient of one term's weight: summed in place, or beside it if that is narrow."""
 
     def __init__(self, term: Term, dz_N: Tensor, tiles: Tiles):
-        self._x, self._narrow = Operand(term.x_NK, term.dtype, dz_N), term.narrow
+        self._x = term.weighted_x(dz_N)
         self.dw_VK, self._sum_TK, wide = torch.empty_like(term.w_VK), None, tiles.settings.wide
         if self.dw_VK.dtype != wide:
             self._sum_TK = torch.empty_like(self.dw_VK[tiles.columns[0]], dtype=wide)
@@ -173,7 +172,7 @@ class _Trained:
 
     def add(self, dlogits_NT: Tensor, block: slice, columns: slice) -> None:
         a, b, out = dlogits_NT.T, self._x[block], self._sum(columns)
-        product(a, b, out, accumulate=block.start > 0, narrow=self._narrow)
+        product(a, b, out, accumulate=block.start > 0)
 
     def finish(self, columns: slice) -> None:
         if self._sum_TK is not None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate
-from test_linear_logps import Watch
+from watches import Watch
 
 from fastdpo.kernels import reference
 from fastdpo.kernels.pair_loss import BLOCK_C, F_DIVERGENCES, LOSS_TYPES, pair_loss

@@ -6,6 +6,7 @@
 N rows, T columns of the vocabulary from `start` on. README.md says what for.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LOG2_E = math.log2(math.e)
 BLOCK_V = 1024  # columns that a program of the Triton fold reads at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RunningSoftmax:
     """What the walk knows of each row so far; float32, or float64 for float64 inputs."""
 
     peak_N: Tensor  # largest logit
@@ -29,7 +31,7 @@ class Rows:
     squares_N: Tensor | None  # sum of exp(z - peak)², for log_sum_p2
 
     @classmethod
-    def start(cls, N: int, dtype: torch.dtype, device: torch.device, stats=()) -> "Rows":
+    def start(cls, N: int, dtype: torch.dtype, device: torch.device, stats=()) -> "RunningSoftmax":
         """No column seen yet; the last three are summed for the statistics that need them."""
 
         def full(value):
@@ -39,9 +41,14 @@ class Rows:
         sums = [full(0.0) if name in stats else None for name in optional]
         return cls(full(-float("inf")), full(0.0), full(float("nan")), full(0.0), *sums)
 
-    def block(self, rows: slice) -> "Rows":
+    def block(self, rows: slice) -> "RunningSoftmax":
         parts = (getattr(self, field.name) for field in fields(self))
-        return Rows(*(None if part is None else part[rows] for part in parts))
+        return RunningSoftmax(*(None if part is None else part[rows] for part in parts))
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """exp, in place, as a power of two: on a CPU without MKL's own exp a third of the time."""
+    return x.mul_(LOG2_E).exp2_()
 
 
 def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
@@ -64,9 +71,9 @@ def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
     if rows.sum_N is not None:
         rows.sum_N.add_(z_NT.sum(1))
     if rows.weighted_N is None:
-        z_NT.sub_(peak_N[:, None]).exp_()
+        _exp_(z_NT.sub_(peak_N[:, None]))
     else:
-        exp_NT = torch.exp(z_NT - peak_N[:, None])
+        exp_NT = _exp_(z_NT - peak_N[:, None])
         rows.weighted_N.mul_(rows.rescale_N).add_(torch.linalg.vecdot(exp_NT, z_NT))
         z_NT.copy_(exp_NT)
     if rows.squares_N is not None:

@@ -1,0 +1,35 @@
+"""The products of linear_logps: which library takes them, with the same result."""
+
+import pytest
+import torch
+
+from fastdpo.kernels import products
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_onednns_product_is_torchs_for_any_strides(accumulate):
+    """The tiles of the walk: rows of a wider tensor, transposed ones, the same row repeated."""
+    torch.manual_seed(0)
+    wide_NK, repeated_NK = torch.randn(20, 50), torch.randn(1, 33).expand(20, 33)
+    for a in (wide_NK[:, 7:40], torch.randn(33, 20).T, repeated_NK):
+        for b in (torch.randn(33, 40)[:, ::2], torch.randn(11, 33).T):
+            expected = torch.randn(20, b.shape[1])
+            out = expected.clone()
+            products.torch_product(a, b, expected, accumulate)
+            products.onednn_product(a, b, out, accumulate)
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_float32_products_of_a_cpu_with_avx512_go_to_onednn(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    taken = []
+    monkeypatch.setattr(products, "onednn_product", lambda *args: taken.append(args))
+    a, b, out = torch.ones(3, 4), torch.ones(4, 5), torch.ones(3, 5)
+    products.product(a, b, out, accumulate=False)
+    assert len(taken) == 1
+    products.product(a.double(), b.double(), out.double(), accumulate=False)
+    products.product(a[:, :0], b[:0], out, accumulate=False)
+    assert len(taken) == 1, "float64 and sums of no term are torch's"
+    assert (out == 0).all()
