@@ -142,6 +142,8 @@ def reason_to_skip(way: str, mode: str) -> str | None:
     module = next((MODULES[word] for word in MODULES if way.startswith(word)), None)
     if module and importlib.util.find_spec(module) is None:
         return f"{module} is not installed"
+    if way.startswith("torch linear") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"torch {torch.__version__} has none"
     if way == "Liger fused linear cross entropy" and not CUDA:
         return "written in Triton for a GPU, and there is none"
     return None
