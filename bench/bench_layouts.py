@@ -1,7 +1,7 @@
 """Which layout of a batch is cheapest, at which lengths of prompt and completion?
 
-    OMP_NUM_THREADS=1 pytest bench/bench_layouts.py -s              every profile, about an hour
-    pytest bench/bench_layouts.py -s -m "not slow"                  one tiny model, seconds
+    OMP_NUM_THREADS=1 pytest bench/bench_layouts.py      every profile, about an hour
+    pytest bench/bench_layouts.py -m "not slow"          one tiny model, seconds
 
 Whole training steps of fastdpo in each layout beside the plain padded loop's, with LoRA: the
 named profiles, five that are like public data sets, and real pairs. Contenders take turns, step
@@ -32,4 +32,4 @@ def test_layouts(benchmark, profile):
     task = task_of(profile, adapters=True)
     taken = race(task, NAMES, benchmark)
     peaks = {} if profile == "tiny" else {name: peak_mib(name, task) for name in NAMES}
-    report(f"{profile}, LoRA", task, taken, peaks, benchmark)
+    report(f"Layouts, {profile}, LoRA", task, taken, peaks, benchmark)

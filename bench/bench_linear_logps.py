@@ -1,24 +1,26 @@
-"""How much dearer than the bare product is a head's log-probability, forward and backward?
+"""How much dearer than the bare product is a head, up to DPO's loss, forward and backward?
 
-    pytest bench/bench_linear_logps.py -s                 real models' heads, minutes
-    pytest bench/bench_linear_logps.py -m "not slow"      one tiny head, seconds
+    OMP_NUM_THREADS=1 pytest bench/bench_linear_logps.py      real models' heads, an hour
+    pytest bench/bench_linear_logps.py -m "not slow"          one tiny head, seconds
 
-Every way is held against float64 first, and a wrong one is not timed. A row of the table it prints:
-median time as a multiple of `hidden @ head.T` into a preallocated output, taken in turns with it
-(CPU time with one thread, wall time with more); memory at its peak beyond what was there before
-and the gradients; rms and largest error of the log-probabilities, in nats. Skipped rows say why.
+Every way of bench/head_ways.py is held against float64 first, and a wrong one is not timed. A cell:
+median time as a multiple of `hidden @ head.T` into a preallocated output, taken in turns with it,
+and in brackets MiB of memory at its peak beyond the inputs and gradients. A second table has
+the errors of a completion's log-probability, a third the time of two threads against one's.
+float32 on a CPU, bfloat16 on a GPU.
 """
 
-import importlib.util
+import functools
+import os
 import statistics
-import time
-from pathlib import Path
+from collections import defaultdict
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from fastdpo import ops
+from bench.head_ways import WAYS, dpo_loss, reason_to_skip
+from bench.measure import CUDA, DEVICE, PeakMemory, seconds
+from bench.tables import table
 from fastdpo.kernels import reference
 
 HEADS = {  # N completion tokens, D hidden size, V vocabulary
@@ -27,156 +29,159 @@ HEADS = {  # N completion tokens, D hidden size, V vocabulary
     "Llama-2-like": (1024, 1024, 32000),
     "Qwen2.5-0.5B": (256, 896, 151936),
 }
-MODES = ("forward", "frozen", "trained")
+if CUDA:
+    HEADS["Llama-3-8B"] = (8192, 4096, 128256)
 ROUNDS = 3
-CHECKED = 64  # rows held against float64
+SLOW = 10  # products: a way this slow gets one round
+CHECKED_ROWS = 64  # at a time, in float64
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+# of a completion's log-probability in nats, and of a gradient as a share of its largest element;
+# tiles of bfloat16 logits are off by up to a nat in a completion
+NATS, GRADIENT = (2.0, 0.1) if CUDA else (2e-3, 2e-4)
+heads = pytest.mark.parametrize(
+    "head", [pytest.param(name, marks=[] if name == "tiny" else pytest.mark.slow) for name in HEADS]
+)
+modes = pytest.mark.parametrize("mode", ["forward", "frozen", "trained"])
+product_seconds = defaultdict(list)  # of each head, in all turns so far
+largest_errors = defaultdict(list)  # of each way and head, in every mode so far
 
 
-def fastdpo(hidden_ND, head_VD, labels_N):
-    return ops.linear_logps(hidden_ND, head_VD, labels_N, head_cache_bytes=1 << 30)
-
-
-def fastdpo_uncached(hidden_ND, head_VD, labels_N):
-    return ops.linear_logps(hidden_ND, head_VD, labels_N, head_cache_bytes=0)
-
-
-compiled_reference = torch.compile(reference.linear_logps, dynamic=False)
-
-
-def compiled(hidden_ND, head_VD, labels_N):
-    return compiled_reference(hidden_ND, head_VD, labels_N)
-
-
-def torch_plain(hidden_ND, head_VD, labels_N):
-    return -F.linear_cross_entropy(hidden_ND, head_VD, labels_N, reduction="none")
-
-
-def torch_chunked(hidden_ND, head_VD, labels_N):
-    options = torch.nn.LinearCrossEntropyOptions()
-    return -F.linear_cross_entropy(hidden_ND, head_VD, labels_N, reduction="none", options=options)
-
-
-def trl(hidden_ND, head_VD, labels_N):
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as columns
-
-    return ChunkedLogProbFunction.apply(
-        hidden_ND, head_VD, None, labels_N, 1.0, columns, None, 1.0, ()
-    )[0]
-
-
-def liger(hidden_ND, head_VD, labels_N):
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return -liger_fused_linear_cross_entropy(hidden_ND, head_VD, labels_N, reduction="none")
-
-
-def cut_cross_entropy(hidden_ND, head_VD, labels_N):
-    from cut_cross_entropy import linear_cross_entropy
-
-    return -linear_cross_entropy(hidden_ND, head_VD, labels_N, reduction="none")
-
-
-WAYS = {
-    "fastdpo": fastdpo,
-    "fastdpo, no cache": fastdpo_uncached,
-    "naive": reference.linear_logps,
-    "torch.compile of naive": compiled,
-    "torch linear_cross_entropy": torch_plain,
-    "torch linear_cross_entropy, chunked": torch_chunked,
-    "TRL ChunkedLogProbFunction": trl,
-    "Liger fused linear cross entropy": liger,
-    "Cut Cross-Entropy": cut_cross_entropy,
-}
-
-
-def reason_to_skip(way, mode):
-    if way == "fastdpo, no cache" and mode != "trained":
-        return "only a trained head keeps tiles"
-    module = {"TRL": "trl", "Liger": "liger_kernel", "Cut": "cut_cross_entropy"}.get(
-        way.replace("-", " ").split()[0]
-    )
-    if module and importlib.util.find_spec(module) is None:
-        return f"{module} is not installed"
-    if module in ("liger_kernel", "cut_cross_entropy") and not torch.cuda.is_available():
-        return f"{way} is written in Triton for a GPU, and there is none"
-    return None
-
-
-def inputs(N, D, V):
+@functools.lru_cache(maxsize=1)  # the cases of a head come one after the other
+def inputs(head):
+    """hidden_ND, head_VD and labels_N."""
+    N, D, V = HEADS[head]
     torch.manual_seed(0)
-    hidden_ND, head_VD = torch.randn(N, D), torch.randn(V, D) / D**0.5
-    return hidden_ND, head_VD, torch.randint(0, V, (N,))
+    hidden_ND = torch.randn(N, D).to(DEVICE, DTYPE)
+    head_VD = (torch.randn(V, D) / D**0.5).to(DEVICE, DTYPE)
+    return hidden_ND, head_VD, torch.randint(0, V, (N,)).to(DEVICE)
+
+
+@functools.lru_cache(maxsize=1)
+def truth(head):
+    """logps_S, and the loss's gradients dhidden_ND and dhead_VD, made in float64."""
+    hidden_ND, head_VD, labels_N = inputs(head)
+    wide_ND, wide_VD = hidden_ND.double(), head_VD.double()
+
+    def token_logps(rows):
+        return reference.linear_logps(wide_ND[rows], wide_VD, labels_N[rows])
+
+    chunks = [slice(n, n + CHECKED_ROWS) for n in range(0, len(labels_N), CHECKED_ROWS)]
+    with torch.no_grad():
+        token_logps_N = torch.cat([token_logps(rows) for rows in chunks])
+    loss, logps_S = dpo_loss(token_logps_N.requires_grad_())
+    (dtoken_logps_N,) = torch.autograd.grad(loss, token_logps_N)
+    wide_ND.requires_grad_()
+    wide_VD.requires_grad_()
+    for rows in chunks:
+        token_logps(rows).backward(dtoken_logps_N[rows])
+    return logps_S.detach(), wide_ND.grad.float(), wide_VD.grad.float()
 
 
 def step(way, mode, hidden_ND, head_VD, labels_N):
-    """Log-probabilities, and gradients of their sum."""
+    """logps_S, and the loss's gradients of the hidden states and of the head, None if not asked."""
     hidden_ND = hidden_ND.detach().requires_grad_(mode != "forward")
     head_VD = head_VD.detach().requires_grad_(mode == "trained")
-    logps_N = WAYS[way](hidden_ND, head_VD, labels_N)
+    loss, logps_S = WAYS[way](hidden_ND, head_VD, labels_N)
     if mode != "forward":
-        logps_N.sum().backward()
-    return logps_N.detach(), hidden_ND.grad, head_VD.grad
+        loss.backward()
+    return logps_S.detach(), hidden_ND.grad, head_VD.grad
 
 
-def seconds(function):
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    function()
-    return clock() - start
+def errors(made, wanted):
+    """Largest and rms error of logps_S; fails where they or a gradient are wrong."""
+    error_S = made[0] - wanted[0]
+    assert error_S.abs().max() < NATS, f"off by {error_S.abs().max():.1e} nats"
+    for gradient, wanted_gradient in zip(made[1:], wanted[1:], strict=True):
+        if gradient is not None:
+            error = (gradient - wanted_gradient).abs().max() / wanted_gradient.abs().max()
+            assert error < GRADIENT, f"a gradient is off by {error:.1e} of its largest element"
+    return error_S.abs().max().item(), error_S.square().mean().sqrt().item()
 
 
-def in_products(way, mode, hidden_ND, head_VD, labels_N):
-    """Median time as a multiple of the bare product's, in turns."""
-    out_NV, products, ways = torch.zeros(len(hidden_ND), len(head_VD)), [], []
-    for _ in range(ROUNDS):
-        products.append(seconds(lambda: torch.mm(hidden_ND, head_VD.T, out=out_NV)))
-        ways.append(seconds(lambda: step(way, mode, hidden_ND, head_VD, labels_N)))
-    return statistics.median(ways) / statistics.median(products)
+def peak_and_cost(way, mode, args):
+    """MiB at the peak of one step, inputs and gradients aside, and its seconds."""
+    peak, made = PeakMemory(), []
+    cost = seconds(lambda: made.extend(step(way, mode, *args))).cost
+    return peak.mib() - sum(x.nbytes for x in made[1:] if x is not None) / 2**20, cost
 
 
-def peak_mib(function):
-    """Resident memory at its peak beyond that before and the result's; NaN where not Linux."""
-    if not Path("/proc/self/clear_refs").exists():
-        return float("nan")
-
-    def status(field):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith(field))) / 1024
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
-    before = status("VmRSS")
-    made = function()
-    gradients = sum(x.nbytes for x in made[1:] if x is not None) / 2**20
-    return status("VmHWM") - before - gradients
-
-
-def errors(way, mode, hidden_ND, head_VD, labels_N):
-    """rms and largest error of some log-probabilities; fails where they or dhidden are wrong."""
-    logps_N, dhidden_ND, _ = step(way, mode, hidden_ND, head_VD, labels_N)
-    some_ND = hidden_ND[:CHECKED].double().requires_grad_()
-    truth_N = reference.linear_logps(some_ND, head_VD.double(), labels_N[:CHECKED])
-    truth_N.sum().backward()
-    error_N = logps_N[:CHECKED] - truth_N.detach()
-    assert error_N.abs().max() < 1e-4
-    if dhidden_ND is not None:
-        assert (dhidden_ND[:CHECKED] - some_ND.grad).abs().max() < 1e-4 * some_ND.grad.abs().max()
-    return error_N.square().mean().sqrt().item(), error_N.abs().max().item()
+def bare_product(hidden_ND, head_VD, out_NV):
+    return seconds(lambda: torch.mm(hidden_ND, head_VD.T, out=out_NV)).cost
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "head", [pytest.param(name, marks=[] if name == "tiny" else pytest.mark.slow) for name in HEADS]
-)
+@modes
+@heads
 def test_linear_logps(benchmark, head, mode, way):
+    found = table("Heads, in products of hidden states and head (peak MiB)")
+    column = f"{head} {mode}"
     if reason := reason_to_skip(way, mode):
+        found.put(way, column, "-")
+        found.notes[way] = f"{way}: {reason}"
         pytest.skip(reason)
-    args = inputs(*HEADS[head])
-    rms, largest = errors(way, mode, *args)
-    ratio = in_products(way, mode, *args)
-    peak = peak_mib(lambda: step(way, mode, *args))
-    found = {"products": ratio, "peak_mib": peak, "rms": rms, "max": largest}
-    benchmark.extra_info |= found | {"threads": torch.get_num_threads()}
-    print(f"\n| {head} | {mode} | {way} | {ratio:.2f} | {peak:.0f} | {rms:.1e} | {largest:.1e} |")
-    benchmark.pedantic(step, (way, mode, *args), rounds=1)
+    found.put(way, column, "not measured")  # unless it gets to the end
+    torch.compiler.reset()  # a function compiled for eight cases would run the ninth uncompiled
+    args = inputs(head)
+    out_NV = torch.zeros(*HEADS[head][::2], device=DEVICE, dtype=DTYPE)
+
+    largest, rms = errors(step(way, mode, *args), truth(head))
+    bare_product(*args[:2], out_NV)  # the first one finds its pages
+    peak_mib, cost = peak_and_cost(way, mode, args)
+    is_slow = cost > SLOW * bare_product(*args[:2], out_NV)
+    products, steps = [], []
+    benchmark.pedantic(
+        lambda: steps.append(seconds(lambda: step(way, mode, *args)).cost),
+        setup=lambda: products.append(bare_product(*args[:2], out_NV)),
+        rounds=1 if is_slow else ROUNDS,
+    )
+    ratio = statistics.median(steps) / statistics.median(products)
+    product_seconds[head] += products
+    found.put(way, column, f"{ratio:.2f} ({peak_mib:.0f})")
+    found.notes[head] = product_of(head)
+    largest_errors[way, head].append(largest)
+    table("Largest error of a completion's log-probability, nats").put(
+        way, head, f"{max(largest_errors[way, head]):.1e}"
+    )
+    benchmark.extra_info |= {"products": ratio, "peak_mib": peak_mib, "max": largest, "rms": rms}
+
+
+def product_of(head):
+    (N, D, V), taken = HEADS[head], statistics.median(product_seconds[head])
+    return (
+        f"{head}: N, D, V = {N}, {D}, {V}; one product takes {1e3 * taken:.4g} ms, "
+        f"{2e-9 * N * D * V / taken:.0f} GFLOP/s"
+    )
+
+
+@modes
+@heads
+@pytest.mark.skipif(CUDA, reason="of a CPU's threads")
+def test_two_threads(benchmark, head, mode):
+    """Two threads' time on the wall as a share of one's, in turns."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("want two cores, got one")
+    args = inputs(head)
+    out_NV = torch.zeros(*HEADS[head][::2])
+    steps = {
+        "bare product": lambda: torch.mm(args[0], args[1].T, out=out_NV),
+        "fastdpo": lambda: step("fastdpo", mode, *args),
+    }
+    taken = {(name, threads): [] for name in steps for threads in (1, 2)}
+    threads_before = torch.get_num_threads()
+
+    def turn():
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            steps["bare product"]()  # starts the threads
+            for name in steps:
+                taken[name, threads].append(seconds(steps[name]).wall)
+
+    try:
+        benchmark.pedantic(turn, rounds=ROUNDS)
+    finally:
+        torch.set_num_threads(threads_before)
+    for name in steps:
+        one, two = (statistics.median(taken[name, threads]) for threads in (1, 2))
+        table("Two threads, time on the wall as a share of one thread's").put(
+            name, f"{head} {mode}", f"{two / one:.2f}"
+        )

@@ -1,7 +1,7 @@
 """What does the loss of a batch of pairs cost, forward and backward, once its tokens are scored?
 
-    pytest bench/bench_pair_loss.py -s                  all batches, a minute
-    pytest bench/bench_pair_loss.py -s -m "not slow"    a tiny one, seconds
+    OMP_NUM_THREADS=1 pytest bench/bench_pair_loss.py      all batches, a minute
+    pytest bench/bench_pair_loss.py -m "not slow"          a tiny one, seconds
 
 On a CPU fastdpo is the torch twin, on a GPU the kernel. TRL's is its trainer's own _compute_loss,
 fed with log-probabilities; it and "fastdpo, logged" also sum up what a run logs. Each way's loss
@@ -11,13 +11,14 @@ dispatcher is handed, forward and backward: on a GPU each is about a launch.
 
 import collections
 import statistics
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.measure import DEVICE, seconds
+from bench.tables import table
 from fastdpo.kernels import reference
 from fastdpo.losses import pair_loss
 from fastdpo.metrics import MetricSums, pair_metrics
@@ -27,9 +28,9 @@ BATCHES = {  # B pairs, the longest completion; lengths are drawn from half of t
     "8 pairs": (8, 512),
     "64 pairs": (64, 512),
 }
+TURNS = 201
 LOSS_TYPES = ("sigmoid", "ipo", "apo_zero")
 BETA = 0.1
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Batch:
@@ -111,6 +112,7 @@ def eager(batch, loss_type):
 
 
 def compiled(batch, loss_type):
+    torch.compiler.reset()  # else the second batch size is compiled for any size
     compiled_loss = torch.compile(eager_loss)
     tensors = batch.mask_SL, batch.reference_logps_S
     return of_padded(lambda logps_SL: compiled_loss(logps_SL, *tensors, loss_type), batch)
@@ -197,19 +199,6 @@ def check(batch, loss_type, loss, gradient_C):
     torch.testing.assert_close(gradient_C.double(), token_logps_C.grad, rtol=1e-3, atol=1e-7)
 
 
-def seconds(step):
-    """CPU seconds of one step, all threads together; on a GPU, the wall's."""
-    clock = time.process_time
-    if DEVICE.type == "cuda":
-        clock = time.perf_counter
-        torch.cuda.synchronize()
-    start = clock()
-    step()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("loss_type", [("sigmoid",), LOSS_TYPES], ids="+".join)
 @pytest.mark.parametrize(
@@ -217,7 +206,10 @@ def seconds(step):
     [pytest.param(name, marks=[] if name == "tiny" else pytest.mark.slow) for name in BATCHES],
 )
 def test_pair_loss(benchmark, size, loss_type, way):
+    row = f"{size}, {'+'.join(loss_type)}: {way}"
+    found = table("The loss of a batch of pairs, forward and backward")
     if way == "liger" and len(loss_type) > 1:
+        found.notes[way] = "liger: has no mix of losses, and no ipo"
         pytest.skip("Liger has no mix of losses, and no ipo")
     batch = Batch(*BATCHES[size])
     value, step, gradient = WAYS[way](batch, loss_type)
@@ -225,11 +217,12 @@ def test_pair_loss(benchmark, size, loss_type, way):
     with OpCount() as ops:
         step()
     ours = fastdpo_loss(batch, loss_type)[1]
-    pairs = [(seconds(ours), seconds(step)) for _ in range(201)]
+    pairs = [(seconds(ours).cost, seconds(step).cost) for _ in range(TURNS)]
     milliseconds = 1e3 * statistics.median(theirs for _, theirs in pairs)
     ratio = statistics.median(theirs / own for own, theirs in pairs)
     counted = "-" if way == "compiled" else ops.count  # compiled code is none of the dispatcher's
-    benchmark.extra_info |= {"ms": milliseconds, "times fastdpo": ratio, "ops": counted}
-    names = "+".join(loss_type)
-    print(f"\n| {size} | {names} | {way} | {milliseconds:.3f} | {ratio:.2f} | {counted} |")
+    measured = {"ms": milliseconds, "times fastdpo": ratio, "ops": str(counted)}
+    benchmark.extra_info |= measured
+    for column, value in measured.items():
+        found.put(row, column, value)
     benchmark.pedantic(step, rounds=1)

@@ -1,7 +1,7 @@
 """How much cheaper is a whole training step than TRL's, and than the plain loop's?
 
-    OMP_NUM_THREADS=1 pytest bench/bench_train_step.py -s           minutes
-    pytest bench/bench_train_step.py -s -m "not slow"               one tiny model, seconds
+    OMP_NUM_THREADS=1 pytest bench/bench_train_step.py      minutes
+    pytest bench/bench_train_step.py -m "not slow"          one tiny model, seconds
 
 And: is a DPO step whose reference was scored before dearer than a supervised step of the same
 sequences? Whole steps of the public trainers, from one `on_step_begin` to the next. Contenders
@@ -33,7 +33,7 @@ def test_train_step(benchmark, profile, adapters):
     measured = names[-1:] if profile == "tiny" else names  # each starts a process
     taken = race(task, names, benchmark)
     peaks = {name: peak_mib(name, task) for name in measured}
-    report(f"{profile}, {'LoRA' if adapters else 'full'}", task, taken, peaks, benchmark)
+    report(f"Training step, {profile}, {_trained(adapters)}", task, taken, peaks, benchmark)
 
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])
@@ -54,4 +54,9 @@ def test_precomputed_reference_step(benchmark, profile, adapters):
 
     taken = race(task, names, benchmark, check=same_sequences)
     peaks = {} if profile == "tiny" else {name: peak_mib(name, task) for name in names}
-    report(f"{profile}, {'LoRA' if adapters else 'full'}", task, taken, peaks, benchmark)
+    title = f"Reference scored before, {profile}, {_trained(adapters)}"
+    report(title, task, taken, peaks, benchmark)
+
+
+def _trained(adapters):
+    return "LoRA" if adapters else "full"

@@ -19,9 +19,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from bench.length_profiles import Pair
+from bench.measure import CUDA
 from bench.naive_loop import NaiveLoop, padded
 from bench.stepped_trainer import SteppedTrainer
-from bench.tasks import CUDA, END_ID, MODELS, PAD_ID, Task, random_model, word_tokenizer
+from bench.tasks import END_ID, MODELS, PAD_ID, Task, random_model, word_tokenizer
 from fastdpo import DPOConfig, DPOTrainer
 
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 1e-3, 1.0

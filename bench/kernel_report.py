@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdpo.kernels import pair_loss, tiles
+from fastdpo.kernels import fold, pair_loss
 from fastdpo.kernels.vocabulary_walk import TILE_COLUMNS
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # a block's, at most
@@ -59,14 +59,14 @@ def fold_cases():
                     types = {f"{name}_ptr": "*fp32" for name in pointers}
                     types |= {"labels_ptr": "*i64", "p_ptr": dtype, "scale": "fp32"}
                     types |= dict.fromkeys(integers, "i32") | {"softcap": "fp32"}
-                    constants = {"CAP": capped, "BLOCK_V": tiles.BLOCK_V}
+                    constants = {"CAP": capped, "BLOCK_V": fold.BLOCK_V}
                     constants |= dict.fromkeys(optional.values(), full)
                     given = types if full else constants
                     given |= dict.fromkeys(optional, "*fp32" if full else None)
                     kind = "bias and all sums" if full else "alone"
                     yield Case(
                         name=f"fold {head} {width} columns {dtype[1:]} {kind}",
-                        kernel=tiles._fold_kernel,
+                        kernel=fold._fold_kernel,
                         types=types,
                         constants=constants,
                         divisible=integers if width % 16 == 0 else ("start",),

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import ByteLevelBPETokenizer
 
 REAL_PAIRS = Path(__file__).parents[2] / "shared/data/preferences_en.jsonl"
-SPECIAL_IDS = 2  # of bench.contenders.word_tokenizer: padding and end
+SPECIAL_IDS = 2  # of bench.tasks.word_tokenizer: padding and end
 MAX_PROMPT, MAX_COMPLETION = 768, 512  # tokens: what the naive loop's logits leave room for
 
 Pair = dict[str, list[int]]  # prompt_ids, chosen_ids, rejected_ids

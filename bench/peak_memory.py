@@ -1,7 +1,6 @@
 """Peak memory of a contender's training steps, in a process of its own.
 
-On a GPU, what torch allocated at most; on a CPU the resident memory's peak, as Linux counts it.
-Either is counted above what stands when the first step begins: model, reference and rows.
+Counted above what stands when the first step begins: model, reference and rows.
 
     python -m bench.peak_memory < task.json       prints a number of MiB
 """
@@ -12,15 +11,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from bench.contenders import CONTENDERS
-from bench.tasks import CUDA, Task
+from bench.measure import PeakMemory
+from bench.tasks import Task
 
 ROOT = Path(__file__).parents[1]
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
 STEPS = 3  # the optimizer's state is there from the second on
 
 
@@ -39,22 +34,12 @@ def peak_mib(name: str, task: Task) -> float:
 
 def _measured(name: str, task: Task) -> float:
     contender = CONTENDERS[name](task)
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    else:
-        CLEAR_REFS.write_text("5")  # VmHWM starts again from VmRSS
-        before = _status_mib("VmRSS")
+    peak = PeakMemory()
     for _ in range(STEPS):
         contender.step()
-    peak = torch.cuda.max_memory_allocated() / 2**20 if CUDA else _status_mib("VmHWM")
+    mib = peak.mib()
     contender.close()
-    return peak - before
-
-
-def _status_mib(field: str) -> float:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
+    return mib
 
 
 if __name__ == "__main__":

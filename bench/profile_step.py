@@ -12,8 +12,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.contenders import CONTENDERS
-from bench.step_race import environment
-from bench.tasks import CUDA, WARMUP_STEPS, task_of
+from bench.measure import CUDA
+from bench.tables import environment
+from bench.tasks import WARMUP_STEPS, task_of
 
 ROWS = 40
 

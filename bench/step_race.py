@@ -1,58 +1,16 @@
-"""Contenders take turns, a step each; their losses are compared before their times are shown."""
+"""Contenders take turns, a step each; their losses are compared before their times count."""
 
 import contextlib
 import math
-import re
-import resource
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
-
-import torch
 
 from bench.contenders import CONTENDERS
-from bench.tasks import CUDA, WARMUP_STEPS, Task
+from bench.measure import CUDA, Seconds, seconds
+from bench.tables import environment, table
+from bench.tasks import WARMUP_STEPS, Task
 
 LOSS_TOLERANCE = 5e-2 if CUDA else 1e-4  # bfloat16 logits round a completion's sum by 0.7 nats
-
-
-@dataclass(frozen=True, slots=True)
-class Seconds:
-    """Of one step: CPU time of all threads, what the kernel took of it, and time on the wall."""
-
-    cpu: float
-    kernel: float
-    wall: float
-
-    @property
-    def cost(self) -> float:
-        """What a ratio is made of: a GPU's work is in no CPU time."""
-        return self.wall if CUDA else self.cpu
-
-
-def seconds(step: Callable[[], None]) -> Seconds:
-    _synchronize()
-    cpu, kernel, wall = time.process_time(), _kernel_seconds(), time.perf_counter()
-    step()
-    _synchronize()
-    return Seconds(
-        cpu=time.process_time() - cpu,
-        kernel=_kernel_seconds() - kernel,
-        wall=time.perf_counter() - wall,
-    )
-
-
-def _kernel_seconds() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_stime
-
-
-def _synchronize() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
 
 
 def race(
@@ -113,7 +71,7 @@ def assert_same_losses(logs: dict[str, list[dict[str, float]]]) -> None:
 def report(
     title: str, task: Task, taken: dict[str, list[Seconds]], peaks: dict[str, float], benchmark
 ) -> None:
-    """Print a table, a contender a row, and hand its numbers to `benchmark`.
+    """Fill a table, a contender a row, and hand its numbers to `benchmark`.
 
     A ratio is the median, over the steps, of another's cost of a step over the contender's own
     cost of the same step. Tokens are those of the 2B sequences, padding aside, for everyone. The
@@ -124,6 +82,8 @@ def report(
         for pair in task.pairs
     ) / len(task.pairs)
     against = [name for name in ("naive", "TRL", "TRL, fastest", "supervised") if name in taken]
+    timed = len(next(iter(taken.values())))
+    found = table(f"{title}; {task.model}; {timed} steps of {task.batch} pairs")
     rows = {}
     for name, steps in taken.items():
         per_pair = statistics.median(s.cost for s in steps) / task.batch
@@ -143,39 +103,6 @@ def report(
                 for other in against
             },
         }
+        for column, value in rows[name].items():
+            found.put(name, column, value)
     benchmark.extra_info |= {"title": title, "environment": environment(), "rows": rows}
-    print(f"\n{title}; {len(steps)} steps of {task.batch} pairs; {environment()}")
-    print(_table(rows))
-
-
-def _table(rows: dict[str, dict[str, float]]) -> str:
-    names = list(next(iter(rows.values())))
-    lines = ["| |" + "".join(f" {name} |" for name in names), "| --- |" + " --- |" * len(names)]
-    for contender, row in rows.items():
-        cells = ("" if math.isnan(value) else f"{value:.4g}" for value in row.values())
-        lines.append(f"| {contender} |" + "".join(f" {cell} |" for cell in cells))
-    return "\n".join(lines)
-
-
-def environment() -> str:
-    """Device, versions and commit, which every number belongs to."""
-    device = torch.cuda.get_device_name() if CUDA else _cpu_name()
-    threads = f"{torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
-    versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "peft")]
-    if "TRL" in CONTENDERS:
-        versions.append(f"trl {version('trl')}")
-    return ", ".join([device, threads, *versions, f"commit {_commit()}"])
-
-
-def _cpu_name() -> str:
-    return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    return done.stdout.strip() or "unknown"

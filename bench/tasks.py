@@ -10,17 +10,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from bench.length_profiles import (
-    DATASETS,
-    TARGETS,
-    TINY,
-    Pair,
-    random_pairs,
-    real_pairs,
-)
+from bench.length_profiles import DATASETS, TARGETS, TINY, Pair, random_pairs, real_pairs
+from bench.measure import CUDA
 
 PAD_ID, END_ID = 0, 1
-CUDA = torch.cuda.is_available()
 WARMUP_STEPS = 2
 MODELS = {
     "tiny": LlamaConfig(

@@ -1,12 +1,15 @@
 """`fastdpo train | verify | demo`: parse, call, print.
 
 `fastdpo train` takes the flags and YAML files of `trl dpo`; `fastdpo dpo` is the same. Bad input
-ends with one line on stderr and exit code 2, Ctrl-C with 130; a bug keeps its traceback.
+ends with one line on stderr and exit code 2, Ctrl-C with 130. Whatever goes wrong while flags, rows
+and model are read counts as bad input; FASTDPO_DEBUG=1 shows its traceback as well. A later error
+keeps its own.
 """
 
 import contextlib
 import subprocess
 import sys
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from os import environ
@@ -63,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run_command(argv)
     except BadInput as error:
+        if environ.get("FASTDPO_DEBUG") == "1":
+            traceback.print_exception(error)
         print(f"fastdpo: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -91,7 +96,7 @@ def _run_command(argv: list[str]) -> int:
 
 def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     """Train as `argv` says, from the last checkpoint if its output_dir holds one of this run."""
-    from fastdpo.arguments import TrainParser
+    from fastdpo.parser import TrainParser
     from fastdpo.rows import RowError
     from fastdpo.run_folder import mark_finished, mark_started, run_identity
 
@@ -132,7 +137,7 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
 
 def verify(argv: Sequence[str]) -> int:
     """Hold the engine against plain PyTorch as `argv` says: 0 where they agree, else 1."""
-    from fastdpo.arguments import VerifyParser
+    from fastdpo.parser import VerifyParser
     from fastdpo.subject import load_subject
     from fastdpo.verify import HEADER, compare, describe, plain_way
 
@@ -179,12 +184,8 @@ def _choose_folder(training_args, identity: dict[str, Any], fresh: bool) -> "Run
 def _build_trainer(script_args, training_args, model_args, dataset_args) -> "DPOTrainer":
     import torch
 
-    from fastdpo.arguments import (
-        init_kwargs,
-        load_datasets,
-        peft_config,
-        quantization_config,
-    )
+    from fastdpo.arguments import init_kwargs, peft_config, quantization_config
+    from fastdpo.mixture import load_datasets
     from fastdpo.trainer import DPOTrainer
 
     train_rows, eval_rows = load_datasets(

@@ -23,6 +23,7 @@ from fastdpo.batch import TokensRun, scored_positions
 from fastdpo.tree import Branch, Tree, Trunk
 
 Row = Mapping[str, Any]
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 

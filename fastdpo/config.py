@@ -14,13 +14,10 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from fastdpo.collate import LAYOUTS, Cut
 from fastdpo.kernels.linear_logps import HEAD_CACHE_BYTES
-from fastdpo.losses import COMPARING, F_DIVERGENCES, LOSS_TYPES, SMOOTHED
+from fastdpo.losses import BATCH_LOSSES, F_DIVERGENCES, LOSS_TYPES, SMOOTHED, WITH_F_DIVERGENCE
 from fastdpo.model import TOKEN_STATS
 
 logger = logging.get_logger(__name__)
-
-# TRL's losses that need more of a batch than one pair's log-probabilities
-NOT_YET = ("bco_pair", "aot", "aot_unpaired", "sft")
 
 
 def _setting(default: Any, text: str, **metadata: Any) -> Any:
@@ -101,7 +98,8 @@ class DPOConfig(TrainingArguments):
         None,
         "Run a training batch in packs of at most this many tokens, one after the other, with the "
         "loss and gradients of the whole. auto: as the free memory of the GPU allows, and, in a "
-        "single process, less after an out-of-memory error. Unset: the batch in one forward.",
+        "single process, less after an out-of-memory error. Unset: the batch in one forward. (With "
+        f"loss_type {', '.join(BATCH_LOSSES)} each pack has one more forward, without gradient.)",
     )
     on_bad_rows: Literal["raise", "skip"] = _setting(
         "raise", "A malformed row ends the run before it starts, or is left out and counted."
@@ -133,7 +131,9 @@ class DPOConfig(TrainingArguments):
 
     # The loss
     loss_type: list[str] = _setting(
-        ["sigmoid"], f"One or more of {', '.join(LOSS_TYPES)}; more than one are summed."
+        ["sigmoid"],
+        f"One or more of {', '.join(LOSS_TYPES)}; more than one are summed. What a pair costs in "
+        f"{', '.join(BATCH_LOSSES)} depends on the other pairs of its batch, on its own device.",
     )
     loss_weights: list[float] | None = _setting(
         None, "A weight for each of loss_type in that sum; unset: 1."
@@ -144,7 +144,8 @@ class DPOConfig(TrainingArguments):
     label_smoothing: float = _setting(
         0.0,
         "Probability that a preference is the wrong way round, in [0, 0.5): read by sigmoid "
-        "(conservative DPO; TRL's ignores it), robust, and exo_pair, which needs it above 0.",
+        "(conservative DPO; TRL's ignores it), robust, aot, aot_unpaired, and exo_pair, which "
+        "needs it above 0.",
     )
     ld_alpha: float | None = _setting(
         None,
@@ -154,7 +155,7 @@ class DPOConfig(TrainingArguments):
     f_divergence_type: str = _setting(
         "reverse_kl",
         "f-DPO: what holds policy to reference. Others than reverse_kl go with loss_type "
-        f"{', '.join(COMPARING)}.",
+        f"{', '.join(WITH_F_DIVERGENCE)}.",
         choices=[*F_DIVERGENCES],
     )
     f_alpha_divergence_coef: float = _setting(
@@ -163,7 +164,7 @@ class DPOConfig(TrainingArguments):
     use_weighting: bool = _setting(
         False,
         "WPO (arXiv:2406.11827): a pair weighs the more, the likelier the policy is to write its "
-        "completions itself.",
+        f"completions itself. Not with loss_type {', '.join(BATCH_LOSSES)}.",
     )
     discopop_tau: float = _setting(0.05, "Used by loss_type discopop; above 0.")
     activation_offloading: bool = _setting(False, "Activations to CPU memory. Not there yet.")
@@ -200,6 +201,11 @@ class DPOConfig(TrainingArguments):
         """The column that transformers' samplers by length read; None where none is asked for."""
         by_length = ("group_by_length", "batch_rebalance")
         return self.length_column_name if self.train_sampling_strategy in by_length else None
+
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether what a pair costs depends on the other pairs of its batch."""
+        return bool(set(self.loss_type) & set(BATCH_LOSSES))
 
     @property
     def token_stats(self) -> tuple[str, ...]:
@@ -262,13 +268,15 @@ class DPOConfig(TrainingArguments):
         layouts = ("auto", *LAYOUTS)
         _want(self.layout in layouts, f"layout of {layouts}", self.layout)
         _want(self.on_bad_rows in ("raise", "skip"), "on_bad_rows raise or skip", self.on_bad_rows)
+        _want(
+            self.max_tokens_per_forward is None or self.include_num_input_tokens_seen == "no",
+            "include_num_input_tokens_seen no with max_tokens_per_forward (num_tokens is logged)",
+            self.include_num_input_tokens_seen,
+        )
 
     def _check_loss(self):
-        unknown = [name for name in self.loss_type if name not in LOSS_TYPES]
-        wanted = f"loss_type some of {LOSS_TYPES}"
-        if set(unknown) <= set(NOT_YET):
-            wanted += f" ({', '.join(unknown)}: not there yet)"
-        _want(self.loss_type and not unknown, wanted, self.loss_type)
+        are_known = bool(self.loss_type) and set(self.loss_type) <= set(LOSS_TYPES)
+        _want(are_known, f"loss_type some of {LOSS_TYPES}", self.loss_type)
         count = len(self.loss_type)
         _want(
             self.loss_weights is None or len(self.loss_weights) == count,
@@ -291,10 +299,22 @@ class DPOConfig(TrainingArguments):
         divergence = self.f_divergence_type
         _want(divergence in F_DIVERGENCES, f"f_divergence_type in {F_DIVERGENCES}", divergence)
         _want(
-            divergence == "reverse_kl" or set(self.loss_type) <= set(COMPARING),
+            divergence == "reverse_kl" or set(self.loss_type) <= set(WITH_F_DIVERGENCE),
             f"f_divergence_type reverse_kl with loss_type {self.loss_type} (others go with "
-            f"{COMPARING})",
+            f"{WITH_F_DIVERGENCE})",
             divergence,
+        )
+        _want(
+            not (self.mixes_pairs and self.use_weighting),
+            f"use_weighting=False with loss_type {self.loss_type} (in {BATCH_LOSSES}, no pair has "
+            "a loss of its own to weigh)",
+            self.use_weighting,
+        )
+        _want(
+            not self.mixes_pairs or self.disable_dropout or self.max_tokens_per_forward is None,
+            f"max_tokens_per_forward unset with loss_type {self.loss_type} and "
+            "disable_dropout=False (a pack is run twice, and two forwards drop different things)",
+            self.max_tokens_per_forward,
         )
 
     def _check_unsupported(self):
@@ -315,8 +335,8 @@ def _want(condition: bool, wanted: str, came: Any):
 
 def _are_finite(values: Any) -> bool:
     """Whether `values` is a list of finite numbers."""
-    is_list = isinstance(values, list | tuple)
-    return is_list and all(isinstance(x, int | float) and math.isfinite(x) for x in values)
+    is_list = isinstance(values, (list, tuple))
+    return is_list and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
 
 
 def _pad_multiple(value: int | str | None) -> int | None:

@@ -5,24 +5,35 @@ a batch of rows in one call. Tokens may merge across the end of a prompt, so the
 those that the three begin with alike; what follows is the completion. Row numbers count from 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from fastdpo.collate import ID_COLUMNS, REFERENCE_COLUMNS
 from fastdpo.messages import FieldError, is_conversation
-from fastdpo.preferences import FIELDS, ID_FIELDS, REFERENCE_FIELDS, checked_row
+from fastdpo.preferences import FIELDS, MALFORMED, checked_row
 
 logger = logging.get_logger(__name__)
 
-KEPT, TOO_LONG, BAD = 0, 1, 2
-REASONS_SHOWN = 3
+# bits of a row's status: why it is dropped, and what is odd about a row that is kept
+TOO_LONG, BAD, EQUAL, CUT = 1, 2, 4, 8
+DROPPED = TOO_LONG | BAD
+REPORT = ("status", "note")  # columns that are there until all is counted
+NOTES_SHOWN = 3
+STREAMED_AT_ONCE = 64  # rows: that many are tokenised for a look at the first
+CUT_PROMPT = (
+    "the prompt alone is tokenised otherwise than before a completion, so that its end is left "
+    "out (its chat template renders it otherwise, or tokens merge across its end)"
+)
 
 
 class RowError(ValueError):
@@ -34,7 +45,8 @@ class PairCounts:
     """What became of a dataset's rows; tokens are those of the pairs kept, before truncation.
 
     too_long: dropped, as the prompt alone fills max_length. bad: dropped as malformed. equal:
-    kept, though chosen equals rejected.
+    kept, though chosen equals rejected. cut: kept without the end of the prompt, which prompt +
+    completion does not begin with.
     """
 
     rows: int
@@ -42,6 +54,7 @@ class PairCounts:
     too_long: int
     bad: int
     equal: int
+    cut: int
     prompt_tokens: int
     completion_tokens: int
 
@@ -62,65 +75,85 @@ def prepare_pairs(
     ref_chosen_logps and ref_rejected_logps stay, where the rows have them. A row whose prompt
     alone fills max_length is dropped (keep_start would cut all of its completion); cutting is
     the collator's. length_column: one more column, the tokens of prompt, chosen and rejected, for
-    samplers by length. A streamed dataset is read as it trains, and not counted: None.
+    samplers by length. A streamed dataset is read up to its first pair, the rest as it trains,
+    and not counted: None.
 
     RowError at the first malformed row, or with on_bad_rows="skip" a warning that counts them;
-    ValueError where no row is left.
+    ValueError where columns are missing or no row is left.
     """
-    columns = _columns(dataset)
+    columns = _columns(dataset, name)
     tokenize = _Tokenize(
         tokenizer=tokenizer,
         name=name,
         limit=max_length if truncation_mode == "keep_start" else None,
         skip_bad=on_bad_rows == "skip",
-        with_reference=bool(set(REFERENCE_FIELDS) & set(columns)),
+        with_reference=bool(set(REFERENCE_COLUMNS) & set(columns)),
     )
     if isinstance(dataset, IterableDataset):
-        pairs = dataset.map(
-            _DropAsItComes(tokenize), batched=True, with_indices=True, remove_columns=columns
-        )
-        return pairs, None
-    if len(dataset) == 0:
-        raise ValueError(f"{name} dataset: want at least one row, got none")
+        return _as_it_comes(dataset, tokenize, columns), None
     pairs = dataset.with_format(None).map(
         tokenize,
         batched=True,
         with_indices=True,
         remove_columns=columns,
-        features=_features(tokenize.with_reference),
+        features=tokenize.features,
         num_proc=num_proc and min(num_proc, len(dataset)),
         desc=f"Tokenizing the {name} dataset",
     )
-    counts = _counted(pairs)
-    _warn(name, counts, [reason for reason in pairs["reason"] if reason])
+    status = pairs.data["status"].to_numpy()
+    kept = status & DROPPED == 0
+    tokens = {column: pc.list_value_length(pairs.data[column]).to_numpy() for column in ID_COLUMNS}
+    counts = _counted(status, {column: int(each[kept].sum()) for column, each in tokens.items()})
+    _warn(name, counts, status, pairs.data["note"])
     if counts.pairs == 0:
         raise ValueError(
             f"{name} dataset: no row is left of {counts.rows}: in {counts.too_long} the prompt "
             f"alone fills max_length={max_length}, {counts.bad} are malformed"
         )
-    kept = np.flatnonzero(np.array(pairs["status"]) == KEPT)
-    pairs = pairs.select(kept).remove_columns(["status", "reason"])
     if length_column is not None:
-        lengths = [sum(len(row[field]) for field in ID_FIELDS) for row in pairs]
-        pairs = pairs.add_column(length_column, lengths)
-    return pairs, counts
+        pairs = pairs.add_column(length_column, sum(tokens.values()))
+    return pairs.remove_columns([*REPORT]).select(np.flatnonzero(kept)), counts
 
 
-def _columns(dataset: Dataset | IterableDataset) -> list[str]:
-    if dataset.column_names is not None:
-        return dataset.column_names
-    return list(next(iter(dataset), {}))
+def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
+    """The columns of `dataset`; ValueError where a pair's are not among them."""
+    columns = dataset.column_names
+    if columns is None:  # a stream's rows say; one that could not be read does not
+        columns = list(next((row for row in dataset if MALFORMED not in row), {}))
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError(f"{name} dataset: want at least one row that can be read, got none")
+    if not ({"chosen", "rejected"} <= set(columns) or set(ID_COLUMNS) <= set(columns)):
+        raise ValueError(
+            f"{name} dataset: want the columns chosen and rejected, with prompt or without, or "
+            f"{', '.join(ID_COLUMNS)}, got {columns}"
+        )
+    return columns
 
 
-def _features(with_reference: bool) -> Features:
-    ids = {field: ListOf(Value("int64")) for field in ID_FIELDS}
-    logps = {field: Value("float64") for field in REFERENCE_FIELDS} if with_reference else {}
-    return Features(ids | logps | {"status": Value("int8"), "reason": Value("string")})
+def _as_it_comes(
+    dataset: IterableDataset, tokenize: "_Tokenize", columns: list[str]
+) -> IterableDataset:
+    pairs = dataset.map(
+        _TellTheFirst(tokenize),
+        batched=True,
+        batch_size=STREAMED_AT_ONCE,
+        with_indices=True,
+        remove_columns=columns,
+    ).filter(_is_kept, input_columns="status")
+    # a later row may have had columns that the first one had not
+    features = Features({k: v for k, v in tokenize.features.items() if k not in REPORT})
+    pairs = pairs.select_columns([*features]).cast(features)
+    if next(iter(pairs), None) is None:
+        raise ValueError(
+            f"{tokenize.name} dataset: no row is left of the stream: all are malformed, or their "
+            "prompt alone fills max_length"
+        )
+    return pairs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Tokenize:
-    """A batch of rows as columns, and their row numbers -> the columns of _features."""
+    """A batch of rows as columns, and their row numbers -> the columns of `features`."""
 
     tokenizer: PreTrainedTokenizerBase
     name: str
@@ -128,40 +161,44 @@ class _Tokenize:
     skip_bad: bool
     with_reference: bool
 
+    @property
+    def features(self) -> Features:
+        ids = {column: ListOf(Value("int64")) for column in ID_COLUMNS}
+        columns = REFERENCE_COLUMNS if self.with_reference else ()
+        logps = {column: Value("float64") for column in columns}
+        return Features(ids | logps | {"status": Value("int8"), "note": Value("string")})
+
     def __call__(self, batch: dict[str, Sequence], indices: list[int]) -> dict[str, list]:
         names = [name for name in FIELDS if name in batch]
-        columns = [batch[name] for name in names]
-        rows: list[dict | None] = []
-        reasons: list[str | None] = []
-        for index, values in zip(indices, zip(*columns, strict=True), strict=True):
-            row, reason = self._attempt(
-                index, self._rendered, dict(zip(names, values, strict=True))
-            )
-            rows.append(row)
-            reasons.append(reason)
-        if not columns:
-            self._attempt(indices[0], checked_row, {})
-        self._add_ids(rows)
-        for i, row in enumerate(rows):
-            if row is not None:
-                rows[i], reasons[i] = self._attempt(indices[i], self._split, row)
-        return self._as_columns(rows, reasons)
+        rows = [{name: batch[name][i] for name in names} for i in range(len(indices))]
+        rows = self._attempt(self._rendered, rows, indices)
+        self._add_ids([row for row in rows if "texts" in row])
+        pairs = self._attempt(self._split, rows, indices)
+        unset = {column: [] for column in ID_COLUMNS}
+        return {name: [pair.get(name, unset.get(name)) for pair in pairs] for name in self.features}
 
-    def _attempt(self, index: int, step, row) -> tuple[Any, str | None]:
-        """What `step` makes of the row, or why it is malformed."""
-        try:
-            return step(row), None
-        except FieldError as error:
-            message = f"{self.name} dataset, row {index}, {error}"
-            if not self.skip_bad:
-                raise RowError(message) from None
-            return None, message
+    def _attempt(
+        self, step: Callable[[dict], dict], rows: list[dict], indices: list[int]
+    ) -> list[dict[str, Any]]:
+        """What `step` makes of each row, of a malformed one its status and a note that says why."""
+        made = []
+        for row, index in zip(rows, indices, strict=True):
+            try:
+                made.append(row if "status" in row else step(row))
+            except (FieldError, RowError) as error:
+                note = f"{self.name} dataset, row {index}, {error}"
+                if not self.skip_bad:
+                    raise RowError(note) from None
+                made.append({"status": BAD, "note": note})
+        return made
 
     def _rendered(self, row: dict[str, Any]) -> dict[str, Any]:
         """The checked row, with the three texts of it that are to be tokenised."""
+        if row.get(MALFORMED) is not None:
+            raise RowError(row[MALFORMED])
         row = checked_row(row)
-        if self.with_reference and REFERENCE_FIELDS[0] not in row:
-            raise FieldError(REFERENCE_FIELDS[0], "a number, as other rows have one", "no value")
+        if self.with_reference and REFERENCE_COLUMNS[0] not in row:
+            raise FieldError(REFERENCE_COLUMNS[0], "a number, as other rows have one", "no value")
         if "prompt_ids" in row:
             return row
         sides = (row["prompt"] + row["chosen"], row["prompt"] + row["rejected"])
@@ -183,10 +220,10 @@ class _Tokenize:
             raise FieldError("prompt", "what the chat template takes", str(error)) from None
         return row | {"texts": texts, "is_chat": True}
 
-    def _add_ids(self, rows: list[dict | None]) -> None:
+    def _add_ids(self, rows: list[dict]) -> None:
         """Tokenise the texts of all rows: one call for plain text, one for conversations."""
         for is_chat in (False, True):
-            group = [row for row in rows if row is not None and row.get("is_chat") is is_chat]
+            group = [row for row in rows if row["is_chat"] is is_chat]
             texts = [text for row in group for text in row["texts"]]
             if not texts:
                 continue
@@ -206,28 +243,28 @@ class _Tokenize:
         return ids
 
     def _split(self, row: dict[str, Any]) -> dict[str, Any]:
-        """prompt_ids, chosen_ids and rejected_ids of a row that has its ids, and its status."""
-        pair = {field: row[field] for field in (*ID_FIELDS, *REFERENCE_FIELDS) if field in row}
+        """The columns of a row that has its ids."""
+        pair = {field: row[field] for field in (*ID_COLUMNS, *REFERENCE_COLUMNS) if field in row}
+        lost: list[int] = []
         if "ids" in row:
             shared = _common_length(*row["ids"])
             prompt_ids, chosen_ids, rejected_ids = row["ids"]
             ids = (prompt_ids[:shared], chosen_ids[shared:], rejected_ids[shared:])
-            pair |= dict(zip(ID_FIELDS, ids, strict=True))
-        for field in ID_FIELDS:
+            pair |= dict(zip(ID_COLUMNS, ids, strict=True))
+            lost = prompt_ids[shared:]
+        for field in ID_COLUMNS:
             if not pair[field]:
                 text = row[field.removesuffix("_ids")]
                 raise FieldError(field.removesuffix("_ids"), "at least one token of its own", text)
             if max(pair[field]) >= len(self.tokenizer):
                 wanted = f"token ids below {len(self.tokenizer)}"
                 raise FieldError(field, wanted, max(pair[field]))
-        is_long = self.limit is not None and len(pair["prompt_ids"]) >= self.limit
-        return pair | {"status": TOO_LONG if is_long else KEPT}
-
-    def _as_columns(self, rows: list[dict | None], reasons: list[str | None]) -> dict[str, list]:
-        empty = {field: [] for field in ID_FIELDS} | {"status": BAD}
-        rows = [row or empty for row in rows]
-        fields = (*ID_FIELDS, *(REFERENCE_FIELDS if self.with_reference else ()), "status")
-        return {f: [row.get(f) for row in rows] for f in fields} | {"reason": reasons}
+        if self.limit is not None and len(pair["prompt_ids"]) >= self.limit:
+            return pair | {"status": TOO_LONG}
+        status = EQUAL if pair["chosen_ids"] == pair["rejected_ids"] else 0
+        if lost and lost != [self.tokenizer.eos_token_id]:  # the tokenizer's own end of any text
+            return pair | {"status": status | CUT, "note": repr(self.tokenizer.decode(lost))}
+        return pair | {"status": status}
 
 
 def _common_length(prompt_ids: list[int], chosen_ids: list[int], rejected_ids: list[int]) -> int:
@@ -239,44 +276,55 @@ def _common_length(prompt_ids: list[int], chosen_ids: list[int], rejected_ids: l
     return length
 
 
-class _DropAsItComes:
-    """_Tokenize for a stream: rows that do not train are left out at once, the first one told."""
+def _is_kept(status: int) -> bool:
+    return not status & DROPPED
+
+
+class _TellTheFirst:
+    """_Tokenize for a stream: warns of the first row to be dropped, and the first prompt cut."""
 
     def __init__(self, tokenize: _Tokenize):
         self._tokenize = tokenize
-        self._told = False
+        self._told = 0  # bits of status
 
     def __call__(self, batch: dict[str, Sequence], indices: list[int]) -> dict[str, list]:
         columns = self._tokenize(batch, indices)
-        status, reasons = columns.pop("status"), columns.pop("reason")
-        for index, code, reason in zip(indices, status, reasons, strict=True):
-            if code != KEPT and not self._told:
-                self._told = True
-                reason = reason or f"row {index}: its prompt alone fills max_length"
-                logger.warning(
-                    f"{self._tokenize.name} dataset: rows are left out, this one first: {reason}"
-                )
-        kept = [i for i, code in enumerate(status) if code == KEPT]
-        return {name: [values[i] for i in kept] for name, values in columns.items()}
+        for index, status, note in zip(indices, *(columns[name] for name in REPORT), strict=True):
+            if status & DROPPED & ~self._told:
+                why = note or f"row {index}: its prompt alone fills max_length"
+                self._tell(DROPPED, f"rows are left out, this one first: {why}")
+            if status & CUT & ~self._told:
+                self._tell(CUT, f"in rows from this one on {CUT_PROMPT}: row {index} {note}")
+        return columns
+
+    def _tell(self, bits: int, what: str) -> None:
+        self._told |= bits
+        logger.warning(f"{self._tokenize.name} dataset: {what}")
 
 
-def _counted(pairs: Dataset) -> PairCounts:
-    status = np.array(pairs["status"])
-    kept = list(pairs.select_columns(list(ID_FIELDS)).select(np.flatnonzero(status == KEPT)))
+def _counted(status: np.ndarray, tokens: dict[str, int]) -> PairCounts:
+    def count(bits: int) -> int:
+        return int(np.count_nonzero(status & bits))
+
+    prompt, chosen, rejected = (tokens[column] for column in ID_COLUMNS)
     return PairCounts(
         rows=len(status),
-        pairs=len(kept),
-        too_long=int((status == TOO_LONG).sum()),
-        bad=int((status == BAD).sum()),
-        equal=sum(row["chosen_ids"] == row["rejected_ids"] for row in kept),
-        prompt_tokens=sum(len(row["prompt_ids"]) for row in kept),
-        completion_tokens=sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in kept),
+        pairs=len(status) - count(DROPPED),
+        too_long=count(TOO_LONG),
+        bad=count(BAD),
+        equal=count(EQUAL),
+        cut=count(CUT),
+        prompt_tokens=prompt,
+        completion_tokens=chosen + rejected,
     )
 
 
-def _warn(name: str, counts: PairCounts, reasons: list[str]) -> None:
+def _warn(name: str, counts: PairCounts, status: np.ndarray, notes: pa.ChunkedArray) -> None:
+    def first(bits: int, at_most: int) -> dict[int, str]:
+        return {int(i): notes[i].as_py() for i in np.flatnonzero(status & bits)[:at_most]}
+
     if counts.bad:
-        shown = "; ".join(reasons[:REASONS_SHOWN])
+        shown = "; ".join(first(BAD, NOTES_SHOWN).values())
         logger.warning(f"{name} dataset: {counts.bad} malformed rows left out, such as: {shown}")
     if counts.too_long:
         logger.warning(
@@ -285,4 +333,8 @@ def _warn(name: str, counts: PairCounts, reasons: list[str]) -> None:
     if counts.equal:
         logger.warning(
             f"{name} dataset: in {counts.equal} rows chosen equals rejected; they teach nothing"
+        )
+    for row, lost in first(CUT, 1).items():
+        logger.warning(
+            f"{name} dataset: in {counts.cut} rows {CUT_PROMPT}, first of row {row} {lost}"
         )

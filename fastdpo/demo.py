@@ -20,7 +20,6 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
 import datasets
-import psutil
 import torch
 import transformers
 from datasets import Dataset
@@ -220,6 +219,8 @@ MEASURED = {"fastdpo": measure_fastdpo, "naive": measure_naive}
 
 def _measured(run) -> dict[str, float]:
     """Wall seconds of `run()`, and how far it takes the process's memory beyond what it found."""
+    import psutil
+
     found = psutil.Process().memory_info().rss
     start = time.perf_counter()
     run()

@@ -55,6 +55,9 @@ def why_padded(model: nn.Module) -> str | None:
         return f"{name} does not use transformers' attention interface"
     if any(parameter.endswith(("sinks", "sink")) for parameter, _ in causal_lm.named_parameters()):
         return f"{name} has attention sinks"
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if is_capped and config._attn_implementation == "sdpa":  # Gemma 2, before transformers refused
+        return f"{name} leaves its soft-capping out: load it with attn_implementation='eager'"
     return None
 
 

@@ -11,9 +11,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from fastdpo.batch import PairBatch
-from fastdpo.collate import Row
+from fastdpo.collate import ID_COLUMNS, Row
 from fastdpo.model import causal_lm_of, score
-from fastdpo.preferences import ID_FIELDS
 
 Collator = Callable[[list[Row]], dict[str, Any]]
 LOOKED_AT = 32  # rows, of which the longest is scored: more of it lies beyond a sliding window
@@ -22,11 +21,9 @@ ROUNDINGS, LEAST_TOLERANCE = 12, 1e-3
 
 
 def longest_rows(rows: Iterable[Row]) -> list[Row]:
-    """The first few rows to train on, the longest first; ValueError where there is none."""
-    few = list(islice(rows, LOOKED_AT))
-    if not few:
-        raise ValueError("train dataset: want at least one row to train on, got none")
-    return sorted(few, key=lambda row: sum(len(row[name]) for name in ID_FIELDS), reverse=True)
+    """The first few rows, the longest first."""
+    few = islice(rows, LOOKED_AT)
+    return sorted(few, key=lambda row: sum(len(row[name]) for name in ID_COLUMNS), reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Log-probabilities of policy and reference -> PairLoss: every loss that is a closed form."""
+"""Log-probabilities of policy and reference -> PairLoss, by the names of the losses."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,14 @@ from torch import Tensor
 from fastdpo import ops
 from fastdpo.kernels import reference
 
-LOSS_TYPES = tuple(reference.LOSSES)
+BATCH_LOSSES = tuple(reference.BATCH_LOSSES)  # a pair's depends on the other pairs of its batch
+LOSS_TYPES = (*reference.LOSSES, *BATCH_LOSSES)
 F_DIVERGENCES = tuple(reference.SCORES)
-SMOOTHED = ("sigmoid", "robust", "exo_pair")  # read label_smoothing
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")  # read label_smoothing
 # The chosen and the rejected reward meet in a difference, where the unknown constant of an
 # f-divergence's reward cancels: without that, f-DPO does not hold (as TRL has it).
-COMPARING = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "discopop")
+# (And sft has no reward.)
+WITH_F_DIVERGENCE = tuple("sigmoid sigmoid_norm robust hinge ipo exo_pair discopop sft".split())
 PAIR_METRICS = (  # the rows of metrics_MB
     "rewards/chosen",
     "rewards/rejected",
@@ -54,6 +56,8 @@ def pair_loss(
     token_logps_C: Tensor, cu_seqlens: Tensor, reference_logps_S: Tensor, **settings
 ) -> PairLoss:
     """The weighted sum of one or more losses for each pair: kernels/reference.py has the formulas.
+
+    With one of BATCH_LOSSES, the pairs given here are the batch.
 
     token_logps_C: float32, C tokens of S = 2B completions end to end, chosen 0..B-1 then
     rejected; cu_seqlens: int32 (S + 1,). settings: as kernels.pair_loss.pair_loss has them.

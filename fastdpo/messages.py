@@ -29,8 +29,6 @@ def check_conversation(prompt: list[dict], chosen: list[dict], rejected: list[di
     """FieldError unless prompt + completion is in order, for both completions."""
     for field, messages in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         _check_messages(field, messages)
-    if prompt[-1]["role"] == "assistant":
-        raise FieldError("prompt", "a last message that is to be answered", "role 'assistant'")
     _check_order("prompt", prompt, may_be_system=True, previous=None)
     for field, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[0]["role"] != "assistant":
@@ -62,8 +60,6 @@ def _check_content(where: str, message: dict[str, Any]) -> None:
         return
     if not isinstance(content, str):
         raise FieldError(where, "text", "no content" if content is None else content)
-    if not content and not message.get("tool_calls"):
-        raise FieldError(where, "text", content)
 
 
 def _check_order(

@@ -99,6 +99,17 @@ def score(
     return scored if batch.completion_rows_C is None else scored.of_rows(batch.completion_rows_C)
 
 
+@torch.no_grad()
+def frozen_token_logps(model: nn.Module, batch: PairBatch) -> Tensor:
+    """token_logps_C, without dropout or checkpointing whatever mode the model is in."""
+    was_training = model.training
+    model.eval()
+    try:
+        return score(model, batch).token_logps_C
+    finally:
+        model.train(was_training)
+
+
 def _score(
     causal_lm, scored_rows_R, labels_R, stats, *, token_counts=None, **inputs
 ) -> ScoredOutput:

@@ -20,6 +20,7 @@ def implementation(device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "torch"
 
 
+@torch.compiler.disable  # a compiler would unroll the walk over the vocabulary; torch 2.11's errs
 def linear_logps(hidden_ND: Tensor, head_VD: Tensor | HeadRows, labels_N: Tensor, **settings):
     """kernels.linear_logps.linear_logps, its tiles folded by what suits the device.
 
@@ -55,15 +56,20 @@ def completion_logps(
 def pair_loss(token_logps_C: Tensor, cu_seqlens: Tensor, reference_logps_S: Tensor, **settings):
     """kernels.pair_loss.pair_loss on CUDA, kernels.reference.pair_loss elsewhere.
 
+    With one of reference.BATCH_LOSSES among loss_type it is the latter on CUDA too: a few dozen
+    small launches in place of one, and still nothing that waits.
+
     ValueError, on both, for what check_pair_loss refuses; with FASTDPO_DEBUG=1 also for cu_seqlens
     that do not run from 0 to C.
     """
     if os.environ.get("FASTDPO_DEBUG") == "1":
         _check_lengths(cu_seqlens, token_logps_C.numel())
-    if implementation(token_logps_C.device) == "triton":
-        return _pair_loss.pair_loss(token_logps_C, cu_seqlens, reference_logps_S, **settings)
-    _pair_loss.check_pair_loss(token_logps_C, cu_seqlens, reference_logps_S, **settings)
-    return reference.pair_loss(token_logps_C, cu_seqlens, reference_logps_S, **settings)
+    arguments = token_logps_C, cu_seqlens, reference_logps_S
+    of_batch = reference.BATCH_LOSSES.keys() & set(settings.get("loss_type", ()))
+    if implementation(token_logps_C.device) == "triton" and not of_batch:
+        return _pair_loss.pair_loss(*arguments, **settings)
+    _pair_loss.check_pair_loss(*arguments, **settings, also=tuple(of_batch))
+    return reference.pair_loss(*arguments, **settings)
 
 
 def _check_lengths(cu_seqlens: Tensor, C: int) -> None:

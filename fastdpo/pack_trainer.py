@@ -37,6 +37,10 @@ class PackTrainer(Trainer):
     def remember_metrics(self) -> None:
         """An update starts; forget_update may have to come back to here."""
 
+    def before_packs(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
+        """A batch's packs as compute_loss is to see them, alike in number on every rank."""
+        return packs
+
     def forget_update(self) -> None:
         """What this update did so far is void: drop its gradients."""
         self.model.zero_grad()
@@ -122,7 +126,7 @@ class PackTrainer(Trainer):
     def _run_packs(
         self, step: Callable[[Batch], Tensor], model: nn.Module, inputs: Batch
     ) -> Tensor:
-        packs, losses = self._fitting(inputs)["packs"], []
+        packs, losses = self.before_packs(model, self._fitting(inputs)["packs"]), []
         for i, pack in enumerate(packs):
             is_last = i == len(packs) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):

@@ -1,5 +1,6 @@
 """The trainer's `model` argument -> the policy to train, and its tokenizer."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def load_policy(
     config_kwargs = {
         k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs
     }
-    config = AutoConfig.from_pretrained(name, **config_kwargs)
+    config = AutoConfig.from_pretrained(_found(name), **config_kwargs)
     if config.is_encoder_decoder:
         raise ValueError(f"want a decoder-only language model, got {name} ({config.model_type})")
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **init_kwargs)
@@ -124,11 +125,14 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """`processing_class`, or the tokenizer beside `model`, able to pad.
 
-    It pads with pad_token, or the token of its own, or else its end token. TypeError for anything
-    but a tokenizer, ValueError for a pad_token that it lacks, or where there is none of the three.
+        It pads with pad_token, or the token of its own, or else its end token. TypeError for anything
+    but a tokenizer; ValueError for a pad_token that it lacks, where there is none of the three, and
+    where there is no folder to find one in.
     """
     if processing_class is None:
-        processing_class = AutoTokenizer.from_pretrained(model_name(model), **init_kwargs)
+        if not (name := model_name(model)):
+            raise ValueError("want a tokenizer as processing_class for a model without a name")
+        processing_class = AutoTokenizer.from_pretrained(_found(name), **init_kwargs)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             "want a tokenizer as processing_class (vision-language processors are not there "
@@ -143,6 +147,14 @@ def load_tokenizer(
             raise ValueError("want a tokenizer with a pad_token or an eos_token, got neither")
         processing_class.pad_token = processing_class.eos_token
     return processing_class
+
+
+def _found(name: str) -> str:
+    """`name`, of a folder that is there or of a Hub repository."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():  # the Hub would say that it is no repository's name
+        raise ValueError(f"want a folder with a model or a name on the Hub, {name} is not there")
+    return name
 
 
 def model_name(model: str | PreTrainedModel | PeftModel) -> str:

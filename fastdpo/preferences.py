@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fastdpo.collate import ID_COLUMNS, REFERENCE_COLUMNS
 from fastdpo.messages import (
     FieldError,
     check_conversation,
@@ -13,30 +14,37 @@ from fastdpo.messages import (
 )
 
 TEXT_FIELDS = ("prompt", "chosen", "rejected")
-ID_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-REFERENCE_FIELDS = ("ref_chosen_logps", "ref_rejected_logps")
+IMAGE_FIELDS = ("image", "images")
 OPTION_FIELDS = ("tools", "chat_template_kwargs")
-FIELDS = (*TEXT_FIELDS, *ID_FIELDS, *REFERENCE_FIELDS, *OPTION_FIELDS)
+MALFORMED = "malformed"  # in place of all others: why a row could not be read
+FIELDS = (*TEXT_FIELDS, *ID_COLUMNS, *REFERENCE_COLUMNS, *IMAGE_FIELDS, *OPTION_FIELDS, MALFORMED)
 
 
 def checked_row(row: Any) -> dict[str, Any]:
     """The known fields of `row`, its implicit prompt made explicit; FieldError if malformed."""
     if not isinstance(row, Mapping):
         raise FieldError("row", "an object with prompt, chosen and rejected", row)
-    row = {name: row[name] for name in FIELDS if row.get(name) is not None}
-    checked = _checked_ids(row) if ID_FIELDS[0] in row else _checked_texts(row)
-    return checked | _checked_reference(row)
+    given = {name: row[name] for name in FIELDS if row.get(name) is not None}
+    for field in IMAGE_FIELDS:
+        if given.get(field):
+            wanted = "no image (vision-language rows are not supported yet)"
+            raise FieldError(field, wanted, given[field])
+    if ID_COLUMNS[0] in given:
+        return _checked_ids(given) | _checked_reference(given)
+    if "prompt" in row and "prompt" not in given:  # not one to be found in chosen and rejected
+        raise FieldError("prompt", "a text or messages", None)
+    return _checked_texts(given) | _checked_reference(given)
 
 
 def _checked_ids(row: dict[str, Any]) -> dict[str, Any]:
-    for field in ID_FIELDS:
+    for field in ID_COLUMNS:
         ids = row.get(field)
         if not isinstance(ids, list) or not ids:
             raise FieldError(field, "token ids", "no such field" if ids is None else ids)
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
                 raise FieldError(field, "token ids, whole numbers from 0", token)
-    return {field: row[field] for field in ID_FIELDS}
+    return {field: row[field] for field in ID_COLUMNS}
 
 
 def _checked_texts(row: dict[str, Any]) -> dict[str, Any]:
@@ -49,8 +57,6 @@ def _checked_texts(row: dict[str, Any]) -> dict[str, Any]:
             raise FieldError(field, "a text or messages", row[field])
         if kind is not kinds["chosen"]:
             raise FieldError(field, f"a {kinds['chosen'].__name__}, as chosen is", row[field])
-        if not row[field]:
-            raise FieldError(field, "a text or messages", row[field])
     texts = {field: row[field] for field in kinds}
     conversation = is_conversation(row["chosen"])
     if conversation:
@@ -77,8 +83,6 @@ def _with_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
     if is_conversation(chosen):
         if shared == min(len(chosen), len(rejected)):
             shared = _last_turn(chosen[:shared])  # one is the beginning of the other, or equal
-    elif shared and shared == min(len(chosen), len(rejected)):
-        raise FieldError("prompt", "a prompt where one text is the beginning of the other", "none")
     elif shared and chosen[shared - 1] == " ":
         shared -= 1
     if not shared:
@@ -95,12 +99,12 @@ def _last_turn(messages: list[dict]) -> int:
 
 
 def _checked_reference(row: dict[str, Any]) -> dict[str, float]:
-    given = [field for field in REFERENCE_FIELDS if field in row]
+    given = [field for field in REFERENCE_COLUMNS if field in row]
     for field in given:
         value = row[field]
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise FieldError(field, "a finite number", value)
     if len(given) == 1:
-        missing = next(field for field in REFERENCE_FIELDS if field not in row)
+        missing = next(field for field in REFERENCE_COLUMNS if field not in row)
         raise FieldError(missing, f"a number, as {given[0]} has one", "no such field")
     return {field: float(row[field]) for field in given}

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from fastdpo.batch import PairBatch
 from fastdpo.collate import REFERENCE_COLUMNS
 from fastdpo.losses import completion_logps
-from fastdpo.model import attach_scorer, score
+from fastdpo.model import attach_scorer, frozen_token_logps
 
 REFERENCE_ADAPTER = "fastdpo_reference"  # a name that no adapter of the user's will have
 
@@ -86,18 +86,11 @@ Reference = RowLogps | AdaptersOff | FrozenModel
 
 @torch.no_grad()
 def _frozen_logps(model: nn.Module, batch: PairBatch, ld_alpha: float | None) -> Tensor:
-    """logps_S of `batch`, without dropout or checkpointing whatever mode the model is in."""
     if batch.reference_logps_S is not None:
         raise ValueError(
             "want one reference, got log-probabilities in the rows, as the training rows have none"
         )
-    was_training = model.training
-    model.eval()
-    try:
-        scored = score(model, batch)
-    finally:
-        model.train(was_training)
-    return completion_logps(scored.token_logps_C, batch.cu_seqlens, ld_alpha)
+    return completion_logps(frozen_token_logps(model, batch), batch.cu_seqlens, ld_alpha)
 
 
 def frozen_copy(policy: nn.Module) -> nn.Module:
@@ -183,12 +176,11 @@ def _placed(model: nn.Module, source: str, device: torch.device) -> FrozenModel:
 def are_scored(datasets: Mapping[str, Dataset | IterableDataset]) -> bool:
     """Whether the rows of all data sets have reference log-probabilities.
 
-    Of a stream that does not say what columns it has, a row is read. ValueError where the rows of
-    some data sets have them and others' do not.
+    ValueError where those of some have them and others' do not.
     """
-    columns = {name: rows.column_names or next(iter(rows), ()) for name, rows in datasets.items()}
-    scored = [name for name in columns if set(REFERENCE_COLUMNS) <= set(columns[name])]
-    others = [name for name in columns if name not in scored]
+    required = set(REFERENCE_COLUMNS)
+    scored = [name for name, rows in datasets.items() if required <= set(rows.column_names)]
+    others = [name for name in datasets if name not in scored]
     if scored and others:
         raise ValueError(
             f"want {' and '.join(REFERENCE_COLUMNS)} in all data sets or in none, got them in "

@@ -6,19 +6,18 @@ before Arrow asks all rows to be alike. All else is read by `datasets`.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformers.utils import logging
 
-from fastdpo.data import REASONS_SHOWN, RowError
+from fastdpo.data import RowError
 from fastdpo.messages import FieldError, parsed
-from fastdpo.preferences import OPTION_FIELDS, TEXT_FIELDS, checked_row
-
-logger = logging.get_logger(__name__)
+from fastdpo.preferences import MALFORMED, OPTION_FIELDS, TEXT_FIELDS, checked_row
 
 JSON_SUFFIXES = (".jsonl", ".json")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".csv")
@@ -39,15 +38,21 @@ def load_rows(
 
     config_name, data_files, data_dir: as `datasets.load_dataset` takes them, for the Hub and for
     folders of files. A single file is all of the split "train". streaming=True gives an
-    IterableDataset. RowError names file, line and field of a malformed JSON row, or a warning
-    counts them with on_bad_rows="skip"; ValueError for a path or a split that is not there.
+    IterableDataset, which reads as it goes (an array in a .json file whole).
+
+    RowError names file, line and field of a malformed row in JSON, and of a CSV cell that is no
+    JSON; with on_bad_rows="skip" the row stays, with that message as `malformed`, for prepare_pairs
+    to count and leave out.
+    ValueError for a path or a split that is not there.
     """
     path = Path(path_or_name).expanduser()
     if path.is_file():
         if split != "train":
-            raise ValueError(f"{path}: want split 'train' of a single file, got {split!r}")
-        rows = _read_file(path, skip_bad=on_bad_rows == "skip")
-        return rows.to_iterable_dataset() if streaming else rows
+            raise ValueError(
+                f"{path}: want split 'train' of a single file, or a folder of train.jsonl and "
+                f"{split}.jsonl, got {split!r}"
+            )
+        return _read_file(path, streaming=streaming, skip_bad=on_bad_rows == "skip")
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         rows = _from_disk(path, split)
         return rows.to_iterable_dataset() if streaming else rows
@@ -78,18 +83,32 @@ def _from_disk(path: Path, split: str) -> Dataset:
     return rows[split]
 
 
-def _read_file(path: Path, skip_bad: bool) -> Dataset:
+def as_dataset(rows: Iterable[dict[str, Any]]) -> Dataset:
+    """`rows` in memory, with the columns of all of them: Dataset.from_list has the first one's."""
+    rows = list(rows)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+
+
+def _read_file(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | IterableDataset:
     if path.suffix in JSON_SUFFIXES:
-        return _read_json(path, skip_bad)
-    if path.suffix == ".parquet":
-        return Dataset.from_parquet(str(path))
-    if path.suffix == ".csv":
-        cells = Dataset.from_csv(str(path), keep_default_na=False)
-        return Dataset.from_list([_parse_cells(path, i, row) for i, row in enumerate(cells)])
-    raise ValueError(f"{path}: want a file of {SUFFIXES}, got {path.suffix or 'no suffix'}")
+        return _read_json(path, streaming=streaming, skip_bad=skip_bad)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: want a file of {SUFFIXES}, got {path.suffix or 'no suffix'}")
+    kind = path.suffix.removeprefix(".")
+    # an empty cell is no text, and NA or null is one
+    options = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+    read = datasets.load_dataset
+    rows = read(kind, data_files=str(path), split="train", streaming=streaming, **options)
+    if kind == "parquet":
+        return rows
+    parse = partial(_parse_cells, str(path), skip_bad)
+    if streaming:
+        return rows.map(parse, with_indices=True)
+    return as_dataset(map(parse, rows, count()))
 
 
-def _parse_cells(path: Path, index: int, row: dict[str, Any]) -> dict[str, Any]:
+def _parse_cells(path: str, skip_bad: bool, row: dict[str, Any], index: int) -> dict[str, Any]:
     """A CSV row, its cells that hold a list of messages as JSON parsed."""
     for field in TEXT_FIELDS:
         cell = row.get(field)
@@ -97,39 +116,48 @@ def _parse_cells(path: Path, index: int, row: dict[str, Any]) -> dict[str, Any]:
             try:
                 row[field] = parsed(field, cell, list)
             except FieldError as error:
-                raise RowError(f"{path}, row {index}, {error}") from None
+                return _malformed(f"{path}, row {index}, {error}", skip_bad)
     return row
 
 
-def _read_json(path: Path, skip_bad: bool) -> Dataset:
-    rows, reasons = [], []
-    for line, row in _json_rows(path):
+def _malformed(reason: str, skip_bad: bool) -> dict[str, str | None]:
+    """What stands for a row that could not be read, if it may be skipped."""
+    if not skip_bad:
+        raise RowError(reason)
+    return dict.fromkeys(TEXT_FIELDS) | {MALFORMED: reason}
+
+
+def _read_json(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | IterableDataset:
+    if streaming:
+        settings = {"path": str(path), "skip_bad": skip_bad}
+        return IterableDataset.from_generator(_checked_rows, gen_kwargs=settings)
+    rows = list(_checked_rows(str(path), skip_bad))
+    if all(MALFORMED in row for row in rows):
+        raise ValueError(f"{path}: want at least one row, got none ({len(rows)} malformed)")
+    return as_dataset(rows)
+
+
+def _checked_rows(path: str, skip_bad: bool) -> Iterator[dict[str, Any]]:
+    for line, row in _json_rows(Path(path)):
         try:
             if isinstance(row, Exception):
                 raise FieldError("row", "an object in JSON, in UTF-8", str(row))
-            rows.append(_storable(checked_row(row)))
+            yield _storable(checked_row(row))
         except FieldError as error:
-            reason = f"{path}, line {line}, {error}"
-            if not skip_bad:
-                raise RowError(reason) from None
-            reasons.append(reason)
-    if reasons:
-        shown = "; ".join(reasons[:REASONS_SHOWN])
-        logger.warning(f"{path}: {len(reasons)} malformed rows left out, such as: {shown}")
-    if not rows:
-        raise ValueError(f"{path}: want at least one row, got none ({len(reasons)} malformed)")
-    return Dataset.from_list(rows)
+            yield _malformed(f"{path}, line {line}, {error}", skip_bad)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Line number and row: a parsed value, or the exception that it could not be parsed with."""
-    whole = path.read_bytes()
-    if whole.lstrip()[:1] == b"[":
-        yield from _array_rows(path, whole)
-        return
-    for line, text in enumerate(whole.split(b"\n"), start=1):
-        if text.strip():
-            yield line, _parse(text)
+    with open(path, "rb") as file:
+        first = next(filter(bytes.strip, file), b"")
+        file.seek(0)
+        if first.lstrip().startswith(b"["):
+            yield from _array_rows(path, file.read())
+            return
+        for line, text in enumerate(file, start=1):
+            if text.strip():
+                yield line, _parse(text)
 
 
 def _parse(text: bytes) -> Any:
@@ -150,14 +178,15 @@ def _array_rows(path: Path, whole: bytes) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         line = whole[: error.start].count(b"\n") + 1
         raise RowError(f"{path}, line {line}: want UTF-8, got {error}") from None
-    decoder, line, counted = json.JSONDecoder(), 1, 0
+    try:
+        json.loads(text)  # with one comma between two rows, and nothing behind the array
+    except json.JSONDecodeError as error:
+        raise RowError(f"{path}, line {error.lineno}: want one array of JSON: {error}") from None
+    decode, line, counted = json.JSONDecoder().raw_decode, 1, 0
     at = BETWEEN_ROWS.match(text, text.index("[") + 1).end()
-    while text[at : at + 1] != "]":
+    while text[at] != "]":
         line, counted = line + text.count("\n", counted, at), at
-        try:
-            row, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise RowError(f"{path}, line {error.lineno}: want JSON, got {error}") from None
+        row, at = decode(text, at)
         yield line, row
         at = BETWEEN_ROWS.match(text, at).end()
 

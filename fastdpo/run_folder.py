@@ -14,6 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdpo.arguments import ModelConfig, ScriptArguments
+from fastdpo.config import DPOConfig
+from fastdpo.mixture import DatasetMixtureConfig
+
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"  # transformers writes it last, so a checkpoint with it is whole
 
@@ -35,7 +39,11 @@ NOT_IDENTITY = frozenset(
     # who reads and tokenises, and how patiently
     "dataset_num_proc dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
     "dataloader_persistent_workers dataloader_multiprocessing_context ddp_timeout "
-    "torch_empty_cache_steps".split()
+    # how much memory it takes: a run that had too little goes on with less. Sums of packs round
+    # in another order, and balance a mixture's experts within each pack.
+    "torch_empty_cache_steps head_cache_bytes max_tokens_per_forward gradient_checkpointing "
+    "gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
+    "strict_layout".split()
 )
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 OPTIMIZER = ("optimizer*", "global_step*")  # the latter is DeepSpeed's
@@ -54,11 +62,16 @@ class RunFolder:
 # What decides the numbers
 
 
-def run_identity(script_args, training_args, model_args, dataset_args) -> dict[str, Any]:
+def run_identity(
+    script_args: ScriptArguments,
+    training_args: DPOConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> dict[str, Any]:
     """Every setting that decides the numbers of a run, as flat JSON values by name.
 
-    The arguments are those of arguments.py, training_args a DPOConfig. A local file or folder
-    stands there by its last name and a hash: all bytes of data; of a model's weights a sample.
+    A local file or folder stands there by its last name and a hash: all bytes of data; of a
+    model's weights a sample.
     """
     settings = {
         **asdict(script_args),

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.arguments import (
-    DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
     init_kwargs,
-    load_datasets,
     peft_config,
     quantization_config,
 )
@@ -27,8 +24,10 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
 from fastdpo.head import check_head_module
 from fastdpo.layout import why_padded
+from fastdpo.mixture import DatasetMixtureConfig, load_datasets
 from fastdpo.model import causal_lm_of
 from fastdpo.policy import load_tokenizer, make_policy, make_ready
+from fastdpo.rows import as_dataset
 from fastdpo.trainer_check import check_token_ids
 
 
@@ -95,7 +94,7 @@ def load_subject(
         trust_remote_code=args.trust_remote_code,
     )
     pairs, counts = prepare_pairs(
-        Dataset.from_list(list(islice(rows, max_pairs))),
+        as_dataset(islice(rows, max_pairs)),
         tokenizer,
         **args.data_settings,
     )

@@ -44,6 +44,8 @@ def _counts_line(counts: PairCounts | None) -> str:
         parts.append(f"{counts.bad:,} dropped: malformed")
     if counts.equal:
         parts.append(f"{counts.equal:,} with chosen equal to rejected")
+    if counts.cut:
+        parts.append(f"{counts.cut:,} without the end of their prompt")
     parts.append(
         f"{counts.prompt_tokens:,} prompt and {counts.completion_tokens:,} completion tokens"
     )

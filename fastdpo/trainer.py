@@ -19,18 +19,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastdpo.batch import PairBatch, TokensRun
-from fastdpo.collate import REFERENCE_COLUMNS, PackedCollator, PaddedCollator, Row, make_collator
+from fastdpo.batch_loss import PackLogps, with_parts
+from fastdpo.collate import (
+    ID_COLUMNS,
+    REFERENCE_COLUMNS,
+    PackedCollator,
+    PaddedCollator,
+    Row,
+    make_collator,
+)
 from fastdpo.config import DPOConfig
 from fastdpo.data import PairCounts, prepare_pairs
 from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck, longest_rows
 from fastdpo.losses import PairLoss, pair_loss, pair_weights
 from fastdpo.metrics import MetricSums, pair_metrics
-from fastdpo.model import ScoredOutput, attach_scorer, aux_loss_weight, check_head, score
+from fastdpo.model import (
+    ScoredOutput,
+    attach_scorer,
+    aux_loss_weight,
+    check_head,
+    frozen_token_logps,
+    score,
+)
 from fastdpo.pack_trainer import PackTrainer
 from fastdpo.packs import TokenBudget, tokens_that_fit
 from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
-from fastdpo.preferences import ID_FIELDS
 from fastdpo.reference import (
     FrozenModel,
     RowLogps,
@@ -203,7 +217,7 @@ class DPOTrainer(PackTrainer):
         return pairs
 
     def _set_signature_columns_if_needed(self):
-        columns = [*ID_FIELDS, *REFERENCE_COLUMNS, self.args.length_column]
+        columns = [*ID_COLUMNS, *REFERENCE_COLUMNS, self.args.length_column]
         self._signature_columns = [name for name in columns if name is not None]
 
     def _remove_unused_columns(self, dataset, description=None):
@@ -309,6 +323,20 @@ class DPOTrainer(PackTrainer):
 
     # The step
 
+    def before_packs(self, model: nn.Module, packs: list[dict]) -> list[dict]:
+        """Packs, each with its part of a loss that can only be taken of all of them."""
+        if not self.args.mixes_pairs or len(packs) == 1:
+            return packs
+        score_pack = functools.partial(self._pack_logps, model)
+        return with_parts(packs, score_pack, **self.args.loss_settings)
+
+    def _pack_logps(self, model: nn.Module, inputs: dict) -> PackLogps:
+        batch = PairBatch.from_inputs(inputs)
+        reference_logps_S = self._reference_logps(model, batch)
+        with self.compute_loss_context_manager():
+            token_logps_C = frozen_token_logps(model, batch)
+        return PackLogps(token_logps_C, batch.cu_seqlens, reference_logps_S)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -318,12 +346,15 @@ class DPOTrainer(PackTrainer):
     ):
         """The mean loss of `inputs`, or its share of an update of num_items_in_batch pairs."""
         batch = PairBatch.from_inputs(inputs)
+        part = inputs.get("part")  # before_packs'
         # before the policy, whose activations would otherwise wait beside the reference's
-        reference_logps_S = self._reference_logps(model, batch)
+        reference_logps_S = part.reference_logps_S if part else self._reference_logps(model, batch)
         scored = score(model, batch, stats=self.args.token_stats, aux_loss=self.aux_loss_weight > 0)
-        losses = pair_loss(
-            scored.token_logps_C, batch.cu_seqlens, reference_logps_S, **self.args.loss_settings
-        )
+        tokens = scored.token_logps_C, batch.cu_seqlens
+        if part:
+            losses = part.of(*tokens)
+        else:
+            losses = pair_loss(*tokens, reference_logps_S, **self.args.loss_settings)
         if self.args.use_weighting:
             weight_B = pair_weights(scored.token_logps_C, scored.log_sum_p2_C, batch.cu_seqlens)
             losses = losses._replace(loss_B=losses.loss_B * weight_B)

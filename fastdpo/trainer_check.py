@@ -9,10 +9,9 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from fastdpo.collate import PackedCollator
+from fastdpo.collate import ID_COLUMNS, PackedCollator
 from fastdpo.config import DPOConfig
 from fastdpo.model import aux_loss_weight, causal_lm_of
-from fastdpo.preferences import ID_FIELDS
 
 CHUNK = 1000
 
@@ -52,8 +51,8 @@ def check_arguments(
     _check_machine(args)
     if not isinstance(train_dataset, Dataset | IterableDataset):
         got = "none" if train_dataset is None else type(train_dataset).__name__
-        if isinstance(train_dataset, dict):
-            got += f", of which one split is wanted: {[*train_dataset]}"
+        if isinstance(train_dataset, dict):  # load_dataset without split gives a DatasetDict
+            got += f": take one of its splits, {[*train_dataset]}"
         raise TypeError(f"want a datasets.Dataset or IterableDataset as train_dataset, got {got}")
     if isinstance(data_collator, PackedCollator):
         raise ValueError("want layout='shared' or 'packed' in place of a PackedCollator")
@@ -103,9 +102,9 @@ def check_token_ids(
     for name, pairs in datasets.items():
         if not isinstance(pairs, Dataset):
             continue
-        columns = pairs.select_columns(list(ID_FIELDS)).with_format("arrow")
+        columns = pairs.select_columns(list(ID_COLUMNS)).with_format("arrow")
         for start, table in zip(range(0, len(pairs), CHUNK), columns.iter(CHUNK), strict=True):
-            for field in ID_FIELDS:
+            for field in ID_COLUMNS:
                 largest, row = _largest(table[field].combine_chunks())
                 if largest >= V:
                     raise ValueError(

@@ -10,8 +10,13 @@ of every trained parameter. Both ways stand in one precision, that of the run.
 The policy is held against log-probabilities up to 1 / beta off its own, as a reference equal to it
 would make all losses alike. The reference model, dropout, gradient checkpointing and experts'
 load-balancing loss are left out.
+
+A loss of a whole batch (aot, aot_unpaired, sft) mixes per_device_train_batch_size pairs both ways.
+AOT ranks them: two log-ratios no further apart than rounding may change ranks, which shows as a
+difference, and is none.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,12 +27,11 @@ from torch import Tensor
 
 from fastdpo.attention import attend_along_trees, attend_as_before
 from fastdpo.batch import PairBatch
-from fastdpo.collate import LAYOUTS, Row, make_collator
+from fastdpo.collate import ID_COLUMNS, LAYOUTS, Row, make_collator
 from fastdpo.kernels import reference
 from fastdpo.layout import why_padded
 from fastdpo.losses import pair_loss, pair_weights
 from fastdpo.model import attach_scorer, causal_lm_of, score
-from fastdpo.preferences import ID_FIELDS
 from fastdpo.subject import Subject
 
 SIDES = ("chosen", "rejected")
@@ -58,15 +62,14 @@ class OwnTokens(NamedTuple):
     log_sum_p2_C: Tensor
 
 
-class PlainPair(NamedTuple):
-    """A pair's two completions; the log-probabilities that the policy is held against; its loss,
-    weighted, with its graph; and the length of its loss's gradient in the token log-probabilities.
-    """
+class PlainPairs(NamedTuple):
+    """Of a few pairs: their completions, as Answer has them, and what Plain has of them. The losses
+    carry their gradient."""
 
-    sides: list[OwnTokens]
-    reference_logps_2: Tensor
-    loss_1: Tensor
-    slope: Tensor
+    completions: list[OwnTokens]
+    reference_logps_B2: Tensor
+    loss_B: Tensor
+    slope_B: Tensor
 
 
 class Plain(NamedTuple):
@@ -126,50 +129,61 @@ def plain_way(subject: Subject) -> Plain:
 
     ValueError, with pair, token and layer, where a log-probability comes out NaN or Inf.
     """
-    B = len(subject.pairs)
+    args, num_pairs = subject.args, len(subject.pairs)
+    # pairs that meet in a loss are held together, all their logits with them
+    together = args.per_device_train_batch_size if args.mixes_pairs else 1
     # rewards in [-1, 1], no two pairs' alike
-    offsets_B2 = torch.arange(2.0 * B).sin().view(B, 2) / subject.args.beta
-    pairs = []
+    offsets_B2 = torch.arange(2.0 * num_pairs).sin().view(-1, 2) / args.beta
+    batches = []
     subject.policy.zero_grad()
-    for b in range(B):
-        pair = _plain_pair(subject, b, offsets_B2[b])
-        (pair.loss_1.sum() / B).backward()
-        pairs.append(pair)
-    sides = [side for pair in pairs for side in pair.sides]
+    for few in torch.arange(num_pairs).split(together):
+        batches.append(pairs := _plain_pairs(subject, few.tolist(), offsets_B2[few]))
+        (pairs.loss_B.sum() / num_pairs).backward()
+    completions = [each for pairs in batches for each in pairs.completions]
     answer = Answer(
-        token_logps=[side.logps_C.detach() for side in sides],
-        loss_B=torch.cat([pair.loss_1.detach() for pair in pairs]),
+        token_logps=[each.logps_C.detach() for each in completions],
+        loss_B=torch.cat([pairs.loss_B.detach() for pairs in batches]),
         gradients=_take_gradients(subject),
     )
     return Plain(
         answer,
-        reference_logps_B2=torch.stack([pair.reference_logps_2 for pair in pairs]),
-        slope_B=torch.stack([pair.slope for pair in pairs]),
-        spread=torch.cat([side.variance_C for side in sides]).mean().sqrt().item(),
+        reference_logps_B2=torch.cat([pairs.reference_logps_B2 for pairs in batches]),
+        slope_B=torch.cat([pairs.slope_B for pairs in batches]),
+        spread=torch.cat([each.variance_C for each in completions]).mean().sqrt().item(),
     )
 
 
-def _plain_pair(subject: Subject, b: int, offsets_2: Tensor) -> PlainPair:
-    """offsets_2: how far off the policy its reference is, for the chosen and the rejected side."""
+def _plain_pairs(subject: Subject, few: list[int], offsets_B2: Tensor) -> PlainPairs:
+    """offsets_B2: how far off the policy's log-probabilities the reference's are to be."""
     args = subject.args
-    sides = [_own_tokens(subject, b, side) for side in SIDES]
-    token_logps_C = torch.cat([side.logps_C for side in sides])
-    lengths = [len(side.logps_C) for side in sides]
-    cu_seqlens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
+    chosen, rejected = ([_own_tokens(subject, b, side) for b in few] for side in SIDES)
+    completions = chosen + rejected
+    token_logps_C = torch.cat([each.logps_C for each in completions])
+    lengths = [len(each.logps_C) for each in completions]
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     cu_seqlens = cu_seqlens.to(token_logps_C.device)
-    # weighted as the loss has them, or the reference would be as far off as ld_alpha leaves out
-    logps_2 = reference.completion_logps(token_logps_C.detach(), cu_seqlens, args.ld_alpha)
-    reference_logps_2 = logps_2 - offsets_2.to(logps_2)
-    loss_1, _ = reference.pair_loss(
-        token_logps_C, cu_seqlens, reference_logps_2, **args.loss_settings
+    # as the loss sums them, or the reference is as far off as what ld_alpha leaves out
+    logps_S = reference.completion_logps(token_logps_C.detach(), cu_seqlens, args.ld_alpha)
+    reference_logps_S = logps_S - offsets_B2.T.flatten().to(logps_S)
+    loss_B, _ = reference.pair_loss(
+        token_logps_C, cu_seqlens, reference_logps_S, **args.loss_settings
     )
-    weight = torch.ones_like(loss_1)
+    weight_B = torch.ones_like(loss_B)
     if args.use_weighting:
-        alignments_C = token_logps_C - torch.cat([side.log_sum_p2_C for side in sides])
-        weight = sum(side_C.mean() for side_C in alignments_C.split(lengths)).exp()
+        alignments_C = token_logps_C - torch.cat([each.log_sum_p2_C for each in completions])
+        means_S = torch.stack([each_C.mean() for each_C in alignments_C.split(lengths)])
+        weight_B = means_S.view(2, -1).sum(0).exp()
     # a weight is no part of the gradient, but as far off as the tokens that it is made of
-    (slope_C,) = torch.autograd.grad((loss_1 * weight).sum(), token_logps_C, retain_graph=True)
-    return PlainPair(sides, reference_logps_2, loss_1 * weight.detach(), slope_C.norm())
+    slopes = [
+        torch.autograd.grad(weighted, token_logps_C, retain_graph=True)[0].norm()
+        for weighted in loss_B * weight_B
+    ]
+    return PlainPairs(
+        completions=[each for pair in zip(chosen, rejected, strict=True) for each in pair],
+        reference_logps_B2=reference_logps_S.view(2, -1).T,
+        loss_B=loss_B * weight_B.detach(),
+        slope_B=torch.stack(slopes),
+    )
 
 
 def _own_tokens(subject: Subject, b: int, side: str) -> OwnTokens:
@@ -243,7 +257,7 @@ def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Ans
 
 
 def _without_reference(pair: Row) -> dict[str, Any]:
-    return {name: pair[name] for name in ID_FIELDS}
+    return {name: pair[name] for name in ID_COLUMNS}
 
 
 # Held against each other

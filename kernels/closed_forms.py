@@ -99,6 +99,12 @@ def _nca_pair(chosen, rejected):
 
 
 @triton.jit
+def _bco_pair(chosen, rejected):
+    loss = -_log_sigmoid(chosen) - _log_sigmoid(-rejected)
+    return loss, -_logistic(-chosen), _logistic(rejected)
+
+
+@triton.jit
 def _sppo_hard(chosen, rejected, beta):
     win, loss = (chosen - 0.5) / beta, (rejected + 0.5) / beta
     return win * win + loss * loss, 2.0 * win / beta, 2.0 * loss / beta
@@ -157,6 +163,8 @@ def pair_term(
         return _exo_pair(chosen, rejected, label_smoothing)
     elif NAME == "nca_pair":
         return _nca_pair(chosen, rejected)
+    elif NAME == "bco_pair":
+        return _bco_pair(chosen, rejected)
     elif NAME == "sppo_hard":
         return _sppo_hard(chosen, rejected, beta)
     elif NAME == "apo_zero":

@@ -18,20 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.kernels.products import HeadRows, Term
-from fastdpo.kernels.tiles import FOLDS, Rows
+from fastdpo.kernels.fold import FOLDS, RunningSoftmax
+from fastdpo.kernels.products import HeadRows
+from fastdpo.kernels.row_statistics import STATS, statistics, sums_needed
 from fastdpo.kernels.vocabulary_walk import Settings, Tiles, walk, weight_gradients
 
 MIN_ROWS = 16  # fewer are filled up: a product of fewer rows may sum in another order
 HEAD_CACHE_BYTES = 512 << 20
-STATS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_p2")
 
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: Settings, labels_N, bias_V, *factors):
         tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
-        rows = Rows.start(len(labels_N), settings.wide, labels_N.device, _sums(tiles))
+        rows = RunningSoftmax.start(
+            len(labels_N), settings.wide, labels_N.device, sums_needed(tiles)
+        )
         us, kept = walk(tiles, rows)
 
         lse_N, c_target_N = rows.peak_N + rows.total_N.log(), torch.ones_like(rows.total_N)
@@ -41,7 +43,7 @@ class _LinearLogps(torch.autograd.Function):
                 lse_N += 0 * torch.linalg.vector_norm(term.x_NK, torch.inf, 1, dtype=lse_N.dtype)
         token_logps_N = rows.target_N - lse_N
         c_target_N += 0 * token_logps_N  # where that is NaN, so are all gradients
-        found = _stats(tiles, rows, lse_N, us)
+        found = statistics(tiles, rows, lse_N, us)
         _finish_directions(us, tiles, rows.total_N, c_target_N)
 
         inputs = (labels_N, bias_V, lse_N, c_target_N, *factors) if settings.trained else ()
@@ -84,63 +86,6 @@ def _finish_directions(us: list[Tensor | None], tiles: Tiles, total_N, c_target_
                 term.w_VK[tiles.labels_N[some].clamp(0, last)].to(u_NK.dtype),
                 c_target_N[some, None],
             ).mul_(tiles.settings.scale)
-
-
-def _is_plain(tiles: Tiles) -> bool:
-    """Whether logits are linear in the inputs as they are: means then follow from products."""
-    settings = tiles.settings
-    dtypes = [x.dtype for term in tiles.terms for x in (term.x_NK, term.w_VK)]
-    narrowest = settings.rounded_to or settings.operand_dtype
-    is_linear = tiles.bias_V is None and settings.softcap is None
-    return is_linear and all(torch.promote_types(x, narrowest) == narrowest for x in dtypes)
-
-
-def _sums(tiles: Tiles) -> tuple[str, ...]:
-    """The sums over the vocabulary that the statistics need and nothing else yields."""
-    by_products = _is_plain(tiles) and all(term.x_grad for term in tiles.terms)
-    by_products &= not tiles.settings.skip_below  # u is then not whole
-    stats = {"log_sum_p2"} if by_products else {"entropy", "mean_logit", "log_sum_p2"}
-    return tuple(stats & set(tiles.settings.stats))
-
-
-def _stats(tiles: Tiles, rows: Rows, lse_N, us: list[Tensor | None]) -> list[Tensor]:
-    """The statistics asked for, in order."""
-    scale, num_tokens = tiles.settings.scale, tiles.terms[0].w_VK.shape[0]
-    found = []
-    for name in tiles.settings.stats:
-        if name == "lse":
-            found.append(lse_N.clone())
-        elif name == "is_top1":
-            found.append(rows.target_N >= rows.peak_N)
-        elif name == "log_sum_p2":
-            found.append(rows.squares_N.log() - 2 * rows.total_N.log())
-        elif name == "entropy" and rows.weighted_N is not None:
-            found.append(lse_N - rows.weighted_N / rows.total_N)
-        elif name == "entropy":
-            dots = [
-                _row_dots(tiles, term, u_NK) for term, u_NK in zip(tiles.terms, us, strict=True)
-            ]
-            found.append(lse_N - scale * sum(dots) / rows.total_N)
-        elif rows.sum_N is not None:
-            found.append(rows.sum_N / num_tokens)
-        else:
-            dots = [_row_dots(tiles, term, _mean_w(tiles, term)) for term in tiles.terms]
-            found.append(scale * sum(dots))
-    return found
-
-
-def _row_dots(tiles: Tiles, term: Term, y: Tensor) -> Tensor:
-    """x_n · y_n of each row: a few at a time, as a float32 copy of all would be another (N, K)."""
-    y_NK = y.expand(term.x_NK.shape)
-    some = tiles.few_rows(term)
-    return torch.cat([torch.linalg.vecdot(term.x_NK[n].to(y.dtype), y_NK[n]) for n in some])
-
-
-def _mean_w(tiles: Tiles, term: Term) -> Tensor:
-    """Mean row of the term's weight: (1, K)."""
-    wide = tiles.settings.wide
-    pieces = (term.w_VK[columns].sum(0, True, dtype=wide) for columns in tiles.columns)
-    return sum(pieces) / term.w_VK.shape[0]
 
 
 def linear_logps(
@@ -188,7 +133,7 @@ def linear_logps(
 
     The same inputs give the same bits. On a CPU a row's answer does not depend on the other rows
     either, not in one bit, as far as its matrix product sums a row alike in 16 rows and in 512
-    (oneDNN and MKL do, by tests/test_linear_logps.py); cuBLAS chooses by shape, and does not.
+    (oneDNN and MKL do, by tests/test_head_cost.py); cuBLAS chooses by shape, and does not.
 
     ValueError for shapes, dtypes or names that do not fit. The same with full logits:
     reference.linear_logps.

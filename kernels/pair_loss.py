@@ -27,6 +27,7 @@ LOSS_TYPES = (
     "ipo",
     "exo_pair",
     "nca_pair",
+    "bco_pair",
     "sppo_hard",
     "apo_zero",
     "apo_down",
@@ -250,10 +251,12 @@ def check_pair_loss(
     loss_weights: tuple[float, ...] | None = None,
     label_smoothing: float = 0.0,
     f_divergence_type: str = "reverse_kl",
+    also: tuple[str, ...] = (),
     **_others: float | None,
 ) -> None:
     """ValueError for shapes, dtypes or settings that pair_loss and its twin do not take.
 
+    also: losses that the twin alone knows, where it is the twin that is asked.
     No value of a tensor is looked at: that would make the CPU wait for the GPU.
     """
     shapes = (token_logps_C.ndim, cu_seqlens.ndim, reference_logps_S.ndim)
@@ -265,7 +268,7 @@ def check_pair_loss(
     if dtypes != (torch.float32, torch.int32, torch.float32):
         raise ValueError(f"want float32, int32 and float32, got {dtypes}")
     num_weights = len(loss_type) if loss_weights is None else len(loss_weights)
-    if not set(loss_type) <= set(LOSS_TYPES) or len(loss_type) != num_weights:
+    if not set(loss_type) <= {*LOSS_TYPES, *also} or len(loss_type) != num_weights:
         raise ValueError(
             f"want some of {LOSS_TYPES} and a weight for each, got {loss_type} and {loss_weights}"
         )

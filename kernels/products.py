@@ -56,7 +56,8 @@ class Term:
     def __init__(self, x_NK, w_VK: Tensor | HeadRows, grads, dtype, rounded_to):
         self.x_NK, self.w_VK, self.x_grad, self.w_grad = x_NK, w_VK, *grads
         self._dtypes = {"dtype": dtype, "rounded_to": rounded_to}
-        self.x, self.w = Operand(x_NK, **self._dtypes), Operand(w_VK, **self._dtypes)
+        self.x_pieces = Operand(x_NK, **self._dtypes)
+        self.w_pieces = Operand(w_VK, **self._dtypes)
 
     def weighted_x(self, weight_N: Tensor) -> Operand:
         return Operand(self.x_NK, weight_N=weight_N, **self._dtypes)

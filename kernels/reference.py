@@ -78,19 +78,25 @@ def pair_loss(
     discopop_tau: float = 0.05,
     ld_alpha: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """loss_B and metrics_MB of S = 2B completions, chosen 0..B-1, then rejected."""
+    """loss_B and metrics_MB of S = 2B completions, chosen 0..B-1, then rejected.
+
+    Beside what the kernel knows, loss_type may name BATCH_LOSSES.
+    """
     logps_S = completion_logps(_wide(token_logps_C), cu_seqlens, ld_alpha)
     logratios_S = logps_S - reference_logps_S
     scores_S = SCORES[f_divergence_type](logratios_S, f_alpha_divergence_coef)
-    lengths_S = cu_seqlens.diff().clamp(min=1)
+    rewards = (beta * scores_S).chunk(2)
+    settings = {
+        "lengths": cu_seqlens.diff().clamp(min=1).chunk(2),
+        "beta": beta,
+        "label_smoothing": label_smoothing,
+        "tau": discopop_tau,
+    }
+    batch = {"token_logps_C": _wide(token_logps_C), "cu_seqlens": cu_seqlens}
     losses_B = [
-        LOSSES[name](
-            *(beta * scores_S).chunk(2),
-            lengths=lengths_S.chunk(2),
-            beta=beta,
-            label_smoothing=label_smoothing,
-            tau=discopop_tau,
-        )
+        LOSSES[name](*rewards, **settings)
+        if name in LOSSES
+        else BATCH_LOSSES[name](logps_S, reference_logps_S, **batch, **settings)
         for name in loss_type
     ]
     weights = loss_weights or (1.0,) * len(losses_B)
@@ -165,6 +171,14 @@ def _nca_pair(chosen_B, rejected_B, **_):
     return -F.logsigmoid(chosen_B) - 0.5 * pushed_B
 
 
+def _bco_pair(chosen_B, rejected_B, **_):
+    """BCO of a pair, arXiv:2404.04656: a classifier of desirable completions, by their reward.
+
+    As in TRL, without the paper's reward shift delta, a moving average of both sides' rewards.
+    """
+    return -F.logsigmoid(chosen_B) - F.logsigmoid(-rejected_B)
+
+
 def _sppo_hard(chosen_B, rejected_B, *, beta, **_):
     """SPPO, arXiv:2405.00675, equation 4.7, with win probabilities 1 and 0."""
     return ((chosen_B - 0.5) / beta).square() + ((rejected_B + 0.5) / beta).square()
@@ -198,11 +212,58 @@ LOSSES = {
     "ipo": _ipo,
     "exo_pair": _exo_pair,
     "nca_pair": _nca_pair,
+    "bco_pair": _bco_pair,
     "sppo_hard": _sppo_hard,
     "apo_zero": _apo_zero,
     "apo_down": _apo_down,
     "discopop": _discopop,
 }
+
+# The losses of a whole batch: what one of its pairs costs depends on the others, so they have no
+# kernel. Functions of the policy's and the reference's logps, which also take `token_logps_C`,
+# `cu_seqlens` and what the losses above take, and name those that they read. A cost for each pair.
+
+
+def _aot(logps_S, reference_logps_S, *, beta, label_smoothing, **_):
+    """AOT of pairs, arXiv:2406.05882, with hard sorting and the logistic loss, as in TRL.
+
+    The policy's chosen minus rejected is to exceed the reference's as a distribution: it is held
+    against the one of its own rank in the batch. label_smoothing as in conservative DPO.
+    """
+    chosen_B, rejected_B = logps_S.chunk(2)
+    reference_chosen_B, reference_rejected_B = reference_logps_S.chunk(2)
+    ours_B, theirs_B = chosen_B - rejected_B, reference_chosen_B - reference_rejected_B
+    matched_B = _of_same_rank(theirs_B, ours_B)
+    return _sigmoid(beta * ours_B, beta * matched_B, label_smoothing=label_smoothing)
+
+
+def _aot_unpaired(logps_S, reference_logps_S, *, beta, label_smoothing, **_):
+    """AOT without pairs, arXiv:2406.05882: a chosen reward against the rejected of its rank."""
+    chosen_B, rejected_B = (logps_S - reference_logps_S).chunk(2)
+    matched_B = _of_same_rank(rejected_B, chosen_B)
+    return _sigmoid(beta * chosen_B, beta * matched_B, label_smoothing=label_smoothing)
+
+
+def _of_same_rank(values_B, like_B):
+    """For each of like_B the one of values_B that is as many places from the smallest.
+
+    Equal ones of like_B keep the order of the batch.
+    """
+    ranks_B = like_B.detach().argsort(stable=True).argsort()
+    return values_B.sort().values.gather(0, ranks_B)
+
+
+def _sft(logps_S, reference_logps_S, *, token_logps_C, cu_seqlens, **_):
+    """Cross-entropy of the chosen completions, a mean over all their tokens in the batch.
+
+    A pair's cost is its tokens' share, times B: their mean is that mean. No token weighs ld_alpha.
+    """
+    B = len(logps_S) // 2
+    chosen_logps_B = completion_logps(token_logps_C, cu_seqlens)[:B]
+    return -B * chosen_logps_B / cu_seqlens[B].clamp(min=1)
+
+
+BATCH_LOSSES = {"aot": _aot, "aot_unpaired": _aot_unpaired, "sft": _sft}
 
 # The scores of log-ratios log t: f'(t) of an f-divergence f (f-DPO, arXiv:2309.16240, theorem 1),
 # with TRL's constant, which only the losses of rewards per token see.

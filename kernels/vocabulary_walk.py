@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdpo.kernels.fold import FOLDS, RunningSoftmax
 from fastdpo.kernels.products import HeadRows, Term, product
-from fastdpo.kernels.tiles import FOLDS, Rows
 
 # Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
 TILE_ROWS = {"cpu": 512, "cuda": 8192}
@@ -59,12 +59,12 @@ class Tiles:
         if dtype != settings.wide:
             self.p = torch.empty_like(self.z, dtype=dtype)
 
-    def fold(self, block: slice, columns: slice, rows: Rows, memory: Tensor) -> Tensor:
+    def fold(self, block: slice, columns: slice, rows: RunningSoftmax, memory: Tensor) -> Tensor:
         """Take one piece into `rows` and return its p, at the beginning of `memory`."""
         p_NT = _view(memory, block, columns)
         z_NT = p_NT if self.z.dtype == self.p.dtype else _view(self.z, block, columns)
         for k, term in enumerate(self.terms):
-            product(term.x[block], term.w[columns].T, z_NT, accumulate=k > 0)
+            product(term.x_pieces[block], term.w_pieces[columns].T, z_NT, accumulate=k > 0)
         bias_T = None if self.bias_V is None else self.bias_V[columns].to(z_NT.dtype)
         labels_N, scale, softcap = self.labels_N[block], self.settings.scale, self.settings.softcap
         FOLDS[self.settings.fold](z_NT, p_NT, bias_T, labels_N, columns.start, rows, scale, softcap)
@@ -103,7 +103,7 @@ def _view(memory: Tensor, block: slice, columns: slice) -> Tensor:
     return memory[: shape[0] * shape[1]].view(shape)
 
 
-def walk(tiles: Tiles, rows: Rows) -> tuple[list[Tensor | None], dict]:
+def walk(tiles: Tiles, rows: RunningSoftmax) -> tuple[list[Tensor | None], dict]:
     """Take every tile into `rows`; u_NK of each term (None without dx), and the p that fit.
 
     A piece of p is kept under (block, columns) by number, with the peak that it was made with.
@@ -128,7 +128,7 @@ def walk(tiles: Tiles, rows: Rows) -> tuple[list[Tensor | None], dict]:
                 likely = reached_NT.any(0).nonzero().squeeze(1)
             for term, u_NK in zip(tiles.terms, us, strict=True):
                 if u_NK is not None:
-                    out_NK, w_TK = u_NK[block].mul_(at.rescale_N[:, None]), term.w[columns]
+                    out_NK, w_TK = u_NK[block].mul_(at.rescale_N[:, None]), term.w_pieces[columns]
                     product(p_NT[:, likely], w_TK[likely], out_NK, accumulate=True)
     return us, kept
 
@@ -144,7 +144,7 @@ def weight_gradients(
         for r, block in enumerate(tiles.blocks):
             p_NT, peak_N = kept.get((r, c), (None, None))
             if p_NT is None:
-                fresh = Rows.start(block.stop - block.start, wide, device)
+                fresh = RunningSoftmax.start(block.stop - block.start, wide, device)
                 p_NT, peak_N = tiles.fold(block, columns, fresh, tiles.p), fresh.peak_N
             dlogits_NT = tiles.dlogits(p_NT, peak_N - lse_N[block], block, columns, c_target_N)
             for weight in trained:

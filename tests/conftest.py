@@ -20,3 +20,14 @@ def poisoned_memory():
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 4 rows by 2 blocks, so that a test's few rows are walked as thousands are."""
+    from fastdpo.kernels import vocabulary_walk
+    from fastdpo.kernels.fold import BLOCK_V
+
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(vocabulary_walk.TILE_ROWS, device, 4)
+        monkeypatch.setitem(vocabulary_walk.TILE_COLUMNS, device, 2 * BLOCK_V)

@@ -21,13 +21,15 @@ SIZES = {
 }
 WINDOW = {"sliding_window": 6}
 EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+# by default, transformers 5.17 runs Gemma 2 with sdpa, which leaves the cap out
+CAPPED_SCORES = {"attn_logit_softcapping": 5.0, "attn_implementation": "eager"}
 FAMILIES = {  # what each adds to what a layout has to get right
     "llama": {},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1, **WINDOW},  # biases, one window
     "qwen3": {},  # norms of queries and keys
     "mistral": WINDOW,  # a window in every layer
     "gemma": {},  # scaled embeddings
-    "gemma2": {**WINDOW, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
+    "gemma2": {**WINDOW, "final_logit_softcapping": 3.0, **CAPPED_SCORES},
     "gemma3_text": WINDOW,  # two rotary bases
     "phi3": WINDOW,  # fused projections
     "olmo2": {},  # norms after the layers
@@ -57,7 +59,7 @@ class _AllInFloat64(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.Tensor.float:
-            return args[0] if args[0].dtype == torch.float64 else args[0].to(torch.float32)
+            return args[0].double()  # integers too: some versions multiply positions as floats
         tensor = args[0] if args else None
         if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)

@@ -14,16 +14,10 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import cli
-from fastdpo.arguments import (
-    DatasetConfig,
-    DatasetMixtureConfig,
-    ModelConfig,
-    ScriptArguments,
-    TrainParser,
-    load_datasets,
-    peft_config,
-    quantization_config,
-)
+from fastdpo.arguments import ModelConfig, ScriptArguments, peft_config, quantization_config
+from fastdpo.data import prepare_pairs
+from fastdpo.mixture import DatasetConfig, DatasetMixtureConfig, load_datasets
+from fastdpo.parser import TrainParser
 from fastdpo.trainer import DPOTrainer
 
 
@@ -98,6 +92,29 @@ def test_a_run_ends_in_a_model_that_loads(here, whole_run):
     assert AutoTokenizer.from_pretrained(whole_run).chat_template
     assert sorted(losses(whole_run)) == [1, 2, 3, 4]
     assert losses(whole_run)[1] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_with_less(here, tmp_path, capsys):
+    train(here, tmp_path / "out", max_steps=2)
+    (tmp_path / "out/run.json").write_text(
+        (tmp_path / "out/run.json").read_text().replace('"finished": true', '"finished": false')
+    )
+    less = {"max_tokens_per_forward": 64, "head_cache_bytes": 0, "strict_layout": True}
+    assert train(here, tmp_path / "out", max_steps=2, **less) == 0
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_rows_that_were_skipped_and_prompts_that_were_cut_are_in_the_summary(
+    here, tmp_path, capsys
+):
+    rows = tmp_path / "rows.jsonl"
+    cut = {"prompt": "Two and two ma", "chosen": "ke four.", "rejected": "ke five"}
+    write_rows(rows, [*tiny.rows(7), cut])
+    rows.write_text(rows.read_text() + '{"prompt": 3}\n{\n')
+    skip = {"dataset_name": rows, "on_bad_rows": "skip", "max_steps": 1}
+    assert train(here, tmp_path / "out", **skip) == 0
+    told = "8 of 10 rows; 2 dropped: malformed; 1 without the end of their prompt"
+    assert told in capsys.readouterr().out
 
 
 def test_a_run_says_what_it_will_do_and_where_it_saved(here, tmp_path, capsys):
@@ -229,11 +246,26 @@ def test_a_bad_yaml_file_ends_with_one_line(tmp_path, text, told, capsys):
     assert told in one_line(capsys)
 
 
+def test_debugging_shows_where_bad_input_was_found(capsys, monkeypatch):
+    monkeypatch.setenv("FASTDPO_DEBUG", "1")
+    assert cli.main(["train", "--beta", "-1"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and any("in _check_loss" in line for line in lines)
+    assert lines[-1].startswith("fastdpo: error: ") and "beta > 0" in lines[-1]
+
+
+def test_a_stream_of_which_no_row_is_left_ends_with_one_line(here, tmp_path, capsys):
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}] * 3)
+    skip = {"dataset_name": tmp_path / "rows.jsonl", "on_bad_rows": "skip"}
+    assert train(here, tmp_path / "out", "--dataset_streaming", **skip) == 2
+    assert "train dataset: want at least one row" in one_line(capsys)
+
+
 @pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name"])
 def test_a_missing_model_or_dataset_ends_with_one_line(here, tmp_path, name, capsys):
     changes = {name: str(tmp_path / "nowhere")}
     assert train(here, tmp_path / "out", **changes) == 2
-    assert "nowhere" in one_line(capsys)
+    assert "nowhere is not there" in one_line(capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -402,9 +434,9 @@ def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch)
 # Datasets
 
 
-def load(mixture, *, with_eval=False):
+def load(mixture, *, with_eval=False, on_bad_rows="raise"):
     return load_datasets(
-        ScriptArguments(), mixture, with_eval=with_eval, on_bad_rows="raise", seed=0
+        ScriptArguments(), mixture, with_eval=with_eval, on_bad_rows=on_bad_rows, seed=0
     )
 
 
@@ -421,6 +453,16 @@ def test_a_mixture_is_its_datasets_one_after_the_other(parts):
         row["prompt"] for count in (8, 4) for row in tiny.rows(count)
     ]
     assert held_out is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mixtures_malformed_rows_are_left_to_be_counted(parts, tmp_path, streaming):
+    (tmp_path / "a.jsonl").write_text("{\n" + (tmp_path / "a.jsonl").read_text())
+    datasets = [DatasetConfig(path, columns=["prompt", "chosen", "rejected"]) for path in parts]
+    mixture = DatasetMixtureConfig(datasets=datasets, streaming=streaming)
+    rows, _ = load(mixture, on_bad_rows="skip")
+    pairs, _ = prepare_pairs(rows, tiny.tokenizer(), on_bad_rows="skip")
+    assert len(list(pairs)) == 12
 
 
 def test_fractions_cut_a_mixture_to_its_proportions(parts):

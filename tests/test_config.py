@@ -4,8 +4,8 @@ import re
 import pytest
 
 from fastdpo import DPOConfig
-from fastdpo.arguments import TrainParser
-from fastdpo.losses import COMPARING, F_DIVERGENCES, LOSS_TYPES
+from fastdpo.losses import F_DIVERGENCES, LOSS_TYPES, WITH_F_DIVERGENCE
+from fastdpo.parser import TrainParser
 
 # TRL 1.16's DPOConfig, where it differs from transformers.TrainingArguments or adds to it
 TRL_DEFAULTS = {
@@ -67,10 +67,10 @@ def test_every_loss_is_accepted_by_name(tmp_path, loss_type):
 
 
 @pytest.mark.parametrize("f_divergence_type", F_DIVERGENCES)
-def test_every_f_divergence_goes_with_losses_that_compare(tmp_path, f_divergence_type):
+def test_every_f_divergence_goes_with_the_losses_of_trl(tmp_path, f_divergence_type):
     made = config(
         tmp_path,
-        loss_type=list(COMPARING),
+        loss_type=list(WITH_F_DIVERGENCE),
         label_smoothing=0.1,
         f_divergence_type=f_divergence_type,
     )
@@ -101,6 +101,8 @@ def test_pad_to_multiple_of_reads_text_of_the_command_line(tmp_path, given, mult
         ("loss_type", []),
         ("loss_type", ["sigmoid", "simpo"]),
         ("loss_weights", [1.0, 2.0]),
+        ("loss_weights", 0.5),
+        ("loss_weights", [float("nan")]),
         ("f_divergence_type", "backward_kl"),
         ("max_length", 1),
         ("truncation_mode", "middle"),
@@ -113,7 +115,6 @@ def test_pad_to_multiple_of_reads_text_of_the_command_line(tmp_path, given, mult
         ("head_skip_below", 1.0),
         ("router_aux_loss_coef", -0.1),
         ("router_aux_loss_coef", math.nan),
-        ("loss_weights", 0.5),
         ("loss_weights", [math.nan]),
         ("f_alpha_divergence_coef", math.nan),
         ("precompute_ref_batch_size", -1),
@@ -127,10 +128,6 @@ def test_a_value_out_of_range_is_refused_by_name(tmp_path, name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("loss_type", ["bco_pair"]),
-        ("loss_type", ["aot"]),
-        ("loss_type", ["aot_unpaired"]),
-        ("loss_type", ["sigmoid", "sft"]),
         ("sync_ref_model", True),
         ("activation_offloading", True),
     ],
@@ -162,11 +159,38 @@ def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path, name, value):
             },
             "fused_linear_cross_entropy=False in liger_kernel_config, got True",
         ),
+        *(
+            ({"loss_type": name, "f_divergence_type": "forward_kl"}, f"reverse_kl with .*'{name}'")
+            for name in ("bco_pair", "aot", "aot_unpaired")
+        ),
+        *(
+            ({"loss_type": ["ipo", name], "use_weighting": True}, f"use_weighting=.*'{name}'")
+            for name in ("aot", "aot_unpaired", "sft")
+        ),
+        ({"loss_type": "bco_pair", "label_smoothing": 0.1}, "label_smoothing 0 with .*'bco_pair'"),
+        ({"loss_type": "sft", "label_smoothing": 0.1}, "label_smoothing 0 with .*'sft'"),
+        (
+            {
+                "loss_type": ["sigmoid", "aot"],
+                "max_tokens_per_forward": 100,
+                "disable_dropout": False,
+            },
+            "max_tokens_per_forward unset with .*'aot'.*disable_dropout=False.*got 100",
+        ),
+        (
+            {"max_tokens_per_forward": 99, "include_num_input_tokens_seen": True},
+            "include_num_input_tokens_seen no with max_tokens_per_forward",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **settings)
+
+
+def test_dropout_may_stay_where_no_pack_is_run_twice(tmp_path):
+    config(tmp_path, loss_type="aot", disable_dropout=False)
+    config(tmp_path, loss_type="sigmoid", disable_dropout=False, max_tokens_per_forward=100)
 
 
 def test_a_mix_is_written_on_the_command_line(tmp_path):

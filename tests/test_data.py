@@ -99,6 +99,28 @@ def test_real_rows_are_tokenised_as_trl_does(tokenizer):
             assert prompt_ids + pair[f"{side}_ids"] == ids(row["prompt"] + row[side])
 
 
+AS_TRL = {  # rows that look odd, and train as in TRL
+    "empty-completion": (
+        {"prompt": "a b", "chosen": " c", "rejected": ""},
+        ["a b", " c</s>", "</s>"],
+    ),
+    "empty-turn": (
+        CHAT | {"rejected": [assistant("")]},
+        ["<s><|user|>Two and two?</s><|assistant|>", "Four.</s>", "</s>"],
+    ),
+    "a-prompt-that-ends-with-the-assistant": (
+        CHAT | {"prompt": [user("a"), assistant("b")]},
+        ["<s><|user|>a</s><|assistant|>b</s><|assistant|>", "Four.</s>", "Five.</s>"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "texts"), AS_TRL.values(), ids=AS_TRL)
+def test_odd_rows_that_trl_trains_on_are_tokenised_as_there(row, texts, tokenizer):
+    (pair,), _ = pairs_of([row], tokenizer)
+    assert decoded(tokenizer, pair) == texts
+
+
 IMPLICIT = {
     "conversation": (
         {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
@@ -112,6 +134,11 @@ IMPLICIT = {
         {"chosen": "it is red", "rejected": "it is blue"},
         ["it is", " red</s>", " blue</s>"],
     ),
+    "one-text-is-the-beginning-of-the-other": (
+        {"chosen": "it is red", "rejected": "it is"},
+        ["it is", " red</s>", "</s>"],
+    ),
+    "equal-texts": ({"chosen": "yes", "rejected": "yes"}, ["yes", "</s>", "</s>"]),
 }
 
 
@@ -142,14 +169,20 @@ def chat(**changes):
 
 
 MALFORMED = {
-    "missing-field": ({"prompt": "a", "chosen": "b"}, "rejected.*no such field"),
-    "empty-field": ({"prompt": "", "chosen": "b", "rejected": "c"}, "prompt"),
+    "missing-field": ({"prompt": "a", "chosen": "b", "rejected": None}, "rejected.*no such field"),
+    "no-prompt-in-a-column-of-prompts": (
+        {"prompt": None, "chosen": "The cat sat", "rejected": "The dog ran"},
+        "prompt.*got None",
+    ),
+    "images": (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "images": ["cat.png"]},
+        "images.*vision-language rows are not supported yet",
+    ),
     "empty-conversation": (chat(chosen=[]), "chosen"),
     "mixed-kinds": (chat(rejected="no"), "rejected"),
     "message-without-role": (chat(prompt=[{"content": "a"}]), r"prompt\[0\]"),
     "unknown-role": (chat(prompt=[{"role": "bot", "content": "a"}]), r"prompt\[0\].role.*'bot'"),
     "no-content": (chat(prompt=[{"role": "user"}]), r"prompt\[0\].content.*no content"),
-    "empty-content": (chat(chosen=[assistant("")]), r"chosen\[0\].content"),
     "image": (
         chat(prompt=[{"role": "user", "content": [{"type": "image"}]}]),
         "vision-language rows are not supported",
@@ -158,14 +191,12 @@ MALFORMED = {
         chat(prompt=[user("a"), {"role": "system", "content": "b"}, user("c")]),
         r"prompt\[1\].role",
     ),
-    "prompt-ends-with-assistant": (chat(prompt=[user("a"), assistant("b")]), "prompt"),
     "completion-begins-with-user": (chat(chosen=[user("a")]), "chosen"),
     "tool-before-assistant": (
         chat(prompt=[{"role": "tool", "content": "1"}]),
         r"prompt\[0\].role",
     ),
     "nothing-shared": ({"chosen": "yes", "rejected": "no"}, "prompt.*share"),
-    "equal-texts-without-prompt": ({"chosen": "yes", "rejected": "yes"}, "prompt"),
     "ids-not-numbers": (
         {"prompt_ids": ["a"], "chosen_ids": ["b"], "rejected_ids": ["c"]},
         "prompt_ids",
@@ -196,6 +227,19 @@ def test_a_malformed_row_is_told_by_row_and_field(row, message, tokenizer):
         pairs_of([row], tokenizer)
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["kept", "streamed"])
+def test_columns_of_another_name_are_named(tokenizer, stream):
+    rows = Dataset.from_list([{"instruction": "a", "output": "b"}])
+    wanted = r"want the columns chosen and rejected.*got \['instruction', 'output'\]"
+    with pytest.raises(ValueError, match=f"train dataset: {wanted}"):
+        prepare_pairs(rows.to_iterable_dataset() if stream else rows, tokenizer)
+
+
+def test_rows_without_an_image_need_not_lack_the_column(tokenizer):
+    rows = [tiny.rows(1)[0] | {"images": []}]
+    assert pairs_of(rows, tokenizer)[1].pairs == 1
+
+
 def test_the_templates_own_objection_names_the_row(tokenizer):
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{{ raise_exception('no system, please') }}"
@@ -210,12 +254,49 @@ def test_conversations_need_a_chat_template(tokenizer):
         pairs_of([CHAT], bare)
 
 
+def test_a_prompt_whose_end_is_lost_is_counted_and_told_once(caplog):
+    tokenizer = tiny.tokenizer(["hello world"] * 9)
+    rows = [
+        {"prompt": "say", "chosen": " a", "rejected": " b"},
+        *[{"prompt": "say hel", "chosen": "lo world", "rejected": "lo"}] * 2,
+    ]
+    (_, pair, _), counts = pairs_of(rows, tokenizer)
+    assert decoded(tokenizer, pair) == ["say ", "hello world</s>", "hello</s>"]
+    assert (counts.pairs, counts.cut) == (3, 2)
+    (record,) = caplog.records
+    assert "in 2 rows" in record.getMessage() and "row 1 'hel'" in record.getMessage()
+
+    caplog.clear()
+    stream, _ = prepare_pairs(Dataset.from_list(rows).to_iterable_dataset(), tokenizer)
+    assert len(list(stream)) == 3
+    (record,) = caplog.records
+    assert "row 1 'hel'" in record.getMessage()
+
+
+def test_the_end_that_a_tokenizer_adds_to_a_prompt_is_no_loss(tokenizer):
+    ending = copy.deepcopy(tokenizer)
+    ending._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)]
+    )
+    assert pairs_of(tiny.rows(3), ending)[1].cut == 0
+
+
+def test_lengths_are_those_of_the_rows_kept(tokenizer):
+    rows = [{"prompt": "a b " * 50, "chosen": " c", "rejected": " d"}, *tiny.rows(2)]
+    pairs, counts = pairs_of(rows, tokenizer, max_length=40, length_column="length")
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    assert [pair["length"] for pair in pairs] == [
+        sum(len(pair[name]) for name in names) for pair in pairs
+    ]
+    assert sum(pair["length"] for pair in pairs) == counts.prompt_tokens + counts.completion_tokens
+
+
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_what_is_dropped_and_what_is_odd_is_counted_and_told_once(tokenizer, num_proc, caplog):
     rows = [
         *tiny.rows(3),
         {"prompt": "a b " * 50, "chosen": " c", "rejected": " d"},
-        {"prompt": "a", "chosen": "", "rejected": " d"},
+        {"prompt": "a", "chosen": None, "rejected": " d"},
         {"prompt": "a", "chosen": " same", "rejected": " same"},
     ]
     kept, counts = pairs_of(rows, tokenizer, max_length=40, on_bad_rows="skip", num_proc=num_proc)
@@ -242,13 +323,33 @@ def test_where_no_row_is_left_it_is_told_why(tokenizer):
 
 
 def test_a_stream_is_checked_as_it_is_read(tokenizer, caplog):
-    rows = [*tiny.rows(3), {"prompt": "a", "chosen": "", "rejected": " d"}, *tiny.rows(2)]
+    bad = {"prompt": "a", "chosen": None, "rejected": " d"}
+    rows = [*tiny.rows(3), bad, *tiny.rows(2)]
     stream = IterableDataset.from_generator(lambda: iter(rows))
     kept, counts = prepare_pairs(stream, tokenizer, on_bad_rows="skip")
     assert counts is None
     expected, _ = pairs_of([*tiny.rows(3), *tiny.rows(2)], tokenizer)
     assert list(kept) == expected
     assert sum("row 3, field 'chosen'" in r.getMessage() for r in caplog.records) == 1
-    strict, _ = prepare_pairs(stream, tokenizer)
     with pytest.raises(RowError, match="row 3, field 'chosen'"):
+        prepare_pairs(stream, tokenizer)
+    far = IterableDataset.from_generator(lambda: iter([*tiny.rows(1000), bad]))
+    strict, _ = prepare_pairs(far, tokenizer)  # reads no further than it must
+    with pytest.raises(RowError, match="row 1000, field 'chosen'"):
         list(strict)
+
+
+def test_a_stream_without_a_row_that_trains_is_told_at_once(tokenizer):
+    rows = [{"prompt": "a", "chosen": None, "rejected": "c"}] * 3
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(ValueError, match="eval dataset: no row is left"):
+        prepare_pairs(stream, tokenizer, name="eval", on_bad_rows="skip")
+
+
+def test_a_stream_says_its_columns_and_has_no_others(tokenizer):
+    logps = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    rows = [tiny.rows(1)[0] | logps, tiny.rows(1)[0] | logps | {"note": "odd"}]
+    stream, _ = prepare_pairs(IterableDataset.from_generator(lambda: iter(rows)), tokenizer)
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids", *logps]
+    assert stream.column_names == columns
+    assert [list(pair) for pair in stream] == [columns] * 2

@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 
+import fastdpo
+
 ROOT = Path(__file__).parents[1]
 # each module may import those after it
 ORDER = (
-    "demo cli verify subject arguments run_folder trainer trainer_check pack_trainer packs summary "
-    "layout_check layout start_check rows data preferences messages demo_task metrics policy "
-    "reference config losses model attention collate tree batch head quantised ops"
+    "demo cli parser verify subject run_folder mixture arguments trainer trainer_check "
+    "pack_trainer packs summary layout_check layout start_check rows data preferences messages "
+    "demo_task metrics policy reference config batch_loss losses model attention collate tree "
+    "batch head quantised ops"
 ).split()
 KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "math", "typing"}
 # what kernel files share or are made of
-PARTS_OF_KERNELS = {"tiles", "products", "vocabulary_walk", "closed_forms"}
+PARTS_OF_KERNELS = {"fold", "products", "vocabulary_walk", "row_statistics", "closed_forms"}
 
 
 def python(code, *flags, pythonpath=(), cwd=ROOT):
@@ -112,7 +115,9 @@ def checkout(tmp_path_factory):
 
 def test_a_wheel_holds_the_kernels(checkout, tmp_path):
     build("wheel", str(checkout), "--wheel-dir", str(tmp_path))
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"fastdpo-{fastdpo.__version__}-")  # written once, there
+    names = zipfile.ZipFile(wheel).namelist()
     for name in ("linear_logps", "vocabulary_walk", "pair_loss", "closed_forms", "reference"):
         assert f"fastdpo/kernels/{name}.py" in names
     assert "fastdpo/py.typed" in names and not any(n.startswith("kernels/") for n in names)

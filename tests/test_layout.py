@@ -54,6 +54,13 @@ def test_what_cannot_run_packed_says_so_in_a_line(family):
         choose_layout("shared", [model], None, strict=False)
 
 
+def test_attention_without_its_soft_capping_stays_padded_and_says_what_to_do():
+    model = families.model("gemma2", torch.float32)
+    assert why_padded(model) is None
+    model.config._attn_implementation = "sdpa"
+    assert "load it with attn_implementation='eager'" in why_padded(model)
+
+
 def test_sharded_weights_go_unchecked_and_say_so():
     model = families.model("llama", torch.float32)
     layout = choose_layout("auto", [model], None, strict=False)

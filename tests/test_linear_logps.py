@@ -1,19 +1,14 @@
-import math
-import weakref
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from tiny_heads import inputs
 
-from fastdpo.kernels import linear_logps as module
-from fastdpo.kernels import reference, tiles, vocabulary_walk
-from fastdpo.kernels.linear_logps import STATS, linear_logps
-from fastdpo.kernels.tiles import BLOCK_V
+from fastdpo.kernels import reference
+from fastdpo.kernels.fold import BLOCK_V
+from fastdpo.kernels.linear_logps import linear_logps
+from fastdpo.kernels.row_statistics import STATS
 
 SHAPES = {
     "no-row": (0, 8, 40),
@@ -23,24 +18,7 @@ SHAPES = {
     "ragged-last-tile-and-rows": (11, 16, 5 * BLOCK_V + 1),
 }
 FOLDS = ["torch", "triton"]
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Tiles of 4 rows by 2 blocks, so that a test's few rows are walked as thousands are."""
-    for device in ("cpu", "cuda"):
-        monkeypatch.setitem(vocabulary_walk.TILE_ROWS, device, 4)
-        monkeypatch.setitem(vocabulary_walk.TILE_COLUMNS, device, 2 * BLOCK_V)
-
-
-def inputs(shape, dtype, device="cpu", bias=False, seed=0):
-    N, D, V = shape
-    random = torch.Generator().manual_seed(seed)
-    hidden_ND = torch.randn(N, D, generator=random)
-    head_VD = torch.randn(V, D, generator=random)
-    labels_N = torch.randint(0, V, (N,), generator=random)
-    bias_V = torch.randn(V, generator=random).to(device, dtype) if bias else None
-    return hidden_ND.to(device, dtype), head_VD.to(device, dtype), labels_N.to(device), bias_V
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 def run(function, hidden_ND, head_VD, labels_N, bias_V, dtype, trained=True, **settings):
@@ -132,165 +110,6 @@ def test_the_cache_changes_no_gradient(fold, device):
         bound = 8 * torch.finfo(torch.float32).eps * none[name].abs().max()
         assert (none[name] - some[name]).abs().max() <= bound, name
         assert (none[name] - all_of_it[name]).abs().max() <= bound, name
-
-
-PRODUCTS = {
-    "no-grad": ({"grad": False}, 1),
-    "frozen": ({"head": False}, 2),
-    "trained-and-cached": ({"head": True, "cache": 1 << 30}, 3),
-    "trained-not-cached": ({"head": True, "cache": 0}, 4),
-}
-
-
-def _onednn_flops(x_shape, *_, out_shape, **__):
-    return 2 * x_shape[1] * math.prod(out_shape)
-
-
-def counting_flops():
-    """A FlopCounterMode that knows oneDNN's products too."""
-    return FlopCounterMode(
-        display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _onednn_flops}
-    )
-
-
-@pytest.mark.parametrize(("kind", "wanted"), PRODUCTS.values(), ids=PRODUCTS)
-def test_products_are_as_few_as_promised(kind, wanted):
-    N, D, V = shape = (16, 16, 4 * BLOCK_V)
-    hidden_ND, head_VD, labels_N, _ = inputs(shape, torch.float32)
-    head_VD.requires_grad_(kind.get("head", False))
-    with counting_flops() as counter, torch.set_grad_enabled(kind.get("grad", True)):
-        logps_N = linear_logps(
-            hidden_ND.requires_grad_(),
-            head_VD,
-            labels_N,
-            fold="torch",
-            head_cache_bytes=kind.get("cache", 0),
-        )
-        if logps_N.requires_grad:
-            logps_N.sum().backward()
-    assert counter.get_total_flops() == wanted * 2 * N * V * D
-
-
-@pytest.mark.parametrize(("cache", "wanted"), [(1 << 30, 2), (0, 3)])
-def test_an_adapter_on_a_frozen_head_takes_thin_products_only(cache, wanted):
-    N, D, V, R = 16, 32, 4 * BLOCK_V, 2
-    hidden_ND, head_VD, labels_N, _ = inputs((N, D, V), torch.float32)
-    low_rank = torch.randn(N, R, requires_grad=True), torch.randn(V, R, requires_grad=True)
-    with counting_flops() as counter:
-        linear_logps(
-            hidden_ND.requires_grad_(),
-            head_VD,
-            labels_N,
-            low_rank=low_rank,
-            fold="torch",
-            head_cache_bytes=cache,
-        ).sum().backward()
-    assert counter.get_total_flops() == 2 * N * V * (wanted * D + (wanted + 1) * R)
-
-
-class Watch(TorchDispatchMode):
-    """Fails on what makes the CPU wait for a GPU, and keeps the size of the largest tensor made."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert not any(name in func.__name__ for name in ("_local_scalar_dense", "nonzero")), func
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.largest = max(self.largest, out.nbytes)
-        return out
-
-
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_nothing_waits_and_no_logits_are_held(trained):
-    shape = (64, 16, 64 * BLOCK_V)
-    hidden_ND, head_VD, labels_N, _ = inputs(shape, torch.float32)
-    head_VD.requires_grad_(trained)
-    with Watch() as watch:
-        linear_logps(
-            hidden_ND.requires_grad_(), head_VD, labels_N, fold="torch", head_cache_bytes=0
-        ).sum().backward()
-    logits = 4 * 64 * 64 * BLOCK_V
-    assert watch.largest <= (head_VD.nbytes if trained else logits // 50)
-
-
-class Live(TorchDispatchMode):
-    """The most bytes of new storages that were alive at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)]
-        given = {x.untyped_storage()._cdata for x in given}
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                if storage._cdata not in given | self.seen:
-                    self._add(storage)
-        return out
-
-    def _add(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        self.seen.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-        def freed():
-            self.seen.discard(key)
-            self.live -= size
-
-        weakref.finalize(storage, freed)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_frozen_heads_workspace_is_bounded(monkeypatch, dtype):
-    monkeypatch.undo()
-    shape = N, D, _ = (1100, 4096, 1500)
-    hidden_ND, head_VD, labels_N, _ = inputs(shape, dtype)
-    hidden_ND.requires_grad_()
-    with Live() as live:
-        logps_N = linear_logps(hidden_ND, head_VD, labels_N, fold="torch")
-        assert live.peak <= 4 * N * D + (32 << 20)
-        logps_N.sum().backward()
-    assert live.peak <= 4 * N * D + max(32 << 20, hidden_ND.nbytes + (1 << 20))
-
-
-def test_a_frozen_heads_workspace_on_a_gpu_is_bounded(monkeypatch):
-    """A GPU's tiles and dtypes at a real size, on tensors without memory and by no arithmetic."""
-    monkeypatch.undo()
-    monkeypatch.setitem(tiles.FOLDS, "triton", lambda *args: None)
-    monkeypatch.setattr(vocabulary_walk, "product", lambda *args, **kinds: None)
-    for constants in (vocabulary_walk.TILE_ROWS, vocabulary_walk.TILE_COLUMNS):
-        monkeypatch.setitem(constants, "cpu", constants["cuda"])
-    monkeypatch.setattr(module, "_operand_dtypes", lambda hidden_ND: (hidden_ND.dtype, None))
-    N, D, V = 8192, 4096, 151936
-    with FakeTensorMode(), Live() as live:
-        hidden_ND = torch.empty(N, D, dtype=torch.bfloat16, requires_grad=True)
-        head_VD = torch.empty(V, D, dtype=torch.bfloat16)
-        labels_N = torch.empty(N, dtype=torch.int64)
-        before = live.live
-        linear_logps(hidden_ND, head_VD, labels_N)
-    assert 4 * N * D < live.peak - before <= 4 * N * D + (256 << 20)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rows_answer_does_not_depend_on_the_others(monkeypatch, dtype, threads):
-    monkeypatch.undo()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    hidden_ND, head_VD, labels_N, _ = inputs((1030, 96, 2500), dtype)
-    together_N = linear_logps(hidden_ND, head_VD, labels_N, fold="torch")
-    for rows in (slice(0, 1), slice(3, 10), slice(700, 723), slice(5, 518), slice(1029, 1030)):
-        alone_N = linear_logps(hidden_ND[rows], head_VD, labels_N[rows], fold="torch")
-        assert torch.equal(alone_N, together_N[rows]), rows
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("fold", FOLDS)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastdpo.losses import LOSS_TYPES, PAIR_METRICS, completion_logps, pair_loss, pair_weights
 
@@ -58,6 +60,12 @@ BY_HAND = {
     # log-ratios per token 1/2 + 1/3 and -1 + 2, less 1 / (2 beta) = 1, squared
     "ipo": [(5 / 6 - 1) ** 2, 0.0],
     "nca_pair": [1.5 * SOFT[0.5] + 0.5 * SOFT[-0.5], SOFT[-0.5] + 0.5 * (SOFT[0.5] + SOFT[1.0])],
+    "bco_pair": [2 * SOFT[0.5], SOFT[-0.5] + SOFT[1.0]],
+    # log-ratios 1 and -1 against -1 and -2: each against its own, by pair and by rank
+    "aot": [SOFT[1.0], SOFT[0.5]],
+    "aot_unpaired": [SOFT[1.0], SOFT[0.5]],
+    # sums 1.5 and 2 of three tokens, times B
+    "sft": [1.0, 4 / 3],
     # 1 / (2 beta) = 1: (1 - 1)² + (-1 + 1)² and (-1 - 1)² + (-2 + 1)²
     "sppo_hard": [0.0, 5.0],
     "apo_zero": [2 * SIGMOID[-0.5], SIGMOID[0.5] + SIGMOID[-1.0]],
@@ -67,6 +75,8 @@ BY_HAND = {
 }
 BY_HAND_SMOOTHED = {  # label_smoothing 0.1
     "sigmoid": [0.9 * SOFT[1.0] + 0.1 * SOFT[-1.0], 0.9 * SOFT[0.5] + 0.1 * SOFT[-0.5]],
+    "aot": [0.9 * SOFT[1.0] + 0.1 * SOFT[-1.0], 0.9 * SOFT[0.5] + 0.1 * SOFT[-0.5]],
+    "aot_unpaired": [0.9 * SOFT[1.0] + 0.1 * SOFT[-1.0], 0.9 * SOFT[0.5] + 0.1 * SOFT[-0.5]],
     "robust": [
         (0.9 * SOFT[1.0] - 0.1 * SOFT[-1.0]) / 0.8,
         (0.9 * SOFT[0.5] - 0.1 * SOFT[-0.5]) / 0.8,
@@ -86,6 +96,60 @@ def test_a_loss_by_hand(loss_type):
             loss_B = loss_of(TOKEN_LOGPS, loss_type, label_smoothing=label_smoothing).loss_B
             assert loss_B.tolist() == pytest.approx(table[loss_type], abs=2e-6)
     assert loss_type in {**BY_HAND, **BY_HAND_SMOOTHED}
+
+
+# Three pairs of one token each. Chosen minus rejected: 1, 2, 0; the reference's: 3, 0, 1.
+# Log-ratios: chosen 0, -1, -2, rejected 2, -3, -1.
+THREE = torch.tensor([-1.0, -2.0, -3.0, -2.0, -4.0, -3.0])
+THREE_REFERENCE = torch.tensor([-1.0, -1.0, -1.0, -4.0, -1.0, -2.0])
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "distances", "rejected_meets"),
+    [
+        # 1, 2, 0 against 0, 1, 3 in the order of 0, 1, 2; each pair's own two tokens move it
+        ("aot", [0.0, -1.0, 0.0], [0, 1, 2]),
+        # 0, -1, -2 against 2, -1, -3: the third's rejected meets the second's chosen, and so on
+        ("aot_unpaired", [-2.0, 0.0, 1.0], [0, 2, 1]),
+    ],
+)
+def test_aot_holds_against_what_has_the_same_rank(loss_type, distances, rejected_meets):
+    token_logps = THREE.clone().requires_grad_()
+    ends = torch.arange(7).int()
+    settings = {"beta": BETA, "loss_type": (loss_type,)}
+    loss_B = pair_loss(token_logps, ends, THREE_REFERENCE, **settings).loss_B
+    expected = [math.log1p(math.exp(-BETA * distance)) for distance in distances]
+    assert loss_B.tolist() == pytest.approx(expected, abs=1e-6)
+    loss_B.sum().backward()
+    slopes = [BETA / (1 + math.exp(BETA * distance)) for distance in distances]
+    expected = [-slope for slope in slopes] + [slopes[b] for b in rejected_meets]
+    assert token_logps.grad.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@given(
+    logps=st.lists(st.tuples(*[st.floats(-9, 0, width=32)] * 4), min_size=1, max_size=9),
+    loss_type=st.sampled_from(["aot", "aot_unpaired"]),
+)
+@settings(deadline=None, derandomize=True)
+def test_ranks_are_those_of_two_sorted_samples(logps, loss_type):
+    policy, reference = torch.tensor(logps, dtype=torch.float64).T.reshape(2, -1)
+    loss_B = pair_loss(
+        policy, torch.arange(len(policy) + 1).int(), reference, beta=0.1, loss_type=(loss_type,)
+    ).loss_B
+    (chosen, rejected), (own_chosen, own_rejected) = policy.chunk(2), reference.chunk(2)
+    if loss_type == "aot":
+        above, below = chosen - rejected, own_chosen - own_rejected
+    else:
+        above, below = chosen - own_chosen, rejected - own_rejected
+    distances = 0.1 * (above.msort() - below.msort())
+    expected = -torch.nn.functional.logsigmoid(distances).sum()
+    torch.testing.assert_close(loss_B.sum(), expected)
+
+
+def test_sft_weighs_every_chosen_token_alike():
+    token_logps = torch.tensor(TOKEN_LOGPS, requires_grad=True)
+    loss_of(token_logps, "sft", ld_alpha=0.0).loss_B.mean().backward()
+    assert token_logps.grad.tolist() == pytest.approx([-1 / 3] * 3 + [0.0] * 4)
 
 
 def test_gradient_by_hand():
@@ -126,6 +190,9 @@ def test_a_mix_is_the_weighted_sum():
     loss_B = loss_of(TOKEN_LOGPS, *mix, loss_weights=(2.0, 0.5, -1.0)).loss_B
     expected = [2 * 0.0 + 0.5 * 0.0 - SOFT[1.0], 2 * 0.5 + 0.5 * 5.0 - SOFT[0.5]]
     assert loss_B.tolist() == pytest.approx(expected, abs=1e-6)
+    with_batch = loss_of(TOKEN_LOGPS, "sft", "hinge", "aot", loss_weights=(3.0, 2.0, 0.5)).loss_B
+    expected = [3 * 1.0 + 0.5 * SOFT[1.0], 3 * 4 / 3 + 2 * 0.5 + 0.5 * SOFT[0.5]]
+    assert with_batch.tolist() == pytest.approx(expected, abs=1e-6)
     unweighted = loss_of(TOKEN_LOGPS, *mix).loss_B
     assert unweighted.tolist() == pytest.approx([SOFT[1.0], 5.5 + SOFT[0.5]], abs=1e-6)
 

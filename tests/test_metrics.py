@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_linear_logps import Watch
+from watches import Watch
 
 from fastdpo.losses import pair_loss
 from fastdpo.metrics import MetricSums, pair_metrics

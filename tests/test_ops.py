@@ -60,3 +60,18 @@ def test_the_debug_flag_looks_at_the_lengths(monkeypatch):
         lengths = torch.tensor(wrong, dtype=torch.int32)
         with pytest.raises(ValueError, match="want cu_seqlens that rise from 0 to 5"):
             ops.pair_loss(torch.zeros(5), lengths, torch.zeros(2), beta=0.1)
+
+
+def test_a_compiler_does_not_unroll_the_walk_over_the_vocabulary():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    hidden_ND, head_VD = torch.randn(20, 8), torch.randn(50, 8)
+    labels_N = torch.arange(20)
+    doubled = torch.compile(lambda x: ops.linear_logps(2 * x, head_VD, labels_N), backend=backend)
+    assert torch.equal(doubled(hidden_ND), ops.linear_logps(2 * hidden_ND, head_VD, labels_N))
+    calls = [node.name for g in graphs for node in g.graph.nodes if node.op.startswith("call")]
+    assert calls == ["mul"]

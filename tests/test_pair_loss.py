@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate
-from test_linear_logps import Watch
+from watches import Watch
 
+from fastdpo import ops
 from fastdpo.kernels import reference
 from fastdpo.kernels.pair_loss import BLOCK_C, F_DIVERGENCES, LOSS_TYPES, pair_loss
 
@@ -162,6 +163,18 @@ def test_gradcheck_of_the_specification(loss_type, f_divergence_type):
     )
 
 
+@pytest.mark.parametrize("ld_alpha", [None, 0.4])
+@pytest.mark.parametrize("loss_type", reference.BATCH_LOSSES)
+def test_gradcheck_of_the_losses_of_a_batch(loss_type, ld_alpha):
+    lengths = [3, 1, 2, 4, 0, 2, 5, 3]
+    token_logps_C, cu_seqlens, reference_logps_S = inputs(lengths, "cpu", torch.float64)
+    changed = {"loss_type": (loss_type, "ipo"), "loss_weights": (1.0, 0.1), "ld_alpha": ld_alpha}
+    assert torch.autograd.gradcheck(
+        lambda x: reference.pair_loss(x, cu_seqlens, reference_logps_S, **SETTINGS | changed)[0],
+        token_logps_C.requires_grad_(),
+    )
+
+
 @pytest.mark.parametrize("ld_alpha", [None, 0.5])
 def test_nothing_waits_for_the_device(ld_alpha):
     with Watch():
@@ -170,9 +183,26 @@ def test_nothing_waits_for_the_device(ld_alpha):
             [3, 0, 2, 4],
             "cpu",
             torch.float32,
-            loss_type=LOSS_TYPES,
+            loss_type=(*LOSS_TYPES, *reference.BATCH_LOSSES),
             ld_alpha=ld_alpha,
         )
+
+
+@pytest.mark.parametrize("loss_type", [("sigmoid", "hinge"), ("aot", "sigmoid"), ("sft",)])
+def test_on_a_gpu_a_loss_of_a_batch_leaves_the_kernel_out(monkeypatch, loss_type):
+    monkeypatch.setattr(ops, "implementation", lambda device: "triton")
+    runs_kernel = []
+    monkeypatch.setattr(
+        ops._pair_loss,
+        "pair_loss",
+        lambda *tensors, **settings: runs_kernel.append(1) or pair_loss(*tensors, **settings),
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ours = run(ops.pair_loss, [3, 1, 2, 4], device, torch.float32, loss_type=loss_type)
+    truth = run(reference.pair_loss, [3, 1, 2, 4], device, torch.float64, loss_type=loss_type)
+    assert bool(runs_kernel) == (loss_type == ("sigmoid", "hinge"))
+    for value, exact in zip(ours, truth, strict=True):
+        torch.testing.assert_close(value, exact.float())
 
 
 @pytest.mark.parametrize(

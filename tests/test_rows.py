@@ -1,10 +1,11 @@
 import json
+import re
 
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from fastdpo.data import RowError
+from fastdpo.data import RowError, prepare_pairs
 from fastdpo.rows import load_rows
 
 CHAT = {
@@ -63,6 +64,27 @@ def test_csv_cells_may_hold_conversations(tmp_path):
     assert texts(load_rows(str(tmp_path / "rows.csv"))) == [CHAT]
 
 
+def test_a_csv_cell_that_is_no_json_is_told_or_counted(tmp_path):
+    row = {k: json.dumps(v) for k, v in CHAT.items()}
+    Dataset.from_list([row, row | {"chosen": "[{"}]).to_csv(tmp_path / "rows.csv")
+    path = str(tmp_path / "rows.csv")
+    with pytest.raises(RowError, match=r"rows.csv, row 1, field 'chosen'"):
+        load_rows(path)
+    pairs, counts = prepare_pairs(
+        load_rows(path, on_bad_rows="skip"), tiny.tokenizer(), on_bad_rows="skip"
+    )
+    assert (counts.pairs, counts.bad) == (1, 1)
+    streamed = load_rows(path, on_bad_rows="skip", streaming=True)
+    assert list(prepare_pairs(streamed, tiny.tokenizer(), on_bad_rows="skip")[0]) == list(pairs)
+
+
+def test_an_empty_csv_cell_is_no_value_and_none_is_a_word(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected,tools\na,NA,null,\nb,c,,\n")
+    rows = list(load_rows(str(tmp_path / "rows.csv")))
+    assert texts(rows[:1]) == [{"prompt": "a", "chosen": "NA", "rejected": "null"}]
+    assert (rows[0]["tools"], rows[1]["rejected"]) == (None, None)
+
+
 def test_tools_need_not_be_alike(tmp_path):
     tools = [[{"name": "add"}], [{"name": "look", "far": {"deep": [1, "two"]}}]]
     path = write_lines(tmp_path / "rows.jsonl", [CHAT | {"tools": each} for each in tools])
@@ -74,7 +96,9 @@ MALFORMED = {
     "broken-utf8": (b'{"prompt": "\xff", "chosen": "b", "rejected": "c"}', "utf-8"),
     "not-an-object": ([1, 2], "field 'row'"),
     "missing-chosen": ({"prompt": "a", "rejected": "c"}, "field 'chosen'.*no such field"),
-    "empty-rejected": ({"prompt": "a", "chosen": "b", "rejected": ""}, "field 'rejected'"),
+    "null-rejected": ({"prompt": "a", "chosen": "b", "rejected": None}, "field 'rejected'"),
+    "null-prompt": ({"prompt": None, "chosen": "a b", "rejected": "a c"}, "field 'prompt'"),
+    "images": (tiny.rows(1)[0] | {"images": ["cat.png"]}, "field 'images'.*vision-language"),
     "number-for-text": ({"prompt": 3, "chosen": "b", "rejected": "c"}, "field 'prompt'.*got 3"),
 }
 
@@ -84,7 +108,54 @@ def test_a_malformed_row_is_told_by_file_line_and_field(line, message, tmp_path)
     path = write_lines(tmp_path / "rows.jsonl", [*tiny.rows(2), line, *tiny.rows(1)])
     with pytest.raises(RowError, match=rf"rows.jsonl, line 3, .*{message}"):
         load_rows(path)
-    assert len(load_rows(path, on_bad_rows="skip")) == 3
+    marked = load_rows(path, on_bad_rows="skip")
+    assert [row["malformed"] is None for row in marked] == [True, True, False, True]
+    streamed = load_rows(path, on_bad_rows="skip", streaming=True)
+    for rows in (marked, streamed):
+        (reason,) = (row["malformed"] for row in rows if row.get("malformed"))
+        assert re.search(rf"rows.jsonl, line 3, .*{message}", reason)
+
+
+def test_rows_that_could_not_be_read_are_counted_with_the_others(tmp_path, caplog):
+    lines = [b"{", {"prompt": "a"}, *tiny.rows(2), {"prompt": "a", "chosen": "b", "rejected": 3}]
+    rows = load_rows(write_lines(tmp_path / "rows.jsonl", lines), on_bad_rows="skip")
+    pairs, counts = prepare_pairs(rows, tiny.tokenizer(), on_bad_rows="skip")
+    assert (counts.rows, counts.pairs, counts.bad) == (5, 2, 3) and len(pairs) == 2
+    (record,) = caplog.records
+    for told in ("3 malformed rows", "line 1, field 'row'", "line 2, field 'chosen'", "line 5"):
+        assert told in record.getMessage()
+    streamed = load_rows(str(tmp_path / "rows.jsonl"), on_bad_rows="skip", streaming=True)
+    stream, _ = prepare_pairs(streamed, tiny.tokenizer(), on_bad_rows="skip")
+    assert list(stream) == list(pairs)
+
+
+def test_what_only_a_later_row_has_is_kept(tmp_path):
+    logps = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    lines = [CHAT, CHAT | {"tools": [{"name": "add"}]}, CHAT | logps]
+    rows = load_rows(write_lines(tmp_path / "rows.jsonl", lines))
+    assert [row["tools"] for row in rows] == [None, '[{"name": "add"}]', None]
+    with pytest.raises(RowError, match="row 0, field 'ref_chosen_logps'"):
+        prepare_pairs(rows, tiny.tokenizer())
+
+
+def test_a_stream_reads_no_further_than_it_is_asked(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [*tiny.rows(2), b"{"])
+    rows = iter(load_rows(path, streaming=True))
+    assert [next(rows)["prompt"], next(rows)["prompt"]] == [pair[0] for pair in tiny.PAIRS[:2]]
+    with pytest.raises(RowError, match="line 3"):
+        next(rows)
+
+
+@pytest.mark.parametrize(
+    ("between", "behind"),
+    [(",,", "]"), (" ", "]"), (",", ",]"), (",", "] []"), (",", "] {"), (",", "")],
+)
+def test_an_array_is_one_array_of_json_and_nothing_more(between, behind, tmp_path):
+    first, second = (json.dumps(row) for row in tiny.rows(2))
+    (tmp_path / "rows.json").write_text(f"[{first}\n{between}{second}{behind}")
+    for on_bad_rows in ("raise", "skip"):
+        with pytest.raises(RowError, match="line [12]: want one array of JSON"):
+            load_rows(str(tmp_path / "rows.json"), on_bad_rows=on_bad_rows)
 
 
 def test_rows_of_an_array_are_told_by_the_line_they_begin_in(tmp_path):
@@ -94,7 +165,7 @@ def test_rows_of_an_array_are_told_by_the_line_they_begin_in(tmp_path):
     with pytest.raises(RowError, match=rf"line {line}, field 'chosen'"):
         load_rows(str(tmp_path / "rows.json"))
     (tmp_path / "rows.json").write_text(text[:-4])
-    with pytest.raises(RowError, match="line .*want JSON"):
+    with pytest.raises(RowError, match="line .*want one array of JSON"):
         load_rows(str(tmp_path / "rows.json"), on_bad_rows="skip")
 
 
@@ -106,7 +177,9 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name):
 
 def test_splits_and_files_that_are_not_there_are_refused(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", tiny.rows(2))
-    with pytest.raises(ValueError, match="want split 'train' of a single file, got 'test'"):
+    with pytest.raises(
+        ValueError, match="want split 'train' of a single file.*folder.*, got 'test'"
+    ):
         load_rows(path, split="test")
     DatasetDict({"train": Dataset.from_list(tiny.rows())}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"want one of the splits \['train'\], got 'test'"):

@@ -6,8 +6,9 @@ import os
 import pytest
 
 from fastdpo import run_folder
-from fastdpo.arguments import DatasetConfig, DatasetMixtureConfig, ModelConfig, ScriptArguments
+from fastdpo.arguments import ModelConfig, ScriptArguments
 from fastdpo.config import DPOConfig
+from fastdpo.mixture import DatasetConfig, DatasetMixtureConfig
 from fastdpo.run_folder import choose_run_folder, mark_finished, mark_started, run_identity
 
 IDENTITY = {"beta": 0.1, "max_length": None, "datasets": []}
@@ -196,7 +197,23 @@ def test_what_cannot_change_the_numbers_is_no_part_of_the_identity(tmp_path):
         *ScriptArguments.__dataclass_fields__,
         *("log_on_each_node", "trackio_bucket_id", "trackio_static_space_id"),
         *("eval_use_gather_object", "hub_revision", "project", "enable_jit_checkpoint"),
+        *("activation_checkpointing", "activation_checkpointing_kwargs"),
     } >= run_folder.NOT_IDENTITY
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_tokens_per_forward": 512},
+        {"head_cache_bytes": 0},
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"strict_layout": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_run_may_go_on_with_less_memory(tmp_path, change):
+    assert identity_of(tmp_path, **change) == identity_of(tmp_path)
 
 
 @pytest.mark.parametrize(

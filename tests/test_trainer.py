@@ -6,7 +6,7 @@ import math
 import pytest
 import tiny
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -269,6 +269,27 @@ def test_a_collator_written_for_trl_trains_alike(tmp_path, tokenizer):
 def test_what_a_collator_of_ones_own_decides_is_not_asked_for(tmp_path, tokenizer, setting):
     with pytest.raises(ValueError, match="with a data_collator of your own"):
         make_trainer(tmp_path, tokenizer, data_collator=lambda rows: {}, **setting)
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ({"train_dataset": DatasetDict({"train": Dataset.from_list(tiny.rows())})}, r"\['train'\]"),
+        ({"processing_class": None}, "want a tokenizer as processing_class for a model without"),
+        ({"model": "./nowhere"}, r"\./nowhere is not there"),
+        ({"model": "nowhere/run/model", "processing_class": None}, "run/model is not there"),
+    ],
+    ids=["all splits", "no tokenizer", "no model", "no model and tokenizer"],
+)
+def test_what_is_easily_forgotten_is_told(tmp_path, tokenizer, arguments, told):
+    given = {
+        "model": tiny.model("llama", len(tokenizer)),
+        "train_dataset": Dataset.from_list(tiny.rows()),
+        "processing_class": tokenizer,
+        "args": DPOConfig(output_dir=tmp_path, report_to="none", use_cpu=True),
+    }
+    with pytest.raises((TypeError, ValueError), match=told):
+        DPOTrainer(**(given | arguments))
 
 
 def test_a_model_name_is_loaded_with_its_tokenizer(tmp_path, tokenizer):

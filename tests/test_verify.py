@@ -8,8 +8,9 @@ import tiny
 import torch
 
 from fastdpo import attention, cli, head, ops, verify
-from fastdpo.arguments import VerifyParser
 from fastdpo.kernels import reference
+from fastdpo.losses import pair_loss
+from fastdpo.parser import VerifyParser
 from fastdpo.subject import load_subject
 
 LAYOUTS = ("shared", "packed", "padded")
@@ -105,6 +106,20 @@ def test_no_pairs_loss_is_flat(here, tmp_path, more):
     write_rows(tmp_path / "rows.jsonl", rows)
     plain = verify.plain_way(load(here, *more, rows=tmp_path / "rows.jsonl"))
     assert plain.slope_B.min() > 0.05
+
+
+@pytest.mark.parametrize("loss_type", [("aot",), ("aot_unpaired", "sigmoid"), ("sft", "ipo")])
+def test_losses_of_a_batch_agree_and_a_wrong_mix_is_found(here, monkeypatch, loss_type, capsys):
+    # at this beta the references lie far enough apart for other ranks than the policy's
+    flags = ("--loss_type", *loss_type, "--per_device_train_batch_size", "3", "--beta", "0.01")
+    assert run(here, *flags) == 0
+    alone = {"loss_type": ("sigmoid",), "loss_weights": None}
+    monkeypatch.setattr(
+        verify, "pair_loss", lambda *tensors, **settings: pair_loss(*tensors, **settings | alone)
+    )
+    capsys.readouterr()
+    assert run(here, *flags) == 1
+    assert {what for _, what in what_differs(capsys)} == {"pair", "gradients"}
 
 
 def test_only_the_first_rows_are_looked_at(here, tmp_path, capsys):

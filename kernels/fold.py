@@ -19,7 +19,7 @@ BLOCK_V = 1024  # columns that a program of the Triton fold reads at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RunningSoftmax:
     """What the walk knows of each row so far; float32, or float64 for float64 inputs."""
 
     peak_N: Tensor  # largest logit
@@ -31,7 +31,7 @@ class Rows:
     squares_N: Tensor | None  # sum of exp(z - peak)², for log_sum_p2
 
     @classmethod
-    def start(cls, N: int, dtype: torch.dtype, device: torch.device, stats=()) -> "Rows":
+    def start(cls, N: int, dtype: torch.dtype, device: torch.device, stats=()) -> "RunningSoftmax":
         """No column seen yet; the last three are summed for the statistics that need them."""
 
         def full(value):
@@ -41,9 +41,9 @@ class Rows:
         sums = [full(0.0) if name in stats else None for name in optional]
         return cls(full(-float("inf")), full(0.0), full(float("nan")), full(0.0), *sums)
 
-    def block(self, rows: slice) -> "Rows":
+    def block(self, rows: slice) -> "RunningSoftmax":
         parts = (getattr(self, field.name) for field in fields(self))
-        return Rows(*(None if part is None else part[rows] for part in parts))
+        return RunningSoftmax(*(None if part is None else part[rows] for part in parts))
 
 
 def _exp_(x: Tensor) -> Tensor:

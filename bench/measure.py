@@ -1,0 +1,84 @@
+"""What a step takes, in time and in memory: on a GPU where there is one, else on the CPU."""
+
+import ctypes
+import math
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Of one step: CPU time of all threads, what the kernel took of it, and time on the wall."""
+
+    cpu: float
+    kernel: float
+    wall: float
+
+    @property
+    def cost(self) -> float:
+        """What a ratio is made of: CPU time where one thread does all of the work, else the wall's.
+
+        CPU time is blind to what else runs on the machine, and to a GPU's work.
+        """
+        return self.wall if CUDA or torch.get_num_threads() > 1 else self.cpu
+
+
+def seconds(step: Callable[[], object]) -> Seconds:
+    _synchronize()
+    cpu, kernel, wall = time.process_time(), _kernel_seconds(), time.perf_counter()
+    step()
+    _synchronize()
+    return Seconds(
+        cpu=time.process_time() - cpu,
+        kernel=_kernel_seconds() - kernel,
+        wall=time.perf_counter() - wall,
+    )
+
+
+def _kernel_seconds() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_stime
+
+
+def _synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """The most memory since it was made, above what stood then.
+
+    On a GPU, what torch allocated; on a CPU, resident memory as Linux counts it, after the C
+    library gave back what it had kept of freed memory. NaN on a CPU that Linux does not run.
+    """
+
+    def __init__(self):
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated() / 2**20
+        elif CLEAR_REFS.exists():
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+            if trim is not None:
+                trim(0)
+            CLEAR_REFS.write_text("5")  # VmHWM starts again from VmRSS
+            self._before = _status_mib("VmRSS")
+        else:
+            self._before = math.nan
+
+    def mib(self) -> float:
+        if CUDA:
+            return torch.cuda.max_memory_allocated() / 2**20 - self._before
+        return _status_mib("VmHWM") - self._before if CLEAR_REFS.exists() else math.nan
+
+
+def _status_mib(field: str) -> float:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024

@@ -1,0 +1,75 @@
+"""The tables of a run, in Markdown to be pasted: benchmarks fill them, its end prints them."""
+
+import math
+import re
+import subprocess
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from bench.measure import CUDA
+
+LIBRARIES = ("torch", "triton", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy")
+TABLES: dict[str, "Table"] = {}  # by title; bench/conftest.py prints them
+
+
+@dataclass(slots=True)
+class Table:
+    """Cells by row and column, and lines that stand below them; a later one takes its place."""
+
+    title: str
+    rows: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def put(self, row: str, column: str, value: str | float) -> None:
+        """A number gets three digits or all of its integer part, NaN an empty cell."""
+        if isinstance(value, float):
+            digits = ".3g" if abs(value) < 100 else ".0f"
+            value = "" if math.isnan(value) else f"{value:{digits}}"
+        self.rows.setdefault(row, {})[column] = value
+
+    def markdown(self) -> str:
+        columns = list(dict.fromkeys(name for cells in self.rows.values() for name in cells))
+        table = [["", *columns], ["---"] * (1 + len(columns))]
+        for row, cells in self.rows.items():
+            table.append([row, *(cells.get(column, "") for column in columns)])
+        lines = ["| " + " | ".join(line) + " |" for line in table]
+        notes = [f"- {note}" for note in self.notes.values()]
+        return "\n".join([self.title, "", *lines, *([""] if notes else []), *notes])
+
+
+def table(title: str) -> Table:
+    """The table of that title, a new one if there is none."""
+    return TABLES.setdefault(title, Table(title))
+
+
+def environment() -> str:
+    """Device, threads, versions and commit, which every number belongs to."""
+    device = torch.cuda.get_device_name() if CUDA else _cpu_name()
+    threads = f"{torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
+    versions = [f"{name} {version(name)}" for name in LIBRARIES if _is_installed(name)]
+    return ", ".join([device, threads, *versions, f"commit {_commit()}"])
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _cpu_name() -> str:
+    return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    return done.stdout.strip() or "unknown"

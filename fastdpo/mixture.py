@@ -1,0 +1,137 @@
+"""The rows of a run: one dataset by its name, or several of a YAML file as a mixture.
+
+ScriptArguments, DatasetMixtureConfig --load_datasets--> preference rows
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, IterableDataset, concatenate_datasets
+
+from fastdpo.arguments import ScriptArguments, flag
+from fastdpo.rows import load_rows
+
+AnyDataset = Dataset | IterableDataset
+
+
+@dataclass
+class DatasetConfig:
+    """One dataset of a mixture: what `datasets.load_dataset` takes, then which part to keep."""
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | dict[str, str] | None = None
+    split: str = "train"
+    columns: list[str] | None = None  # None: all
+    fraction: float | None = None  # this dataset's share of the mixture
+
+
+@dataclass
+class DatasetMixtureConfig:
+    """Several datasets, one after the other, from a YAML file's `datasets:`."""
+
+    datasets: list[DatasetConfig] = field(
+        default_factory=list,
+        metadata={
+            "help": "Several datasets instead of dataset_name: in a YAML file a list of mappings "
+            "with path and, where needed, name, data_dir, data_files, split, columns, fraction."
+        },
+    )
+    streaming: bool = flag(False, "As dataset_streaming, for `datasets`.")
+    test_split_size: float | None = flag(
+        None, "Rows of the mixture held out for evaluation: a share below 1, or a count."
+    )
+
+    def __post_init__(self):
+        if not isinstance(self.datasets, list):
+            raise ValueError(f"want a list as datasets, got {self.datasets!r}")
+        self.datasets = [_dataset_config(each) for each in self.datasets]
+
+
+def _dataset_config(entry: DatasetConfig | dict[str, Any]) -> DatasetConfig:
+    if isinstance(entry, DatasetConfig):
+        return entry
+    if not isinstance(entry, dict):
+        raise ValueError(f"datasets: want mappings with a path, got {entry!r}")
+    names = DatasetConfig.__dataclass_fields__
+    unknown = [name for name in entry if name not in names]
+    if unknown or "path" not in entry:
+        got = f"unknown {unknown}" if unknown else f"no path, only {list(entry)}"
+        raise ValueError(f"datasets: want path and any of {list(names)[1:]}, got {got}")
+    return DatasetConfig(**entry)
+
+
+def load_datasets(
+    script_args: ScriptArguments,
+    dataset_args: DatasetMixtureConfig,
+    *,
+    with_eval: bool,
+    on_bad_rows: str,
+    seed: int,
+) -> tuple[AnyDataset, AnyDataset | None]:
+    """The rows to train on, and those to evaluate on where `with_eval`, else None.
+
+    `seed` decides which rows of a mixture are held out. RowError for a malformed row, ValueError
+    or OSError for a dataset that is not there or does not fit the others.
+    """
+    if dataset_args.datasets:
+        return _load_mixture(dataset_args, with_eval=with_eval, on_bad_rows=on_bad_rows, seed=seed)
+    if script_args.dataset_name is None:
+        raise ValueError("want --dataset_name, or `datasets:` in a YAML file, got neither")
+
+    def load(split: str) -> AnyDataset:
+        return load_rows(
+            script_args.dataset_name,
+            config_name=script_args.dataset_config,
+            split=split,
+            streaming=script_args.dataset_streaming,
+            on_bad_rows=on_bad_rows,
+        )
+
+    train = load(script_args.dataset_train_split)
+    return train, load(script_args.dataset_test_split) if with_eval else None
+
+
+def _load_mixture(
+    dataset_args: DatasetMixtureConfig, *, with_eval: bool, on_bad_rows: str, seed: int
+) -> tuple[AnyDataset, AnyDataset | None]:
+    held_out = dataset_args.test_split_size
+    if with_eval and held_out is None:
+        raise ValueError("want test_split_size with `datasets` and an eval_strategy, got none")
+    if held_out is not None and dataset_args.streaming:
+        raise ValueError("want test_split_size or streaming, got both: a stream cannot be split")
+
+    parts = []
+    for each in dataset_args.datasets:
+        rows = load_rows(
+            each.path,
+            config_name=each.name,
+            split=each.split,
+            streaming=dataset_args.streaming,
+            data_files=each.data_files,
+            data_dir=each.data_dir,
+            on_bad_rows=on_bad_rows,
+        )
+        parts.append(rows if each.columns is None else rows.select_columns(each.columns))
+    fractions = [each.fraction for each in dataset_args.datasets]
+    if any(fraction is not None for fraction in fractions):
+        if dataset_args.streaming:
+            raise ValueError("want fraction or streaming, got both: a stream has no length")
+        parts = _in_proportion(parts, fractions)
+    rows = concatenate_datasets(parts)
+    if held_out is None:
+        return rows, None
+    halves = rows.train_test_split(test_size=held_out, seed=seed)
+    return halves["train"], halves["test"] if with_eval else None
+
+
+def _in_proportion(parts: list[Dataset], fractions: list[float | None]) -> list[Dataset]:
+    """The first rows of each part, as many as give the largest mixture in these proportions."""
+    if any(fraction is None or fraction < 0 for fraction in fractions) or not sum(fractions):
+        raise ValueError(f"want a fraction >= 0 for every dataset or for none, got {fractions}")
+    shares = [fraction / sum(fractions) for fraction in fractions]
+    total = min(len(part) / share for part, share in zip(parts, shares, strict=True) if share)
+    return [
+        part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)
+    ]

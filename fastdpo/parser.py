@@ -1,0 +1,127 @@
+"""The command line and YAML files of `fastdpo train` -> its arguments, one object per dataclass."""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from fastdpo.arguments import ModelConfig, ScriptArguments
+from fastdpo.config import DPOConfig
+from fastdpo.mixture import DatasetMixtureConfig
+
+
+class TrainParser(HfArgumentParser):
+    """transformers' parser of dataclasses, with `--config run.yaml` and `--max_length none`.
+
+    A YAML file sets flags' values, which the command line overrides; its `env:` mapping sets
+    environment variables. Whatever is wrong raises ValueError: nothing is printed, nothing exits.
+    """
+
+    def __init__(self, prog: str):
+        super().__init__((ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+        self._let_none_through()
+        self.add_argument("--config", help="A YAML file with values for these flags.")
+        self._own_flag = self._add_own_flag().dest
+
+    def _add_own_flag(self) -> argparse.Action:
+        """The flag of this command alone."""
+        return self.add_argument(
+            "--fresh",
+            action="store_true",
+            help="Start over in the next free folder beside output_dir, never on top of a run.",
+        )
+
+    def parse(self, argv: Sequence[str]) -> tuple[tuple[Any, ...], list[str]]:
+        """The arguments, one object per dataclass and the command's own flag; then unknown flags.
+
+        Those may be flags of `accelerate launch`, from the command line or the YAML file.
+        """
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.error = self.error
+        finder.add_argument("--config")
+        path = finder.parse_known_args(argv)[0].config
+        unknown = self._take_values(_read_yaml(path)) if path is not None else []
+        *arguments, others, remaining = self.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+        if others.config != path:
+            raise ValueError("want --config written in full")
+        return (*arguments, getattr(others, self._own_flag)), unknown + remaining
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def _let_none_through(self) -> None:
+        """Accept none and null as values of numbers that may be None, as TRL's parser does."""
+        hints = {k: v for each in self.dataclass_types for k, v in get_type_hints(each).items()}
+        for action in self._actions:
+            if action.type in (int, float) and NoneType in get_args(hints[action.dest]):
+                action.type = _or_none(action.type)
+
+    def _take_values(self, values: dict[str, Any]) -> list[str]:
+        """Make `values` the defaults; those that are no flag of this parser come back as tokens."""
+        actions = {a.dest: a for a in self._actions if a.dest not in ("help", "config")}
+        unknown = []
+        for name, value in values.items():
+            if name not in actions:
+                unknown += _tokens(name, value)
+                continue
+            for action in self._actions:  # --flag and --no_flag are two actions of one name
+                if action.dest == name:
+                    action.default = _checked(actions[name], value)
+        return unknown
+
+
+class VerifyParser(TrainParser):
+    """The flags of a run, and --max_pairs in place of --fresh."""
+
+    def _add_own_flag(self) -> argparse.Action:
+        return self.add_argument(
+            "--max_pairs", type=int, default=8, help="Compare this many rows, the first ones."
+        )
+
+
+def _or_none(number: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else number(text)
+
+    parse.__name__ = number.__name__  # for argparse's "invalid float value"
+    return parse
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file, its `env` set in this process's environment and left out."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            values = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: want a mapping of flags to values, got {values!r}")
+    environment = values.pop("env", None) or {}
+    if not isinstance(environment, dict):
+        raise ValueError(f"{path}: want a mapping as env, got {environment!r}")
+    os.environ.update({str(name): str(value) for name, value in environment.items()})
+    return values
+
+
+def _checked(action: argparse.Action, value: Any) -> Any:
+    """A YAML value as the flag takes it; argparse itself converts text and checks nothing else."""
+    if value is False and action.choices and "no" in action.choices:
+        value = "no"  # what YAML 1.1 makes of a bare no
+    if value is not None and action.choices and value not in action.choices:
+        raise ValueError(f"{action.dest}: want one of {[*action.choices]}, got {value!r}")
+    one_number = action.nargs in (None, "?") and action.type is not str and not action.choices
+    if one_number and isinstance(value, (list, dict)):
+        raise ValueError(f"{action.dest}: want one value, got {value!r}")
+    return value
+
+
+def _tokens(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}"] if value else []
+    return [f"--{name}", str(value)]

@@ -1,0 +1,67 @@
+"""Processes of their own, one or several that train together on the CPU, over gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TRAIN = """
+import json, sys
+import tiny
+from datasets import Dataset
+from fastdpo import DPOConfig, DPOTrainer
+
+out, settings = sys.argv[1], json.loads(sys.argv[2])
+tokenizer = tiny.tokenizer()
+rows = tiny.rows()
+rows[0]["chosen"] *= 6  # one rank has a long pair, and more packs than the other
+trainer = DPOTrainer(
+    model=tiny.model("llama", len(tokenizer)),
+    args=DPOConfig(
+        output_dir=out, max_steps=3, learning_rate=1e-3, logging_steps=1, save_strategy="no",
+        report_to="none", use_cpu=True, disable_tqdm=True, train_sampling_strategy="sequential",
+        **settings,
+    ),
+    train_dataset=Dataset.from_list(rows),
+    processing_class=tokenizer,
+)
+trainer.train()
+if trainer.is_world_process_zero():
+    print("LOGGED", json.dumps([e for e in trainer.state.log_history if "loss" in e]))
+trainer.accelerator.wait_for_everyone()
+"""
+# gloo's threads now and then abort a process that tears them down
+GOODBYE = """
+import os, sys
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def run_ranks(folder: Path, script: str, *arguments: str, world_size: int) -> str:
+    """What `script` prints, run by world_size processes; AssertionError where it fails."""
+    file = folder / "script.py"
+    file.write_text(script + GOODBYE)
+    launcher = [sys.executable]
+    if world_size > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
+        launcher += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [*launcher, str(file), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def logged_by(world_size: int, folder: Path, **settings) -> list[dict[str, float]]:
+    """What `world_size` processes log of three updates, a dictionary each."""
+    arguments = str(folder / "run"), json.dumps(settings)
+    printed = run_ranks(folder, TRAIN, *arguments, world_size=world_size)
+    line = next(line for line in printed.splitlines() if line.startswith("LOGGED"))
+    return json.loads(line.removeprefix("LOGGED"))

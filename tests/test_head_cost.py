@@ -1,0 +1,126 @@
+"""What linear_logps takes: products, memory, no wait for a GPU; and what a row's bits rest on."""
+
+import math
+
+import pytest
+import torch
+from tiny_heads import inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from watches import Live, Watch
+
+from fastdpo.kernels import linear_logps as module
+from fastdpo.kernels import vocabulary_walk
+from fastdpo.kernels.fold import BLOCK_V
+from fastdpo.kernels.linear_logps import linear_logps
+
+PRODUCTS = {
+    "no-grad": ({"grad": False}, 1),
+    "frozen": ({"head": False}, 2),
+    "trained-and-cached": ({"head": True, "cache": 1 << 30}, 3),
+    "trained-not-cached": ({"head": True, "cache": 0}, 4),
+}
+
+
+def _onednn_flops(x_shape, *_, out_shape, **__):
+    return 2 * x_shape[1] * math.prod(out_shape)
+
+
+def counting_flops():
+    """A FlopCounterMode that knows oneDNN's products too."""
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _onednn_flops}
+    )
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("kind", "wanted"), PRODUCTS.values(), ids=PRODUCTS)
+def test_products_are_as_few_as_promised(kind, wanted):
+    N, D, V = shape = (16, 16, 4 * BLOCK_V)
+    hidden_ND, head_VD, labels_N, _ = inputs(shape, torch.float32)
+    head_VD.requires_grad_(kind.get("head", False))
+    with counting_flops() as counter, torch.set_grad_enabled(kind.get("grad", True)):
+        logps_N = linear_logps(
+            hidden_ND.requires_grad_(),
+            head_VD,
+            labels_N,
+            fold="torch",
+            head_cache_bytes=kind.get("cache", 0),
+        )
+        if logps_N.requires_grad:
+            logps_N.sum().backward()
+    assert counter.get_total_flops() == wanted * 2 * N * V * D
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("cache", "wanted"), [(1 << 30, 2), (0, 3)])
+def test_an_adapter_on_a_frozen_head_takes_thin_products_only(cache, wanted):
+    N, D, V, R = 16, 32, 4 * BLOCK_V, 2
+    hidden_ND, head_VD, labels_N, _ = inputs((N, D, V), torch.float32)
+    low_rank = torch.randn(N, R, requires_grad=True), torch.randn(V, R, requires_grad=True)
+    with counting_flops() as counter:
+        linear_logps(
+            hidden_ND.requires_grad_(),
+            head_VD,
+            labels_N,
+            low_rank=low_rank,
+            fold="torch",
+            head_cache_bytes=cache,
+        ).sum().backward()
+    assert counter.get_total_flops() == 2 * N * V * (wanted * D + (wanted + 1) * R)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_nothing_waits_and_no_logits_are_held(trained):
+    shape = (64, 16, 64 * BLOCK_V)
+    hidden_ND, head_VD, labels_N, _ = inputs(shape, torch.float32)
+    head_VD.requires_grad_(trained)
+    with Watch() as watch:
+        linear_logps(
+            hidden_ND.requires_grad_(), head_VD, labels_N, fold="torch", head_cache_bytes=0
+        ).sum().backward()
+    logits = 4 * 64 * 64 * BLOCK_V
+    assert watch.largest <= (head_VD.nbytes if trained else logits // 50)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_heads_workspace_is_bounded(dtype):
+    shape = N, D, _ = (1100, 4096, 1500)
+    hidden_ND, head_VD, labels_N, _ = inputs(shape, dtype)
+    hidden_ND.requires_grad_()
+    with Live() as live:
+        logps_N = linear_logps(hidden_ND, head_VD, labels_N, fold="torch")
+        assert live.peak <= 4 * N * D + (32 << 20)
+        logps_N.sum().backward()
+    assert live.peak <= 4 * N * D + max(32 << 20, hidden_ND.nbytes + (1 << 20))
+
+
+def test_a_frozen_heads_workspace_on_a_gpu_is_bounded(monkeypatch):
+    """A GPU's tiles and dtypes at a real size, on tensors without memory and by no arithmetic."""
+    monkeypatch.setitem(vocabulary_walk.FOLDS, "triton", lambda *args: None)
+    monkeypatch.setattr(vocabulary_walk, "product", lambda *args, **kinds: None)
+    for constants in (vocabulary_walk.TILE_ROWS, vocabulary_walk.TILE_COLUMNS):
+        monkeypatch.setitem(constants, "cpu", constants["cuda"])
+    monkeypatch.setattr(module, "_operand_dtypes", lambda hidden_ND: (hidden_ND.dtype, None))
+    N, D, V = 8192, 4096, 151936
+    with FakeTensorMode(), Live() as live:
+        hidden_ND = torch.empty(N, D, dtype=torch.bfloat16, requires_grad=True)
+        head_VD = torch.empty(V, D, dtype=torch.bfloat16)
+        labels_N = torch.empty(N, dtype=torch.int64)
+        before = live.live
+        linear_logps(hidden_ND, head_VD, labels_N)
+    assert 4 * N * D < live.peak - before <= 4 * N * D + (256 << 20)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_answer_does_not_depend_on_the_others(dtype, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    hidden_ND, head_VD, labels_N, _ = inputs((1030, 96, 2500), dtype)
+    together_N = linear_logps(hidden_ND, head_VD, labels_N, fold="torch")
+    for rows in (slice(0, 1), slice(3, 10), slice(700, 723), slice(5, 518), slice(1029, 1030)):
+        alone_N = linear_logps(hidden_ND[rows], head_VD, labels_N[rows], fold="torch")
+        assert torch.equal(alone_N, together_N[rows]), rows
+    torch.set_num_threads(before)

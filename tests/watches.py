@@ -1,0 +1,53 @@
+"""Dispatch modes that see what every operator of a piece of code does."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Watch(TorchDispatchMode):
+    """Fails on what makes the CPU wait for a GPU, and keeps the size of the largest tensor made."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in func.__name__ for name in ("_local_scalar_dense", "nonzero")), func
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.nbytes)
+        return out
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of new storages that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)]
+        given = {x.untyped_storage()._cdata for x in given}
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in given | self.seen:
+                    self._add(storage)
+        return out
+
+    def _add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        self.seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def freed():
+            self.seen.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, freed)
