@@ -125,7 +125,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """`processing_class`, or the tokenizer beside `model`, able to pad.
 
-        It pads with pad_token, or the token of its own, or else its end token. TypeError for anything
+    It pads with pad_token, or the token of its own, or else its end token. TypeError for anything
     but a tokenizer; ValueError for a pad_token that it lacks, where there is none of the three, and
     where there is no folder to find one in.
     """

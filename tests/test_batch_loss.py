@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from ranks import logged_by
-from test_linear_logps import Watch
 from test_packs import RunsOutOfMemory
 from test_trainer import LORA, logged, make_trainer, weights
+from watches import Watch
 
 from fastdpo.batch_loss import PackLogps, pack_losses
 from fastdpo.losses import LOSS_TYPES, completion_logps, pair_loss
