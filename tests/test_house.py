@@ -97,6 +97,21 @@ def test_help_needs_no_torch():
     assert "train" in done.stdout
 
 
+def test_every_lower_bound_is_a_version_that_the_tests_ran_with():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    lines = (ROOT / "bench/results/versions.md").read_text("utf-8").splitlines()
+    names, _, *rows = ([cell.strip() for cell in line.split("|")] for line in lines if "|" in line)
+    ran = {name: [row[column] for row in rows] for column, name in enumerate(names)}
+    wanted = ["Python" + declared["project"]["requires-python"]]
+    wanted += declared["project"]["dependencies"] + declared["build-system"]["requires"]
+    for requirement in wanted:
+        name, _, bound = requirement.split(";")[0].partition(">=")
+        assert not bound or any(f"{version}.".startswith(f"{bound}.") for version in ran[name]), (
+            f"want {requirement} among the versions of {name} in versions.md, got {ran.get(name)}"
+        )
+
+
 def build(*arguments):
     command = [sys.executable, "-m", "pip", "--quiet", *arguments]
     command += ["--no-deps", "--no-build-isolation", "--no-index"]

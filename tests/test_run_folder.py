@@ -198,6 +198,7 @@ def test_what_cannot_change_the_numbers_is_no_part_of_the_identity(tmp_path):
         *("log_on_each_node", "trackio_bucket_id", "trackio_static_space_id"),
         *("eval_use_gather_object", "hub_revision", "project", "enable_jit_checkpoint"),
         *("activation_checkpointing", "activation_checkpointing_kwargs"),
+        "dataloader_multiprocessing_context",
     } >= run_folder.NOT_IDENTITY
 
 
