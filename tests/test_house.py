@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # each module may import those after it
 ORDER = (
-    "demo cli verify subject arguments run_folder trainer trainer_check pack_trainer packs summary "
-    "layout_check layout start_check rows data preferences messages demo_task metrics policy "
-    "reference config losses model attention collate tree batch head quantised ops"
+    "demo cli verify subject arguments run_folder trainer trainer_check pack_trainer ranks packs "
+    "summary token_budget layout_check layout start_check rows data preferences messages demo_task "
+    "metrics policy reference config losses model attention collate tree batch head quantised ops"
 ).split()
 KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "math", "typing"}
 # what kernel files share or are made of
