@@ -10,6 +10,7 @@ sequences, prompt + completion, chosen 0..B-1, then rejected. Each is cut to max
 (keep_start) or at its beginning (keep_end).
 """
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,13 +153,24 @@ class _Group:
         self.uses[place] += 1
         return place
 
-    def lay_out(self) -> None:
-        """Decide how long the shared beginning is and which completion continues the trunk."""
-        self.shared_completion = _common_prefix(self.completions)
-        self.shared = len(self.prompt) + self.shared_completion
+    # what follows is read once all completions are there
+
+    @functools.cached_property
+    def shared_completion(self) -> int:
+        """How many tokens all completions begin with alike."""
+        return _common_prefix(self.completions)
+
+    @functools.cached_property
+    def shared(self) -> int:
+        """How many tokens all sequences begin with alike, from the prompt's first."""
+        return len(self.prompt) + self.shared_completion
+
+    @functools.cached_property
+    def first(self) -> int:
+        """The place of the completion that continues the shared beginning in the trunk."""
         lengths = map(len, self.completions)
-        # a completion that ends with the shared beginning has nothing to continue it with
-        self.first = next((i for i, n in enumerate(lengths) if n > self.shared_completion), 0)
+        # one that ends with the shared beginning has nothing to continue it with
+        return next((i for i, n in enumerate(lengths) if n > self.shared_completion), 0)
 
 
 def _common_prefix(arrays: list[ndarray]) -> int:
@@ -209,7 +221,9 @@ class PackedCollator:
         """Tokens in a forward of this size."""
         return size.tokens
 
-    def _groups(self, sequences) -> tuple[list[_Group], list[tuple[int, int]]]:
+    def _groups(
+        self, sequences: list[tuple[ndarray, ndarray]]
+    ) -> tuple[list[_Group], list[tuple[int, int]]]:
         """Groups, and for each sequence its group and its completion's place there."""
         groups: list[_Group] = []
         members, places = [], {}
@@ -231,7 +245,6 @@ class _PackedRow:
         self.starts: dict[tuple[int, int], int] = {}  # (group, completion) -> its rest's first row
         self.size = 0
         for g, group in enumerate(groups):
-            group.lay_out()
             start = self._take(len(group.prompt) + len(group.completions[group.first]))
             self.trunks.append(Trunk(start, self.size))
             self.starts[g, group.first] = start + group.shared

@@ -55,19 +55,30 @@ class RunsOutOfMemory:
                 raise torch.OutOfMemoryError("pretended")
 
 
+SECOND_BATCH_LARGER = {
+    "train_sampling_strategy": "sequential",
+    "gradient_accumulation_steps": 2,
+}
+
+
+def rows_with_a_longer_one():
+    """Batches of 221 and 243 tokens: the first has run when memory runs out in the second."""
+    rows = tiny.rows()
+    rows[6]["chosen"] *= 8
+    return rows
+
+
 @pytest.mark.parametrize("in_backward", [False, True], ids=["forward", "backward"])
 def test_an_update_that_runs_out_of_memory_is_run_again_in_smaller_packs(
     tmp_path, tokenizer, in_backward
 ):
-    rows = tiny.rows()
-    rows[6]["chosen"] *= 4  # not in the first batch: what ran before it has to be kept
-    common = {"rows": rows, "gradient_accumulation_steps": 2, "max_steps": 3}
+    common = {**SECOND_BATCH_LARGER, "rows": rows_with_a_longer_one(), "max_steps": 3}
     plain = make_trainer(tmp_path, tokenizer, **common)
     plain.train()
     trainer = make_trainer(tmp_path, tokenizer, max_tokens_per_forward="auto", **common)
-    memory = RunsOutOfMemory(trainer.model, 190, in_backward)
+    memory = RunsOutOfMemory(trainer.model, 230, in_backward)
     trainer.train()
-    assert memory.raised and trainer.budget.max_tokens <= 190
+    assert memory.raised and memory.tokens[0] == 221 and trainer.budget.max_tokens <= 230
     for name in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
         assert logged(trainer, name) == pytest.approx(logged(plain, name), rel=1e-4, abs=1e-5), name
     for name, weight in weights(plain.model).items():
@@ -75,9 +86,6 @@ def test_an_update_that_runs_out_of_memory_is_run_again_in_smaller_packs(
 
 
 def test_an_update_that_starts_again_draws_the_dropout_of_its_first_start(tmp_path, tokenizer):
-    rows = tiny.rows()
-    rows[6]["chosen"] *= 4
-
     def dropping(**settings):
         model = tiny.model("llama", len(tokenizer))
         for layer in model.model.layers:
@@ -88,18 +96,17 @@ def test_an_update_that_starts_again_draws_the_dropout_of_its_first_start(tmp_pa
             tmp_path,
             tokenizer,
             model=model,
-            rows=rows,
+            rows=rows_with_a_longer_one(),
             disable_dropout=False,
-            train_sampling_strategy="sequential",
-            gradient_accumulation_steps=2,
             max_steps=2,
+            **SECOND_BATCH_LARGER,
             **settings,
         )
 
     again = dropping(max_tokens_per_forward="auto")
-    memory = RunsOutOfMemory(again.model, 190, in_backward=False)
+    memory = RunsOutOfMemory(again.model, 230, in_backward=False)
     again.train()
-    assert memory.raised
+    assert memory.raised and memory.tokens[0] == 221
     once = dropping(max_tokens_per_forward=again.budget.max_tokens)
     once.train()
     assert logged(again, "grad_norm") == logged(once, "grad_norm")
