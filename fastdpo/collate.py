@@ -10,10 +10,11 @@ sequences, prompt + completion, chosen 0..B-1, then rejected. Each is cut to max
 (keep_start) or at its beginning (keep_end).
 """
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +57,22 @@ class Cut:
     def may_split_prompt(self, length: int) -> bool:
         """Whether a sequence of this length may have lost some of its prompt."""
         return self.truncation_mode == "keep_end" and length == self.max_length
+
+
+class Size(NamedTuple):
+    """What decides how many tokens a forward of some rows has; arrays are one for each forward."""
+
+    sequences: int | ndarray
+    longest: int | ndarray
+    tokens: int | ndarray  # of the sequences, what they share in this layout counted once
+
+    def beside(self, other: "Size") -> "Size":
+        """The size of both in one forward."""
+        return Size(
+            self.sequences + other.sequences,
+            np.maximum(self.longest, other.longest),
+            self.tokens + other.tokens,
+        )
 
 
 def _sequences(rows: Sequence[Row], cut: Cut) -> list[tuple[ndarray, ndarray]]:
@@ -106,12 +123,15 @@ class PaddedCollator:
             "tokens": TokensRun(input_ids_SL.size),
         }
 
-    def tokens(self, groups: Sequence[Sequence[Row]]) -> int:
-        """Tokens in a forward of these rows, padding and all."""
-        lengths = [n for group in groups for row in group for n in self.cut.lengths(row)]
-        return len(lengths) * self._width(max(lengths))
+    def size(self, rows: Sequence[Row]) -> Size:
+        lengths = [n for row in rows for n in self.cut.lengths(row)]
+        return Size(len(lengths), max(lengths), sum(lengths))
 
-    def _width(self, longest: int) -> int:
+    def tokens(self, size: Size) -> int | ndarray:
+        """Tokens in a forward of this size, padding and all."""
+        return size.sequences * self._width(size.longest)
+
+    def _width(self, longest: int | ndarray) -> int | ndarray:
         multiple = self.pad_to_multiple_of or 1
         return -(-longest // multiple) * multiple
 
@@ -134,13 +154,24 @@ class _Group:
         self.uses[place] += 1
         return place
 
-    def lay_out(self) -> None:
-        """Decide how long the shared beginning is and which completion continues the trunk."""
-        self.shared_completion = _common_prefix(self.completions)
-        self.shared = len(self.prompt) + self.shared_completion
+    # what follows is read once all completions are there
+
+    @functools.cached_property
+    def shared_completion(self) -> int:
+        """How many tokens all completions begin with alike."""
+        return _common_prefix(self.completions)
+
+    @functools.cached_property
+    def shared(self) -> int:
+        """How many tokens all sequences begin with alike, from the prompt's first."""
+        return len(self.prompt) + self.shared_completion
+
+    @functools.cached_property
+    def first(self) -> int:
+        """The place of the completion that continues the shared beginning in the trunk."""
         lengths = map(len, self.completions)
-        # a completion that ends with the shared beginning has nothing to continue it with
-        self.first = next((i for i, n in enumerate(lengths) if n > self.shared_completion), 0)
+        # one that ends with the shared beginning has nothing to continue it with
+        return next((i for i, n in enumerate(lengths) if n > self.shared_completion), 0)
 
 
 def _common_prefix(arrays: list[ndarray]) -> int:
@@ -178,19 +209,22 @@ class PackedCollator:
             ),
         }
 
-    def tokens(self, groups: Sequence[Sequence[Row]]) -> int:
-        """Tokens in a forward of these groups of rows, each of one prompt, at the most: what else
-        completions have in common is not looked for."""
-        return sum(map(self._group_tokens, groups))
+    def size(self, rows: Sequence[Row]) -> Size:
+        """Of rows of one prompt, at the most: what else completions share is not looked for."""
+        lengths = [n for row in rows for n in self.cut.lengths(row)]
+        longest, tokens = max(lengths), sum(lengths)
+        if self.share and not self.cut.may_split_prompt(longest):
+            prompt = min(len(rows[0]["prompt_ids"]), self.cut.max_length or sys.maxsize)
+            tokens -= prompt * (len(lengths) - 1)
+        return Size(len(lengths), longest, tokens)
 
-    def _group_tokens(self, group: Sequence[Row]) -> int:
-        lengths = [n for row in group for n in self.cut.lengths(row)]
-        prompt = min(len(group[0]["prompt_ids"]), self.cut.max_length or sys.maxsize)
-        if not self.share or self.cut.may_split_prompt(max(lengths)):
-            return sum(lengths)
-        return prompt + sum(n - prompt for n in lengths)
+    def tokens(self, size: Size) -> int | ndarray:
+        """Tokens in a forward of this size."""
+        return size.tokens
 
-    def _groups(self, sequences) -> tuple[list[_Group], list[tuple[int, int]]]:
+    def _groups(
+        self, sequences: list[tuple[ndarray, ndarray]]
+    ) -> tuple[list[_Group], list[tuple[int, int]]]:
         """Groups, and for each sequence its group and its completion's place there."""
         groups: list[_Group] = []
         members, places = [], {}
@@ -212,7 +246,6 @@ class _PackedRow:
         self.starts: dict[tuple[int, int], int] = {}  # (group, completion) -> its rest's first row
         self.size = 0
         for g, group in enumerate(groups):
-            group.lay_out()
             start = self._take(len(group.prompt) + len(group.completions[group.first]))
             self.trunks.append(Trunk(start, self.size))
             self.starts[g, group.first] = start + group.shared

@@ -97,9 +97,9 @@ class DPOConfig(TrainingArguments):
     max_tokens_per_forward: int | str | None = _setting(
         None,
         "Run a training batch in packs of at most this many tokens, one after the other, with the "
-        "loss and gradients of the whole. auto: as the free memory of the GPU allows, and, in a "
-        "single process, less after an out-of-memory error. Unset: the batch in one forward. (With "
-        f"loss_type {', '.join(BATCH_LOSSES)} each pack has one more forward, without gradient.)",
+        "loss and gradients of the whole. auto: as the free memory of the GPU allows, and less "
+        "after an out-of-memory error. Unset: the batch in one forward. (With loss_type "
+        f"{', '.join(BATCH_LOSSES)} each pack has one more forward, without gradient.)",
     )
     on_bad_rows: Literal["raise", "skip"] = _setting(
         "raise", "A malformed row ends the run before it starts, or is left out and counted."

@@ -2,11 +2,19 @@
 
 Each pack's loss is its share of the update's, so that gradients add up to those of the whole batch,
 and are reduced over ranks once. (A load-balancing loss of experts is each pack's own, as it is each
-microbatch's.) When memory runs out in a forward or a backward of the only process, the update is
-run again in smaller packs; with several, one rank alone could not.
+microbatch's.)
+
+A budget that may shrink does so when memory runs out in a forward or a backward: the update starts
+again from its first batch, in smaller packs. With several ranks (DDP), all of them have to, and one
+that waits for the others in a collective cannot be told. So no pack has one: all run under no_sync,
+then the ranks say what budget they need, and an update that none failed in has its gradients
+averaged. That costs a collective of one number a batch, which the CPU waits for, and the overlap of
+the reduction with the last backward. What cannot be mended: an error within these collectives, and
+a rank whose single pair is too large, which ends the run on all of them.
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,11 +22,17 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.utils import logging
 
-from fastdpo.batch import count_pairs
-from fastdpo.packs import PackCollator, TokenBudget
+from fastdpo.batch import PairBatch, count_pairs
+from fastdpo.config import DPOConfig
+from fastdpo.layout_check import longest_rows
+from fastdpo.model import score
+from fastdpo.packs import PackCollator
+from fastdpo.ranks import average_gradients, least_of_ranks
+from fastdpo.token_budget import UNBOUNDED, TokenBudget, half_of_largest, tokens_that_fit
 
 logger = logging.get_logger(__name__)
 
@@ -26,26 +40,69 @@ Batch = dict[str, Any]
 
 
 class PackTrainer(Trainer):
-    """Subclasses set `budget`, None for whole batches, and may keep count of what an update did.
+    """Subclasses set `budget`, None for whole batches, and `counted`.
 
-    compute_loss sees one pack at a time. One with is_filler is run for the number of forwards
-    alone, which DDP and FSDP want alike on every rank: its loss must weigh nothing.
+    counted: names of the attributes that compute_loss adds to; an update that starts again puts
+    them back, and the random state with them.
+
+    compute_loss sees one pack at a time, and has no collective of its own: ranks may have unequal
+    numbers of packs. One with is_filler is run for the number of forwards alone, which FSDP wants
+    alike on every rank: its loss must weigh nothing.
     """
 
     budget: TokenBudget | None = None
+    counted: tuple[str, ...] = ()
 
-    def remember_metrics(self) -> None:
-        """An update starts; forget_update may have to come back to here."""
+    def __init__(self, *, args: DPOConfig, **arguments: Any):
+        if args.max_tokens_per_forward == "auto":  # DDP would broadcast in forwards
+            if args.ddp_broadcast_buffers:
+                raise ValueError("want ddp_broadcast_buffers unset, got True with a budget 'auto'")
+            args.ddp_broadcast_buffers = False
+        super().__init__(args=args, **arguments)
 
     def before_packs(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
-        """A batch's packs as compute_loss is to see them, alike in number on every rank."""
+        """A batch's packs as compute_loss is to see them, in a number that fits every rank."""
         return packs
 
-    def forget_update(self) -> None:
-        """What this update did so far is void: drop its gradients."""
+    def choose_budget(self) -> TokenBudget | None:
+        """What max_tokens_per_forward asks for; `auto` runs the longest pairs to see.
+
+        ValueError, before any compute, where a pack's backward cannot leave gradients unreduced
+        (DeepSpeed), or a forward has collectives, which one rank cannot leave (auto with FSDP).
+        """
+        args = self.args
+        wanted = args.max_tokens_per_forward
+        if wanted is None:
+            return None
+        if self.is_deepspeed_enabled:
+            raise ValueError(f"want max_tokens_per_forward unset under DeepSpeed, got {wanted!r}")
+        if wanted != "auto":
+            return TokenBudget(wanted)
+        if self.is_fsdp_enabled:
+            raise ValueError("want max_tokens_per_forward as a number under FSDP, got 'auto'")
+        most = least_of_ranks(self._tokens_that_fit(), self.accelerator)
+        return TokenBudget(most, may_shrink=True)
+
+    def _tokens_that_fit(self) -> int:
+        rows = longest_rows(self.train_dataset)
+        one, two = (self.to_device(self.data_collator(each)) for each in (rows[:1], rows[:2]))
+        gradients = 1 if self.accelerator.num_processes == 1 else 2  # DDP's buckets are as large
+        kept_bytes = sum(
+            parameter.numel() * (gradients * parameter.element_size() + 8)  # and Adam's moments
+            for parameter in self.model.parameters()
+            if parameter.requires_grad
+        )
+        return tokens_that_fit(self._run_once, one, two, self.args.device, kept_bytes=kept_bytes)
+
+    def _run_once(self, inputs: Batch) -> None:
+        """A forward and a backward, as a training step has them, that train nothing."""
+        self.model.train()
+        with self.compute_loss_context_manager():
+            scored = score(self.model, PairBatch.from_inputs(inputs), stats=self.args.token_stats)
+        scored.token_logps_C.sum().backward()
         self.model.zero_grad()
-        if self.args.device.type == "cuda":
-            torch.cuda.empty_cache()
+
+    # The data
 
     def get_train_dataloader(self):
         if self.budget is None:
@@ -66,30 +123,36 @@ class PackTrainer(Trainer):
 
     def to_device(self, inputs: Batch) -> Batch:
         """`inputs` where a data loader would have put them."""
-        return send_to_device(inputs, self.args.device)
+        return send_to_device(inputs, self.args.device, non_blocking=self.accelerator.non_blocking)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one update, and how many pairs they hold together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = sum(count_pairs(inputs) for inputs in batches)
-        if self.budget is not None:
-            self._done: list[Batch] = []  # batches of this update
-            self.remember_metrics()
+        self._done: list[Batch] = []  # batches of this update
+        if self.budget is not None and self.forwards_are_collective():
             self._even_out(batches)
         return batches, num_pairs
 
+    def forwards_are_collective(self) -> bool:
+        """Whether ranks need as many forwards each: FSDP's gather weights, those of DDP do not."""
+        is_ddp = isinstance(self.model_wrapped, DistributedDataParallel)
+        return self.accelerator.num_processes > 1 and not is_ddp
+
     def _even_out(self, batches: list[Batch]) -> None:
         """Give each batch as many packs as it has on the rank where it has most."""
-        if self.accelerator.num_processes == 1:
-            return
         counts = torch.tensor([len(inputs["packs"]) for inputs in batches], device=self.args.device)
         of_ranks = self.accelerator.gather(counts).view(-1, len(batches))
         for inputs, count in zip(batches, of_ranks.amax(0).tolist(), strict=True):  # a wait
             if len(inputs["packs"]) < count:
-                anew = self._pack_collator(inputs["rows"].rows, at_least=count)
-                inputs |= self.to_device(anew)
+                self._lay_out_anew(inputs, at_least=count)
             filler = inputs["packs"][-1] | {"is_filler": True}
             inputs["packs"] += [filler] * (count - len(inputs["packs"]))
+
+    def _lay_out_anew(self, inputs: Batch, at_least: int = 1) -> None:
+        inputs |= self.to_device(self._pack_collator(inputs["rows"].rows, at_least))
+
+    # The step
 
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: int | None = None
@@ -101,43 +164,79 @@ class PackTrainer(Trainer):
         if self.budget is None:
             return step(inputs)
         run = functools.partial(self._run_packs, step, model)
-        batches = [inputs]
-        while (losses := self._attempt(run, batches)) is None:
-            # not in the handler, where the error would still hold what it failed with
-            self.forget_update()
-            batches = [*self._done, inputs]
+        if not self.budget.may_shrink:
+            return run(inputs)
+        if not self._done:
+            self._remember()
+        with self.accelerator.no_sync(model):
+            losses = self._attempt(run, [inputs])
+            while losses is None:
+                # not in _attempt's handler, where the error would still hold what it failed with
+                self._forget()
+                losses = self._attempt(run, [*self._done, inputs])
         self._done.append(inputs)
+        if self.accelerator.sync_gradients:  # the last batch of the update
+            average_gradients(self.model.parameters(), self.accelerator)
         return losses[-1]
-
-    def _attempt(self, run: Callable[[Batch], Tensor], batches: list[Batch]) -> list[Tensor] | None:
-        """Each batch's loss; None where memory ran out and the budget could shrink."""
-        try:
-            return [run(inputs) for inputs in batches]
-        except torch.OutOfMemoryError:
-            packs = [pack for inputs in batches for pack in self._fitting(inputs)["packs"]]
-            if self.accelerator.num_processes > 1 or not self.budget.shrink(packs):
-                raise
-            logger.warning(
-                "out of memory: the update is run again, with at most "
-                f"{self.budget.max_tokens:,} tokens in a forward"
-            )
-            return None
 
     def _run_packs(
         self, step: Callable[[Batch], Tensor], model: nn.Module, inputs: Batch
     ) -> Tensor:
-        packs, losses = self.before_packs(model, self._fitting(inputs)["packs"]), []
+        packs, losses = self.before_packs(model, inputs["packs"]), []
         for i, pack in enumerate(packs):
             is_last = i == len(packs) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                 losses.append(step(pack))
         return torch.stack(losses).sum()
 
-    def _fitting(self, inputs: Batch) -> Batch:
-        """`inputs`, laid out anew where the budget has shrunk since they were made."""
-        if all(map(self.budget.fits, inputs["packs"])):
-            return inputs
-        return self.to_device(self._pack_collator(inputs["rows"].rows))
+    def _attempt(self, run: Callable[[Batch], Tensor], batches: list[Batch]) -> list[Tensor] | None:
+        """Each batch's loss; None where memory ran out on a rank, and all have shrunk the budget.
+
+        torch.OutOfMemoryError where it could not shrink.
+        """
+        for inputs in batches:
+            if not all(map(self.budget.fits, inputs["packs"])):  # made before it shrank
+                self._lay_out_anew(inputs)
+        losses, needed = None, UNBOUNDED
+        try:
+            losses = [run(inputs) for inputs in batches]
+        except torch.OutOfMemoryError:
+            needed = half_of_largest([pack for inputs in batches for pack in inputs["packs"]])
+            if not needed:
+                least_of_ranks(needed, self.accelerator)  # lets the others end
+                raise
+        needed = least_of_ranks(needed, self.accelerator)
+        if needed == UNBOUNDED:
+            return losses
+        if not needed:
+            raise torch.OutOfMemoryError("out of memory on another rank, for a single pair")
+        self.budget.max_tokens = needed
+        logger.warning(
+            f"out of memory: the update is run again, with at most {needed:,} tokens in a forward"
+        )
+        return None
+
+    def _remember(self) -> None:
+        """An update starts; _forget may have to come back to here."""
+        self._before = copy.deepcopy({name: getattr(self, name) for name in self.counted})
+        self._random_states = [generator.get_state() for generator in self._generators()]
+
+    def _forget(self) -> None:
+        """What this update did so far is void: its gradients, counts and random numbers."""
+        for name, value in copy.deepcopy(self._before).items():
+            setattr(self, name, value)
+        for generator, state in zip(self._generators(), self._random_states, strict=True):
+            generator.set_state(state)
+        self.model.zero_grad()
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _generators(self) -> list[torch.Generator]:
+        """What dropout draws from."""
+        generators = [torch.default_generator]
+        if self.args.device.type == "cuda":
+            generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+        return generators
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """As transformers.Trainer's, of all packs."""

@@ -6,6 +6,7 @@ from transformers import Trainer
 from fastdpo import ops
 from fastdpo.data import PairCounts
 from fastdpo.model import causal_lm_of
+from fastdpo.token_budget import UNBOUNDED
 
 
 def describe_run(trainer: Trainer) -> str:
@@ -57,9 +58,9 @@ def _layout_line(trainer: Trainer) -> str:
     if trainer.budget is None:
         return line
     most = trainer.budget.max_tokens
-    return f"{line}; " + (
-        "in smaller packs once memory runs out" if most is None else f"packs of {most:,} tokens"
-    )
+    if most == UNBOUNDED:
+        return f"{line}; in smaller packs once memory runs out"
+    return f"{line}; packs of {most:,} tokens"
 
 
 def _kernels_line(trainer: Trainer) -> str:

@@ -6,7 +6,6 @@
 The loop, checkpoints, mixed precision and distribution are transformers' and accelerate's.
 """
 
-import copy
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -43,7 +42,6 @@ from fastdpo.model import (
     score,
 )
 from fastdpo.pack_trainer import PackTrainer
-from fastdpo.packs import TokenBudget, tokens_that_fit
 from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
 from fastdpo.reference import (
     FrozenModel,
@@ -86,6 +84,7 @@ class DPOTrainer(PackTrainer):
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
+    counted = ("metric_sums", "num_train_tokens", "tokens")
 
     def __init__(
         self,
@@ -152,7 +151,7 @@ class DPOTrainer(PackTrainer):
         row = longest_rows(train_dataset)[0]
         self._set_up_models(ref_model, row, has_new_adapters=peft_config is not None)
         self.layout = self._choose_layout(row) if data_collator is None else OWN_LAYOUT
-        self.budget = self._token_budget()
+        self.budget = self.choose_budget()
         if args.precompute_ref_log_probs and not isinstance(self.reference, RowLogps):
             self._precompute_reference()
         self.model.add_model_tags(["fastdpo", "dpo"])
@@ -258,43 +257,6 @@ class DPOTrainer(PackTrainer):
         )
         self.data_collator = self._collator(layout.name)
         return layout
-
-    def _token_budget(self) -> TokenBudget | None:
-        """What max_tokens_per_forward asks for; `auto` runs the longest pairs to see."""
-        wanted = self.args.max_tokens_per_forward
-        if wanted is None:
-            return None
-        if self.is_deepspeed_enabled:  # it reduces gradients at each backward
-            raise ValueError(f"want max_tokens_per_forward unset under DeepSpeed, got {wanted!r}")
-        if wanted != "auto":
-            return TokenBudget(wanted)
-        if self.is_fsdp_enabled:  # the model is placed later
-            raise ValueError("want max_tokens_per_forward as a number under FSDP, got 'auto'")
-        rows = longest_rows(self.train_dataset)
-        one, two = (self.to_device(self.data_collator(each)) for each in (rows[:1], rows[:2]))
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        kept = sum(p.numel() * (p.element_size() + 8) for p in trained)  # gradients, Adam's moments
-        most = tokens_that_fit(self._run_once, one, two, self.args.device, kept_bytes=kept)
-        return TokenBudget(most, may_shrink=True)
-
-    def _run_once(self, inputs: dict) -> None:
-        """A forward and a backward, as a training step has them, that train nothing."""
-        self.model.train()
-        with self.compute_loss_context_manager():
-            scored = score(self.model, PairBatch.from_inputs(inputs), stats=self.args.token_stats)
-        scored.token_logps_C.sum().backward()
-        self.model.zero_grad()
-
-    def remember_metrics(self):
-        self._before_update = copy.deepcopy(self._counted_in_training())
-
-    def forget_update(self):
-        super().forget_update()
-        counted = copy.deepcopy(self._before_update)
-        self.metric_sums["train"], self.num_train_tokens, self.tokens = counted
-
-    def _counted_in_training(self):
-        return self.metric_sums["train"], self.num_train_tokens, self.tokens
 
     # The reference
 

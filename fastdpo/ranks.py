@@ -1,0 +1,54 @@
+"""What the ranks of a run settle together between forwards; alone, a process settles it at once."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+BUCKET_BYTES = 64 * 2**20  # of gradients that are reduced in one go
+
+
+def least_of_ranks(count: int, accelerator: Accelerator) -> int:
+    """The least `count` of any rank. The CPU waits for the device, and for the slowest rank."""
+    if accelerator.num_processes == 1:
+        return count
+    return accelerator.gather(torch.tensor([count], device=accelerator.device)).min().item()
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """Make each gradient its mean over the ranks, as DDP does in a backward that it reduces.
+
+    A parameter without a gradient counts as 0 where another rank has one, and is left without
+    where none has. Takes BUCKET_BYTES of memory at most; hooks for DDP's communication do not run.
+    """
+    if accelerator.num_processes == 1:
+        return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    have_one = torch.tensor([p.grad is not None for p in trained], device=accelerator.device).int()
+    ranks_with_one = accelerator.reduce(have_one, "sum").tolist()  # a wait
+    used = [p for p, ranks in zip(trained, ranks_with_one, strict=True) if ranks]
+    for parameter in used:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets([parameter.grad for parameter in used]):
+        parts = [gradient.flatten() for gradient in bucket]
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+        flat /= accelerator.num_processes  # before the sum, which may leave a dtype's range
+        torch.distributed.all_reduce(flat)
+        for gradient, part in zip(bucket, flat.split([len(p) for p in parts]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """`gradients` in lots of one dtype and at most BUCKET_BYTES; a larger one goes alone."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        size = sum(each.nbytes for each in bucket) + gradient.nbytes
+        if bucket and (size > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket

@@ -1,0 +1,78 @@
+"""How many tokens a forward may have, and how many the memory at hand has room for."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastdpo.batch import count_pairs
+
+UNBOUNDED = sys.maxsize  # tokens
+SAFE_SHARE = 0.8  # of the free memory that a budget may count on: fragments take the rest
+
+
+class TokenBudget:
+    """At most max_tokens in a forward; fewer when memory runs out, if it may shrink.
+
+    The number stands in shared memory: a data loader's workers see it shrink.
+    """
+
+    def __init__(self, max_tokens: int = UNBOUNDED, *, may_shrink: bool = False):
+        self._shared = torch.tensor(max_tokens).share_memory_()
+        self.may_shrink = may_shrink
+
+    @property
+    def max_tokens(self) -> int:
+        return self._shared.item()
+
+    @max_tokens.setter
+    def max_tokens(self, count: int) -> None:
+        self._shared.fill_(count)
+
+    def fits(self, pack: Mapping[str, Any]) -> bool:
+        """Whether `pack` keeps to the budget, or is a single pair, which nothing can split."""
+        return pack["tokens"].run <= self.max_tokens or not _can_split(pack)
+
+
+def half_of_largest(packs: Sequence[Mapping[str, Any]]) -> int:
+    """A budget that the largest of `packs` exceeds; 0 where each is a single pair."""
+    return max((pack["tokens"].run for pack in packs if _can_split(pack)), default=0) // 2
+
+
+def _can_split(pack: Mapping[str, Any]) -> bool:
+    return count_pairs(pack) > 1
+
+
+def tokens_that_fit(
+    run: Callable[[dict], None],
+    smaller: dict,
+    larger: dict,
+    device: torch.device,
+    *,
+    kept_bytes: int,
+) -> int:
+    """Tokens of a forward and backward in what is free of `device` but for kept_bytes.
+
+    Read off what run(smaller) and run(larger) take at their peak: the difference is what tokens
+    cost, gradients and all else that does not grow with them aside. UNBOUNDED, until memory runs
+    out, where the device is no GPU or the two have as many tokens.
+    """
+    tokens = larger["tokens"].run - smaller["tokens"].run
+    if device.type != "cuda" or tokens <= 0:
+        return UNBOUNDED
+    peaks = []
+    for inputs in (smaller, smaller, larger):  # the first one warms up
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        try:
+            run(inputs)
+        except torch.OutOfMemoryError:
+            if inputs is smaller:
+                raise
+            return smaller["tokens"].run
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    per_token = max(1.0, (peaks[2] - peaks[1]) / tokens)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, int(SAFE_SHARE * (free - kept_bytes) / per_token))

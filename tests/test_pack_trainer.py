@@ -1,0 +1,246 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from test_trainer import logged, make_trainer, weights
+
+from fastdpo.token_budget import UNBOUNDED
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_packs_train_as_whole_batches_do(tmp_path, tokenizer, layout, loss_type):
+    common = {"layout": layout, "loss_type": loss_type, "gradient_accumulation_steps": 2}
+    whole = make_trainer(tmp_path, tokenizer, **common)
+    whole.train()
+    packed = make_trainer(tmp_path, tokenizer, max_tokens_per_forward=120, **common)
+    packs = next(iter(packed.get_train_dataloader()))["packs"]
+    assert len(packs) > 1
+    packed.train()
+    for name in ("loss", "grad_norm", "rewards/margins", "num_tokens", "entropy"):
+        assert logged(packed, name) == pytest.approx(logged(whole, name), rel=1e-5, abs=1e-6), name
+    for name, weight in weights(whole.model).items():
+        torch.testing.assert_close(weights(packed.model)[name], weight, rtol=0, atol=1e-6)
+
+
+class RunsOutOfMemory:
+    """Raises CUDA's error where a forward has more tokens than fit, in forward or in backward."""
+
+    def __init__(self, model, most, in_backward):
+        self.most, self.raised, self.tokens = most, 0, []
+        embedding = model.get_input_embeddings()
+        if in_backward:
+            embedding.register_full_backward_hook(self.check_backward)
+        else:
+            embedding.register_forward_hook(self.check)
+
+    def check(self, module, inputs, output):
+        self.check_backward(module, None, (output,))
+
+    def check_backward(self, module, _, outputs):
+        if torch.is_grad_enabled() or outputs[0].requires_grad is False:
+            self.tokens.append(outputs[0].shape[0] * outputs[0].shape[1])
+            if self.tokens[-1] > self.most:
+                self.raised += 1
+                raise torch.OutOfMemoryError("pretended")
+
+
+SECOND_BATCH_LARGER = {
+    "train_sampling_strategy": "sequential",
+    "gradient_accumulation_steps": 2,
+}
+
+
+def rows_with_a_longer_one():
+    """Batches of 221 and 243 tokens: the first has run when memory runs out in the second."""
+    rows = tiny.rows()
+    rows[6]["chosen"] *= 8
+    return rows
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["forward", "backward"])
+def test_an_update_that_runs_out_of_memory_is_run_again_in_smaller_packs(
+    tmp_path, tokenizer, in_backward
+):
+    common = {**SECOND_BATCH_LARGER, "rows": rows_with_a_longer_one(), "max_steps": 3}
+    plain = make_trainer(tmp_path, tokenizer, **common)
+    plain.train()
+    trainer = make_trainer(tmp_path, tokenizer, max_tokens_per_forward="auto", **common)
+    memory = RunsOutOfMemory(trainer.model, 230, in_backward)
+    trainer.train()
+    assert memory.raised and memory.tokens[0] == 221 and trainer.budget.max_tokens <= 230
+    for name in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
+        assert logged(trainer, name) == pytest.approx(logged(plain, name), rel=1e-4, abs=1e-5), name
+    for name, weight in weights(plain.model).items():
+        torch.testing.assert_close(weights(trainer.model)[name], weight, rtol=0, atol=1e-5)
+
+
+def test_an_update_that_starts_again_draws_the_dropout_of_its_first_start(tmp_path, tokenizer):
+    def dropping(**settings):
+        model = tiny.model("llama", len(tokenizer))
+        for layer in model.model.layers:
+            layer.self_attn.o_proj = torch.nn.Sequential(
+                layer.self_attn.o_proj, torch.nn.Dropout(0.2)
+            )
+        return make_trainer(
+            tmp_path,
+            tokenizer,
+            model=model,
+            rows=rows_with_a_longer_one(),
+            disable_dropout=False,
+            max_steps=2,
+            **SECOND_BATCH_LARGER,
+            **settings,
+        )
+
+    again = dropping(max_tokens_per_forward="auto")
+    memory = RunsOutOfMemory(again.model, 230, in_backward=False)
+    again.train()
+    assert memory.raised and memory.tokens[0] == 221
+    once = dropping(max_tokens_per_forward=again.budget.max_tokens)
+    once.train()
+    assert logged(again, "grad_norm") == logged(once, "grad_norm")
+    whole = dropping()
+    whole.train()
+    assert logged(again, "grad_norm") != pytest.approx(logged(whole, "grad_norm"), rel=1e-3)
+
+
+def test_memory_for_less_than_a_pair_ends_the_run(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_tokens_per_forward="auto")
+    RunsOutOfMemory(trainer.model, 1, in_backward=False)
+    with pytest.raises(torch.OutOfMemoryError, match="pretended"):
+        trainer.train()
+
+
+def test_a_budget_asked_for_by_number_is_kept(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_tokens_per_forward=100)
+    RunsOutOfMemory(trainer.model, 60, in_backward=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    assert trainer.budget.max_tokens == 100
+
+
+def test_batches_made_before_the_budget_shrank_are_laid_out_anew(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_tokens_per_forward="auto")
+    batches, num_pairs = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, "cpu")
+    assert len(batches[0]["packs"]) == 1
+    trainer.budget.max_tokens = 90
+    memory = RunsOutOfMemory(trainer.model, UNBOUNDED, in_backward=False)
+    trainer.training_step(trainer.model, batches[0], num_pairs)
+    assert len(memory.tokens) > 1 and max(memory.tokens) <= 90
+
+
+def test_the_loaders_workers_see_the_budget_shrink(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        rows=tiny.rows(64),
+        max_tokens_per_forward="auto",
+        dataloader_num_workers=1,
+        dataloader_prefetch_factor=2,
+    )
+    batches = iter(trainer.get_train_dataloader())
+    assert len(next(batches)["packs"]) == 1
+    trainer.budget.max_tokens = 90
+    *_, last = batches
+    assert len(last["packs"]) > 1 and all(map(trainer.budget.fits, last["packs"]))
+
+
+def test_a_setting_that_would_put_a_collective_into_a_forward_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="want ddp_broadcast_buffers unset"):
+        make_trainer(tmp_path, tokenizer, max_tokens_per_forward="auto", ddp_broadcast_buffers=True)
+
+
+@pytest.mark.parametrize(
+    ("backend", "wanted", "got"),
+    [("fsdp", "as a number under FSDP", "auto"), ("deepspeed", "unset under DeepSpeed", 100)],
+)
+def test_what_cannot_run_in_packs_is_refused(tmp_path, tokenizer, backend, wanted, got):
+    trainer = make_trainer(tmp_path, tokenizer)
+    setattr(trainer, f"is_{backend}_enabled", True)  # neither runs on a CPU
+    trainer.args.max_tokens_per_forward = got
+    with pytest.raises(ValueError, match=f"want max_tokens_per_forward {wanted}, got {got!r}"):
+        trainer.choose_budget()
+
+
+def run_ranks(folder, world_size, *runs):
+    """What tests/two_ranks.py saves of `runs` on each rank, and the gradients it averages."""
+    launcher = [sys.executable]
+    if world_size > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
+        launcher += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    folder.mkdir()
+    done = subprocess.run(
+        [*launcher, str(Path(__file__).parent / "two_ranks.py"), str(folder), json.dumps(runs)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [
+        [torch.load(folder / f"{name}.{rank}.pt") for rank in range(world_size)]
+        for name in [*range(len(runs)), "averaged"]
+    ]
+
+
+def assert_trained_alike(ours, theirs):
+    for one, other in zip(ours["logged"], theirs["logged"], strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "num_tokens"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+    for name, weight in ours["weights"].items():
+        torch.testing.assert_close(weight, theirs["weights"][name], rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process, whole batches."""
+    folder = tmp_path_factory.mktemp("alone") / "runs"
+    return run_ranks(folder, 1, {"settings": {}})[0][0]
+
+
+def test_two_ranks_train_as_one_and_one_that_runs_out_of_memory_stops_no_other(tmp_path, alone):
+    numbered = {"settings": {"max_tokens_per_forward": 90}}
+    auto = {"settings": {"max_tokens_per_forward": "auto"}, "start_with": 130}
+    places = [
+        {"batch": 1, "pack": 1, "in_backward": False},  # where DDP has run nothing yet
+        {"batch": 2, "pack": 2, "in_backward": False},  # after another batch of the update
+        {"batch": 2, "pack": 2, "in_backward": True},
+        {"batch": 3, "pack": 2, "in_backward": True},  # after another update
+    ]
+    uneven, even, undisturbed, *disturbed, ended, averaged = run_ranks(
+        tmp_path / "runs",
+        2,
+        numbered,
+        numbered | {"even": True},
+        auto,
+        *[auto | {"fails": place} for place in places],
+        auto | {"fails": "always"},
+    )
+    for ranks in (uneven, even, undisturbed, *disturbed):
+        assert_trained_alike(ranks[0], alone)
+        for name, weight in ranks[0]["weights"].items():
+            assert torch.equal(weight, ranks[1]["weights"][name]), name
+    assert uneven[0]["forwards"] != uneven[1]["forwards"]
+    assert even[0]["forwards"] == even[1]["forwards"]
+    for first, second in disturbed:
+        assert (first["raised"], second["raised"]) == (0, 1)
+        assert first["budget"] == second["budget"] < 130
+    assert [rank["error"] for rank in ended] == [
+        "out of memory on another rank, for a single pair",
+        "pretended",
+    ]
+    for gradients in averaged:
+        assert gradients["none"] is None
+        assert torch.equal(gradients["both"], torch.full((2, 3), 1.5))
+        assert torch.equal(gradients["one"], torch.full((2, 3), 2.0))
