@@ -19,7 +19,7 @@ class TokenBudget:
     """
 
     def __init__(self, max_tokens: int = UNBOUNDED, *, may_shrink: bool = False):
-        self._shared = torch.tensor(max_tokens).share_memory_()
+        self._shared = torch.tensor(max_tokens, device="cpu").share_memory_()
         self.may_shrink = may_shrink
 
     @property
