@@ -68,7 +68,8 @@ def pair_loss(token_logps_C: Tensor, cu_seqlens: Tensor, reference_logps_S: Tens
     of_batch = reference.BATCH_LOSSES.keys() & set(settings.get("loss_type", ()))
     if implementation(token_logps_C.device) == "triton" and not of_batch:
         return _pair_loss.pair_loss(*arguments, **settings)
-    _pair_loss.check_pair_loss(*arguments, **settings, also=tuple(of_batch))
+    of_twin = {"also": tuple(of_batch), "floats": (torch.float32, torch.float64)}
+    _pair_loss.check_pair_loss(*arguments, **settings, **of_twin)
     return reference.pair_loss(*arguments, **settings)
 
 

@@ -252,11 +252,12 @@ def check_pair_loss(
     label_smoothing: float = 0.0,
     f_divergence_type: str = "reverse_kl",
     also: tuple[str, ...] = (),
+    floats: tuple[torch.dtype, ...] = (torch.float32,),
     **_others: float | None,
 ) -> None:
     """ValueError for shapes, dtypes or settings that pair_loss and its twin do not take.
 
-    also: losses that the twin alone knows, where it is the twin that is asked.
+    also, floats: losses that the twin alone knows, and what it computes in, where it is asked.
     No value of a tensor is looked at: that would make the CPU wait for the GPU.
     """
     shapes = (token_logps_C.ndim, cu_seqlens.ndim, reference_logps_S.ndim)
@@ -265,7 +266,7 @@ def check_pair_loss(
         came = f"{(*token_logps_C.shape,)}, {(*cu_seqlens.shape,)}, {(*reference_logps_S.shape,)}"
         raise ValueError(f"want token_logps (C,), cu_seqlens (2B + 1,), logps (2B,), got {came}")
     dtypes = (token_logps_C.dtype, cu_seqlens.dtype, reference_logps_S.dtype)
-    if dtypes != (torch.float32, torch.int32, torch.float32):
+    if dtypes not in [(each, torch.int32, each) for each in floats]:
         raise ValueError(f"want float32, int32 and float32, got {dtypes}")
     num_weights = len(loss_type) if loss_weights is None else len(loss_weights)
     if not set(loss_type) <= {*LOSS_TYPES, *also} or len(loss_type) != num_weights:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from ranks import logged_by
-from test_packs import RunsOutOfMemory
+from test_pack_trainer import RunsOutOfMemory
 from test_trainer import LORA, logged, make_trainer, weights
 from watches import Watch
 

@@ -1,12 +1,10 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from ranks import run_ranks
 from test_trainer import logged, make_trainer, weights
 
 from fastdpo.token_budget import UNBOUNDED
@@ -173,21 +171,11 @@ def test_what_cannot_run_in_packs_is_refused(tmp_path, tokenizer, backend, wante
         trainer.choose_budget()
 
 
-def run_ranks(folder, world_size, *runs):
+def trained(folder, world_size, *runs):
     """What tests/two_ranks.py saves of `runs` on each rank, and the gradients it averages."""
-    launcher = [sys.executable]
-    if world_size > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
-        launcher += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     folder.mkdir()
-    done = subprocess.run(
-        [*launcher, str(Path(__file__).parent / "two_ranks.py"), str(folder), json.dumps(runs)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = (Path(__file__).parent / "two_ranks.py").read_text("utf-8")
+    run_ranks(folder, script, str(folder), json.dumps(runs), world_size=world_size)
     return [
         [torch.load(folder / f"{name}.{rank}.pt") for rank in range(world_size)]
         for name in [*range(len(runs)), "averaged"]
@@ -206,7 +194,7 @@ def assert_trained_alike(ours, theirs):
 def alone(tmp_path_factory):
     """One process, whole batches."""
     folder = tmp_path_factory.mktemp("alone") / "runs"
-    return run_ranks(folder, 1, {"settings": {}})[0][0]
+    return trained(folder, 1, {"settings": {}})[0][0]
 
 
 def test_two_ranks_train_as_one_and_one_that_runs_out_of_memory_stops_no_other(tmp_path, alone):
@@ -218,7 +206,7 @@ def test_two_ranks_train_as_one_and_one_that_runs_out_of_memory_stops_no_other(t
         {"batch": 2, "pack": 2, "in_backward": True},
         {"batch": 3, "pack": 2, "in_backward": True},  # after another update
     ]
-    uneven, even, undisturbed, *disturbed, ended, averaged = run_ranks(
+    uneven, even, undisturbed, *disturbed, ended, averaged = trained(
         tmp_path / "runs",
         2,
         numbered,

@@ -129,5 +129,3 @@ if __name__ == "__main__":
     for i, each in enumerate(json.loads(sys.argv[2])):
         torch.save(run(folder, **each), f"{folder}/{i}.{RANK}.pt")
     torch.save(averaged(Accelerator(cpu=True)), f"{folder}/averaged.{RANK}.pt")
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort a process that tears them down
