@@ -266,7 +266,7 @@ def check_pair_loss(
         came = f"{(*token_logps_C.shape,)}, {(*cu_seqlens.shape,)}, {(*reference_logps_S.shape,)}"
         raise ValueError(f"want token_logps (C,), cu_seqlens (2B + 1,), logps (2B,), got {came}")
     dtypes = (token_logps_C.dtype, cu_seqlens.dtype, reference_logps_S.dtype)
-    if dtypes not in [(each, torch.int32, each) for each in floats]:
+    if not {dtypes[0], dtypes[2]} <= set(floats) or dtypes[1] != torch.int32:
         raise ValueError(f"want float32, int32 and float32, got {dtypes}")
     num_weights = len(loss_type) if loss_weights is None else len(loss_weights)
     if not set(loss_type) <= {*LOSS_TYPES, *also} or len(loss_type) != num_weights:
