@@ -115,8 +115,10 @@ def check_token_ids(
 
 
 def _largest(column: pyarrow.ListArray) -> tuple[int, int]:
-    """The largest number in the lists of `column`, and the row of the first list that has it."""
+    """The largest number in the lists of `column`, -1 for none, and the first row that has it."""
     numbers = pc.list_flatten(column)
+    if len(numbers) == 0:
+        return -1, 0
     largest = pc.max(numbers)
     row = pc.list_parent_indices(column)[pc.index(numbers, largest).as_py()]
     return largest.as_py(), row.as_py()

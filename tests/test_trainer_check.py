@@ -126,3 +126,8 @@ def test_token_ids_are_looked_at_without_python_lists(tokenizer, monkeypatch):
     pairs, _ = data.prepare_pairs(Dataset.from_list(tiny.rows()), tokenizer)
     monkeypatch.setattr(Dataset, "__getitem__", None)  # what would make them
     check_token_ids({"train": pairs}, [tiny.model("llama", len(tokenizer))])
+
+
+def test_completions_without_a_token_have_none_to_embed():
+    pairs = Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": []}])
+    check_token_ids({"train": pairs}, [tiny.model("llama", 3)])
