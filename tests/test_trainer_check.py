@@ -3,9 +3,9 @@
 import pytest
 import tiny
 import torch
-import trl
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import TrainingArguments
 
 from fastdpo import DPOConfig, DPOTrainer, data, trainer
 from fastdpo.trainer_check import check_token_ids
@@ -46,9 +46,9 @@ def build(tokenizer, settings=None, **arguments):
         ({"train_dataset": tiny.rows()}, TypeError, "train_dataset, got list"),
         ({"args": "run"}, TypeError, "want a fastdpo.DPOConfig as args, got builtins.str"),
         (
-            {"args": trl.DPOConfig(output_dir="run", report_to="none", use_cpu=True, bf16=False)},
+            {"args": TrainingArguments(output_dir="run", report_to="none", use_cpu=True)},
             TypeError,
-            "want a fastdpo.DPOConfig as args, got trl.trainer.dpo_config.DPOConfig",
+            "want a fastdpo.DPOConfig as args, got transformers.training_args.TrainingArguments",
         ),
         ({"model": None}, TypeError, "want model as a name or a loaded model, got NoneType"),
         ({"model": None, "args": None}, TypeError, "want model as a name or a loaded model"),
