@@ -197,6 +197,11 @@ def check_head(
             f"{difference:.1e}: its logits are not hidden states times the output embedding, "
             "scaled or capped in a way fastdpo knows"
         )
+    if aux_loss and not isinstance(own.aux_loss, Tensor):
+        raise ValueError(
+            f"{name}: want its own load-balancing loss, got {own.aux_loss!r} from this version of "
+            "transformers: set router_aux_loss_coef=0"
+        )
     if aux_loss and not torch.allclose(own.aux_loss.float(), scored.aux_loss.float(), rtol=1e-2):
         raise ValueError(
             f"{name}: want its own load-balancing loss, {own.aux_loss.item():.4g}, got "

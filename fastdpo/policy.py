@@ -40,8 +40,9 @@ def load_policy(
 ) -> PreTrainedModel:
     """The causal language model in the folder or Hub repository `name`, in float32 by default.
 
-    init_kwargs go to `from_pretrained`; dtype may be a torch.dtype, its name, or "auto". A
-    quantised model is placed on the current GPU, any other is left for the trainer to place.
+    init_kwargs go to `from_pretrained`; dtype may be a torch.dtype, its name, or "auto". Attention
+    with soft-capping is eager unless they say otherwise: sdpa would leave the cap out. A quantised
+    model is placed on the current GPU, any other is left for the trainer to place.
     """
     dtype = init_kwargs.pop("dtype", None) or "float32"
     if isinstance(dtype, str) and dtype != "auto":
@@ -62,6 +63,9 @@ def load_policy(
     config = AutoConfig.from_pretrained(_found(name), **config_kwargs)
     if config.is_encoder_decoder:
         raise ValueError(f"want a decoder-only language model, got {name} ({config.model_type})")
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        # asked for nothing, transformers 5.17 takes sdpa, 5.23 no longer
+        init_kwargs["attn_implementation"] = init_kwargs.get("attn_implementation") or "eager"
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **init_kwargs)
 
 

@@ -116,6 +116,18 @@ def _copy_trained_adapter(policy: PeftModel) -> None:
             twin.requires_grad_(False)
 
 
+def load_trained_adapter(policy: nn.Module, checkpoint: str) -> None:
+    """Load what `checkpoint` has of the trained adapter, if the policy has a reference adapter too.
+
+    PEFT writes an adapter called "default" into the checkpoint's folder, any other into one of its
+    own; transformers 5.17 resumes from either the one or the others, 5.23 from both.
+    """
+    names = policy.peft_config if isinstance(policy, PeftModel) else ()
+    if REFERENCE_ADAPTER in names and "default" in names:
+        with _as_trained(policy):
+            policy.load_adapter(checkpoint, "default", is_trainable=True)
+
+
 @contextlib.contextmanager
 def _reference_adapter_on(policy: PeftModel) -> Iterator[None]:
     with _as_trained(policy):

@@ -48,6 +48,7 @@ from fastdpo.reference import (
     RowLogps,
     are_scored,
     choose_reference,
+    load_trained_adapter,
     once_precomputed,
     with_reference_logps,
 )
@@ -374,6 +375,11 @@ class DPOTrainer(PackTrainer):
         sums = self.metric_sums["eval"].read(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": sums[name] for name in sums})
         return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._is_sharded:
+            load_trained_adapter(self.model, resume_from_checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add an interval's metrics to training's `logs`: the moment that waits for the device."""

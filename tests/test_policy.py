@@ -6,7 +6,8 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastdpo.policy import disable_dropout, load_tokenizer
+from fastdpo.layout import why_padded
+from fastdpo.policy import disable_dropout, load_policy, load_tokenizer
 
 DROPPING = {  # where each keeps its rates
     "llama": {"attention_dropout": 0.3},  # on the attention modules
@@ -44,3 +45,8 @@ def test_a_pad_token_that_the_tokenizer_lacks_is_refused_and_left_out():
         load_tokenizer(tokenizer, "model", pad_token="<no>")
     assert tokenizer.pad_token == "<pad>"
     assert load_tokenizer(tokenizer, "model", pad_token="</s>").pad_token_id == 2
+
+
+def test_soft_capped_attention_is_loaded_as_one_that_caps(tmp_path):
+    families.model("gemma2", torch.float32).save_pretrained(tmp_path)
+    assert why_padded(load_policy(str(tmp_path), attn_implementation=None)) is None

@@ -61,7 +61,8 @@ def config(family: str, vocab_size: int):
     if family == "qwen2":  # head tied to the embedding, biases in the attention
         return Qwen2Config(**sizes, tie_word_embeddings=True)
     if family == "gemma2":  # logits and attention soft-capped, sliding windows, tied head
-        return Gemma2Config(**sizes, head_dim=8, sliding_window=48, final_logit_softcapping=3.0)
+        capped = {"final_logit_softcapping": 3.0, "attn_implementation": "eager"}
+        return Gemma2Config(**sizes, head_dim=8, sliding_window=48, **capped)
     if family == "mixtral":  # experts, and a loss that balances them
         return MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
     raise ValueError(f"want a family this file knows, got {family!r}")
