@@ -13,6 +13,7 @@ from fastdpo.kernels import linear_logps as module
 from fastdpo.kernels import vocabulary_walk
 from fastdpo.kernels.fold import BLOCK_V
 from fastdpo.kernels.linear_logps import linear_logps
+from fastdpo.kernels.products import has_onednn
 
 PRODUCTS = {
     "no-grad": ({"grad": False}, 1),
@@ -28,6 +29,7 @@ def _onednn_flops(x_shape, *_, out_shape, **__):
 
 def counting_flops():
     """A FlopCounterMode that knows oneDNN's products too."""
+    has_onednn()  # which looks once, at two products
     return FlopCounterMode(
         display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _onednn_flops}
     )

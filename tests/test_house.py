@@ -19,7 +19,7 @@ ORDER = (
     "preferences messages demo_task metrics policy reference config batch_loss losses model "
     "attention collate tree batch head quantised ops"
 ).split()
-KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "math", "typing"}
+KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "functools", "math", "typing"}
 # what kernel files share or are made of
 PARTS_OF_KERNELS = {"fold", "products", "vocabulary_walk", "row_statistics", "closed_forms"}
 

@@ -21,9 +21,8 @@ def test_onednns_product_is_torchs_for_any_strides(accumulate):
             torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_float32_products_of_a_cpu_with_avx512_go_to_onednn(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+def test_float32_products_go_to_onednn_where_it_is_good(monkeypatch):
+    monkeypatch.setattr(products, "has_onednn", lambda: True)
     taken = []
     monkeypatch.setattr(products, "onednn_product", lambda *args: taken.append(args))
     a, b, out = torch.ones(3, 4), torch.ones(4, 5), torch.ones(3, 5)
@@ -33,3 +32,17 @@ def test_float32_products_of_a_cpu_with_avx512_go_to_onednn(monkeypatch):
     products.product(a[:, :0], b[:0], out, accumulate=False)
     assert len(taken) == 1, "float64 and sums of no term are torch's"
     assert (out == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "alike", "good"),
+    [("AVX512", True, True), ("AVX512", False, False), ("AVX2", True, False)],
+)
+def test_onednn_is_good_with_avx512_and_rows_summed_alike(monkeypatch, capability, alike, good):
+    def product(a, b, out, accumulate):
+        out.copy_(a @ b if alike else len(a) * (a @ b))
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(products, "onednn_product", product)
+    assert products.has_onednn.__wrapped__() == good
