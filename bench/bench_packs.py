@@ -1,6 +1,6 @@
 """What does it cost to split a batch into packs, beside laying it out?
 
-    OMP_NUM_THREADS=1 pytest bench/bench_packs.py -s
+    OMP_NUM_THREADS=1 pytest bench/bench_packs.py      seconds
 
 512 pairs of 800 prompt tokens and 2 * 100 to 1,200 of completions, as arrays. CPU time of one
 process; splitting and laying out take turns.
@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from bench.tables import table
 from fastdpo.collate import Cut, make_collator
 from fastdpo.packs import split
 
@@ -49,9 +50,8 @@ def test_split(benchmark, rows, layout, max_tokens):
             function(*arguments)
             taken[function].append(1e3 * (time.process_time() - start))
     split_ms, lay_out_ms = (statistics.median(times) for times in taken.values())
-    print(
-        f"\n{layout}, {max_tokens:,} tokens: {len(packs)} packs, split {split_ms:.1f} ms, laid out "
-        f"{lay_out_ms:.1f} ms"
-    )
-    benchmark.extra_info |= {"split_ms": split_ms, "lay_out_ms": lay_out_ms, "packs": len(packs)}
+    measured = {"packs": str(len(packs)), "split, ms": split_ms, "laid out, ms": lay_out_ms}
+    for column, value in measured.items():
+        table(f"{PAIRS} pairs in packs").put(f"{layout}, {max_tokens:,} tokens", column, value)
+    benchmark.extra_info |= measured
     benchmark.pedantic(split, args=(rows, max_tokens, collator), rounds=1)
