@@ -47,6 +47,7 @@ def run_ranks(folder: Path, script: str, *arguments: str, world_size: int) -> st
     if world_size > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
         launcher += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        launcher += [f"--log-dir={folder / 'torchrun'}"]
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         [*launcher, str(file), *arguments],
