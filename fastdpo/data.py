@@ -203,7 +203,12 @@ class _Tokenize:
             return row
         sides = (row["prompt"] + row["chosen"], row["prompt"] + row["rejected"])
         if not is_conversation(row["prompt"]):
-            end = self.tokenizer.eos_token or ""
+            end = self.tokenizer.eos_token
+            if end is None:
+                raise ValueError(
+                    f"{self.name} dataset: want a tokenizer with an eos_token for rows of text, "
+                    "which end with it, got one without"
+                )
             texts = [row["prompt"], *(t if t.endswith(end) else t + end for t in sides)]
             return row | {"texts": texts, "is_chat": False}
         if self.tokenizer.chat_template is None:

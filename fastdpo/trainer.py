@@ -54,7 +54,12 @@ from fastdpo.reference import (
 )
 from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
-from fastdpo.trainer_check import check_arguments, check_models, check_token_ids
+from fastdpo.trainer_check import (
+    check_arguments,
+    check_best_metric,
+    check_models,
+    check_token_ids,
+)
 
 OWN_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
 NOISY = "neftune_noise_alpha scales its noise by the length of a row, padded a sequence's"
@@ -106,6 +111,7 @@ class DPOTrainer(PackTrainer):
         check_models(model, ref_model, peft_config)
         args = args or DPOConfig(output_dir=f"{model_name(model).split('/')[-1]}-DPO")
         check_arguments(args, model, train_dataset, data_collator, quantization_config)
+        check_best_metric(args, eval_dataset, compute_metrics)
         init_kwargs = {"trust_remote_code": args.trust_remote_code}
         init_kwargs |= args.model_init_kwargs or {}
         tokenizer = load_tokenizer(

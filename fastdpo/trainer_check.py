@@ -11,9 +11,15 @@ from transformers import PreTrainedModel
 
 from fastdpo.collate import ID_COLUMNS, PackedCollator
 from fastdpo.config import DPOConfig
+from fastdpo.losses import PAIR_METRICS
+from fastdpo.metrics import TOKEN_METRICS
 from fastdpo.model import aux_loss_weight, causal_lm_of
 
 CHUNK = 1000
+EVAL_METRICS = (
+    *("loss", "aux_loss", *TOKEN_METRICS, *PAIR_METRICS),
+    *("num_tokens", "runtime", "samples_per_second", "steps_per_second"),
+)
 
 
 def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
@@ -66,6 +72,20 @@ def check_arguments(
             "want model as a name with model_init_kwargs or quantization_config, got a "
             f"{type(model).__name__} that is already loaded"
         )
+
+
+def check_best_metric(args: DPOConfig, eval_dataset: Any, compute_metrics: Any) -> None:
+    """ValueError for a metric_for_best_model that no evaluation has; the first one would tell.
+
+    With compute_metrics, it may be any name.
+    """
+    wanted = args.metric_for_best_model
+    if wanted is None or compute_metrics or eval_dataset is None or args.eval_strategy == "no":
+        return
+    sets = [f"eval_{key}" for key in eval_dataset] if isinstance(eval_dataset, dict) else ["eval"]
+    names = [f"{each}_{name}" for each in sets for name in EVAL_METRICS]
+    if f"eval_{wanted.removeprefix('eval_')}" not in names:
+        raise ValueError(f"want metric_for_best_model of {names}, got {wanted!r}")
 
 
 def _check_machine(args: DPOConfig) -> None:

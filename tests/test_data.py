@@ -47,6 +47,13 @@ def test_text_rows_end_with_one_eos(tokenizer):
     assert decoded(tokenizer, pair) == ["a b", " c</s>", " d</s>"]
 
 
+def test_text_that_no_token_can_end_is_refused(tokenizer):
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="want a tokenizer with an eos_token for rows of text"):
+        pairs_of(tiny.rows(1), endless)
+
+
 def test_conversations_are_rendered_by_the_template(tokenizer):
     (pair,), _ = pairs_of([CHAT], tokenizer)
     assert decoded(tokenizer, pair) == [

@@ -114,6 +114,16 @@ def test_a_token_outside_a_models_vocabulary_is_refused(tokenizer, which):
         build(tokenizer, train_dataset=Dataset.from_list(rows), **{which: small})
 
 
+def test_the_best_metric_is_one_that_every_evaluation_has(tokenizer, tmp_path):
+    rows = Dataset.from_list(tiny.rows())
+    best = {"metric_for_best_model": "rewards/margins", "eval_strategy": "steps"}
+    args = DPOConfig(output_dir=tmp_path, use_cpu=True, report_to="none", **best)
+    build(tokenizer, args=args, eval_dataset=rows)
+    build(tokenizer, args=args, eval_dataset={"a": rows}, compute_metrics=lambda _: {})
+    with pytest.raises(ValueError, match="want .* of .*'eval_a_rewards/margins'.*got 'rewards/m"):
+        build(tokenizer, args=args, eval_dataset={"a": rows})
+
+
 def test_a_token_outside_the_vocabulary_is_refused_in_an_evaluation_too(tokenizer):
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}]
     small = tiny.model("llama", 240)
