@@ -221,7 +221,7 @@ class _Tokenize:
         try:
             texts = [render(row["prompt"], tokenize=False, add_generation_prompt=True, **options)]
             texts += [render(side, tokenize=False, **options) for side in sides]
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise FieldError("prompt", "what the chat template takes", str(error)) from None
         return row | {"texts": texts, "is_chat": True}
 

@@ -150,8 +150,9 @@ def load_tokenizer(
     if processing_class is None:
         if not (name := model_name(model)):
             raise ValueError("want a tokenizer as processing_class for a model without a name")
+        _found(name)
         try:
-            processing_class = AutoTokenizer.from_pretrained(_found(name), **init_kwargs)
+            processing_class = AutoTokenizer.from_pretrained(name, **init_kwargs)
         except (ValueError, OSError) as error:
             raise ValueError(f"want a tokenizer for {name}, got none: {error}") from error
     if not isinstance(processing_class, PreTrainedTokenizerBase):

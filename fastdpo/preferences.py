@@ -1,6 +1,6 @@
 """One preference row, checked: texts, conversations or token ids, with its prompt apart."""
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -108,7 +108,7 @@ def _checked_reference(row: dict[str, Any]) -> dict[str, float]:
     for field in given:
         value = row[field]
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
+        if not is_number or not abs(value) <= sys.float_info.max:  # an int may be beyond it
             raise FieldError(field, "a finite number", value)
     if len(given) == 1:
         missing = next(field for field in REFERENCE_COLUMNS if field not in row)

@@ -6,6 +6,7 @@ before Arrow asks all rows to be alike. All else is read by `datasets`.
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import count
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
@@ -22,6 +24,7 @@ from fastdpo.preferences import MALFORMED, OPTION_FIELDS, TEXT_FIELDS, checked_r
 
 JSON_SUFFIXES = (".jsonl", ".json")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".csv")
+UNLIKE = (pa.ArrowException, OverflowError)  # what a column of unlike values raises
 BETWEEN_ROWS = re.compile(r"[ \t\r\n,]*")
 
 
@@ -93,11 +96,38 @@ def _from_disk(path: Path, split: str) -> Dataset:
     return rows[split]
 
 
-def as_dataset(rows: Iterable[dict[str, Any]]) -> Dataset:
-    """`rows` in memory, with the columns of all of them: Dataset.from_list has the first one's."""
+def as_dataset(rows: Iterable[dict[str, Any]], source: str = "rows") -> Dataset:
+    """`rows` in memory, with the columns of all of them: Dataset.from_list has the first one's.
+
+    RowError names the first row of `source` whose value Arrow cannot keep beside those before it.
+    """
     rows = list(rows)
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    try:
+        return Dataset.from_dict(columns)
+    except UNLIKE:
+        for name, values in columns.items():
+            _check_one_kind(values, source, name)
+        raise
+
+
+def _check_one_kind(values: list[Any], source: str, name: str) -> None:
+    def error_of(count: int) -> Exception | None:
+        try:
+            Dataset.from_dict({name: values[:count]})
+        except UNLIKE as error:
+            return error
+        return None
+
+    # the first row with which the rows up to it are no column
+    row = bisect_left(range(len(values)), True, key=lambda i: error_of(i + 1) is not None)
+    if row < len(values):
+        error = error_of(row + 1)
+        raise RowError(
+            f"{source}, row {row}, field {name!r}: want values of the kind of the rows before in "
+            f"all their parts, got others ({error})"
+        ) from error
 
 
 def _read_file(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | IterableDataset:
@@ -115,7 +145,7 @@ def _read_file(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | Iter
     parse = partial(_parse_cells, str(path), skip_bad)
     if streaming:
         return rows.map(parse, with_indices=True)
-    return as_dataset(map(parse, rows, count()))
+    return as_dataset(map(parse, rows, count()), str(path))
 
 
 def _parse_cells(path: str, skip_bad: bool, row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -144,7 +174,7 @@ def _read_json(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | Iter
     rows = list(_checked_rows(str(path), skip_bad))
     if all(MALFORMED in row for row in rows):
         raise ValueError(f"{path}: want at least one row, got none ({len(rows)} malformed)")
-    return as_dataset(rows)
+    return as_dataset(rows, str(path))
 
 
 def _checked_rows(path: str, skip_bad: bool) -> Iterator[dict[str, Any]]:
@@ -193,7 +223,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _parse(text: bytes) -> Any:
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_each_once)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return error
 
 

@@ -254,6 +254,14 @@ def test_the_templates_own_objection_names_the_row(tokenizer):
         pairs_of([CHAT], strict)
 
 
+def test_what_the_template_cannot_add_up_names_the_row(tokenizer):
+    adding = copy.deepcopy(tokenizer)
+    adding.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    parts = chat(prompt=[user([{"type": "text", "text": "a"}])])
+    with pytest.raises(RowError, match="row 0, field 'prompt': want what the chat template takes"):
+        pairs_of([parts], adding)
+
+
 def test_conversations_need_a_chat_template(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None

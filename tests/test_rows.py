@@ -106,6 +106,10 @@ MALFORMED = {
     "another-kind": (CHAT, "field 'prompt': want a str, as in the first row"),
     "a-lost-prompt": ({"chosen": "a b", "rejected": "a c"}, "'prompt'.*as in the first row"),
     "id-out-of-range": ({"prompt_ids": [2**63], "chosen_ids": [1], "rejected_ids": [2]}, "ids'"),
+    "logp-beyond-float": (
+        tiny.rows(1)[0] | {"ref_chosen_logps": -(10**400), "ref_rejected_logps": -1},
+        "field 'ref_chosen_logps': want a finite number",
+    ),
     "truth-for-logp": (
         tiny.rows(1)[0] | {"ref_chosen_logps": True, "ref_rejected_logps": False},
         "field 'ref_chosen_logps': want a finite number, got True",
@@ -177,6 +181,16 @@ def test_rows_of_an_array_are_told_by_the_line_they_begin_in(tmp_path):
     (tmp_path / "rows.json").write_text(text[:-4])
     with pytest.raises(RowError, match="line .*want one array of JSON"):
         load_rows(str(tmp_path / "rows.json"), on_bad_rows="skip")
+
+
+@pytest.mark.parametrize("meta", ["b", {"b": 1}, 2**70], ids=["text", "mapping", "huge"])
+def test_messages_that_are_not_alike_are_told_by_their_row(tmp_path, meta):
+    def row(meta):
+        return CHAT | {"prompt": [CHAT["prompt"][0] | {"meta": meta}]}
+
+    path = write_lines(tmp_path / "rows.jsonl", [row(1), row(2), row(meta), row(3)])
+    with pytest.raises(RowError, match="rows.jsonl, row 2, field 'prompt': want values of the"):
+        load_rows(path)
 
 
 def test_a_name_that_comes_twice_in_an_array_is_told(tmp_path):
