@@ -72,7 +72,8 @@ def load_policy(
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, **init_kwargs
         )
-    except (SafetensorError, TypeError) as error:  # a torn file; an argument it does not know
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        # a torn file, weights of another shape, an argument it does not know
         raise ValueError(f"want a model that loads, got {name}: {error}") from error
     missing = sorted(loaded["missing_keys"])
     if missing and not _is_quantized(model):

@@ -58,6 +58,7 @@ from fastdpo.trainer_check import (
     check_arguments,
     check_best_metric,
     check_models,
+    check_positions,
     check_token_ids,
 )
 
@@ -184,6 +185,7 @@ class DPOTrainer(PackTrainer):
             device=args.device,
         )
         check_token_ids(datasets, self._models().values())
+        check_positions(datasets, self._models().values(), args.max_length)
         if not self._is_sharded:
             ids = (row["prompt_ids"] + row["chosen_ids"])[:32]
             for name, model in self._models().items():
@@ -221,6 +223,7 @@ class DPOTrainer(PackTrainer):
         """As _prepare, of rows that come when the models are there to be held against."""
         pairs = self._prepare(dataset, name)
         check_token_ids(_by_name(pairs, name), self._models().values())
+        check_positions(_by_name(pairs, name), self._models().values(), self.args.max_length)
         return pairs
 
     def _set_signature_columns_if_needed(self):

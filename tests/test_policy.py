@@ -48,13 +48,17 @@ def test_a_pad_token_that_the_tokenizer_lacks_is_refused_and_left_out():
     assert load_tokenizer(tokenizer, "model", pad_token="</s>").pad_token_id == 2
 
 
-def test_weights_that_are_not_all_there_are_refused(tmp_path):
+def test_weights_that_are_not_all_there_or_of_another_shape_are_refused(tmp_path):
     families.model("llama", torch.float32).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
     del weights["lm_head.weight"]  # as in a checkpoint of the body alone
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="want all weights.*got none for.*lm_head.weight"):
+        load_policy(str(tmp_path))
+    weights["lm_head.weight"] = torch.zeros(3, 3)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"want a model that loads, got {tmp_path}"):
         load_policy(str(tmp_path))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"want a model that loads, got {tmp_path}"):
