@@ -20,7 +20,7 @@ def flag(default: Any, text: str, **metadata: Any) -> Any:
 
 @dataclass
 class ScriptArguments:
-    """One dataset by its name. `datasets` in a YAML file takes its place."""
+    """One dataset by its name, in place of `datasets` in a YAML file."""
 
     dataset_name: str | None = flag(
         None, "Preference rows: a file, a folder, or a dataset on the Hub."

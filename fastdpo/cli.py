@@ -162,6 +162,8 @@ def _check_names(script_args, model_args, dataset_args) -> None:
         raise ValueError("want --model_name_or_path, got none")
     if script_args.dataset_name is None and not dataset_args.datasets:
         raise ValueError("want --dataset_name, or datasets in a YAML file, got neither")
+    if script_args.dataset_name is not None and dataset_args.datasets:
+        raise ValueError("want --dataset_name, or datasets in a YAML file, got both")
 
 
 def _choose_folder(training_args, identity: dict[str, Any], fresh: bool) -> "RunFolder":

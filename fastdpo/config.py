@@ -185,6 +185,7 @@ class DPOConfig(TrainingArguments):
             # batches move to the GPU from pinned memory while the CPU goes on
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         super().__post_init__()
+        self._check_loop()
         self._check_values()
         self._check_loss()
         self._check_unsupported()
@@ -252,6 +253,15 @@ class DPOConfig(TrainingArguments):
             "ld_alpha": self.ld_alpha,
         }
 
+    def _check_loop(self):
+        """What transformers looks at once rows and model have been read, or takes for no steps."""
+        counts = ("per_device_train_batch_size", "per_device_eval_batch_size")
+        for name in (*counts, "gradient_accumulation_steps"):
+            _want(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
+        for name in ("learning_rate", "num_train_epochs", "dataloader_num_workers"):
+            value = getattr(self, name)
+            _want(0 <= value < math.inf, f"{name} >= 0", value)
+
     def _check_values(self):
         # one token cannot be predicted and predict
         _want(self.max_length is None or self.max_length >= 2, "max_length >= 2", self.max_length)
@@ -283,7 +293,7 @@ class DPOConfig(TrainingArguments):
             f"loss_weights with {count} weights, as loss_type has",
             self.loss_weights,
         )
-        _want(self.beta > 0, "beta > 0", self.beta)
+        _want(0 < self.beta < math.inf, "beta > 0", self.beta)
         _want(self.discopop_tau > 0, "discopop_tau > 0", self.discopop_tau)
         smoothing = self.label_smoothing
         _want(0 <= smoothing < 0.5, "label_smoothing in [0, 0.5)", smoothing)

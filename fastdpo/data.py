@@ -203,7 +203,12 @@ class _Tokenize:
             return row
         sides = (row["prompt"] + row["chosen"], row["prompt"] + row["rejected"])
         if not is_conversation(row["prompt"]):
-            end = self.tokenizer.eos_token or ""
+            end = self.tokenizer.eos_token
+            if end is None:
+                raise ValueError(
+                    f"{self.name} dataset: want a tokenizer with an eos_token for rows of text, "
+                    "which end with it, got one without"
+                )
             texts = [row["prompt"], *(t if t.endswith(end) else t + end for t in sides)]
             return row | {"texts": texts, "is_chat": False}
         if self.tokenizer.chat_template is None:
@@ -216,7 +221,7 @@ class _Tokenize:
         try:
             texts = [render(row["prompt"], tokenize=False, add_generation_prompt=True, **options)]
             texts += [render(side, tokenize=False, **options) for side in sides]
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise FieldError("prompt", "what the chat template takes", str(error)) from None
         return row | {"texts": texts, "is_chat": True}
 

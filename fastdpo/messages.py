@@ -21,6 +21,16 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def check_text(field: str, value: Any) -> None:
+    """FieldError unless `value` is a text that can be written: half a surrogate pair cannot."""
+    if not isinstance(value, str):
+        raise FieldError(field, "text", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise FieldError(field, "text", f"no Unicode ({error})") from None
+
+
 def is_conversation(value: Any) -> bool:
     return isinstance(value, list)
 
@@ -57,9 +67,11 @@ def _check_content(where: str, message: dict[str, Any]) -> None:
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text":
                 raise FieldError(where, "text (vision-language rows are not supported yet)", part)
+            check_text(where, part.get("text"))
         return
-    if not isinstance(content, str):
-        raise FieldError(where, "text", "no content" if content is None else content)
+    if content is None:
+        raise FieldError(where, "text", "no content")
+    check_text(where, content)
 
 
 def _check_order(

@@ -128,7 +128,8 @@ def _load_mixture(
 
 def _in_proportion(parts: list[Dataset], fractions: list[float | None]) -> list[Dataset]:
     """The first rows of each part, as many as give the largest mixture in these proportions."""
-    if any(fraction is None or fraction < 0 for fraction in fractions) or not sum(fractions):
+    are_numbers = all(isinstance(fraction, (int, float)) for fraction in fractions)
+    if not are_numbers or min(fractions) < 0 or not sum(fractions):
         raise ValueError(f"want a fraction >= 0 for every dataset or for none, got {fractions}")
     shares = [fraction / sum(fractions) for fraction in fractions]
     total = min(len(part) / share for part, share in zip(parts, shares, strict=True) if share)

@@ -12,6 +12,7 @@ Without it, the forward is the model's own, and `generate` works as it did.
 """
 
 import functools
+import math
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -189,6 +190,8 @@ def check_head(
     logits_LV = own.logits[0, :-1]
     own_L = logits_LV.float().log_softmax(-1).gather(1, ids_L[1:, None]).squeeze(1)
     difference = (own_L - scored.token_logps_C.to(own_L.device)).abs().max().item()
+    if math.isnan(difference):
+        raise ValueError(f"{name}: want finite log-probabilities, got nan: look at its weights")
     # logits rounded to a dtype are off by half its spacing: eps * |logit| / 2, here and in the lse
     allowed = max(1e-3, 2 * torch.finfo(logits_LV.dtype).eps * logits_LV.abs().max().item())
     if not difference <= allowed:

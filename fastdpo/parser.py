@@ -93,11 +93,24 @@ def _or_none(number: type) -> Callable[[str], Any]:
     return parse
 
 
+class _EachOnce(yaml.SafeLoader):
+    """Refuses a mapping that has a name twice: YAML would keep the last of the values."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [self.construct_object(name, deep=True) for name, _ in node.value]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                problem=f"{twice[0]!r} twice, {node.start_mark}"
+            )
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     """The mapping in a YAML file, its `env` set in this process's environment and left out."""
     with open(path, encoding="utf-8") as file:
         try:
-            values = yaml.safe_load(file)
+            values = yaml.load(file, _EachOnce)
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(values, dict):
@@ -110,7 +123,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _checked(action: argparse.Action, value: Any) -> Any:
-    """A YAML value as the flag takes it; argparse itself converts text and checks nothing else."""
+    """A YAML value as the flag takes it; argparse converts text, and checks nothing else."""
     if value is False and action.choices and "no" in action.choices:
         value = "no"  # what YAML 1.1 makes of a bare no
     if value is not None and action.choices and value not in action.choices:
@@ -118,6 +131,10 @@ def _checked(action: argparse.Action, value: Any) -> Any:
     one_number = action.nargs in (None, "?") and action.type is not str and not action.choices
     if one_number and isinstance(value, (list, dict)):
         raise ValueError(f"{action.dest}: want one value, got {value!r}")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    wants_number = getattr(action.type, "__name__", None) in ("int", "float")
+    if (one_number and wants_number) or (is_number and action.type is str):
+        return str(value)  # as the command line has it, for argparse to convert
     return value
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -42,7 +43,8 @@ def load_policy(
 
     init_kwargs go to `from_pretrained`; dtype may be a torch.dtype, its name, or "auto". Attention
     with soft-capping is eager unless they say otherwise: sdpa would leave the cap out. A quantised
-    model is placed on the current GPU, any other is left for the trainer to place.
+    model is placed on the current GPU, any other is left for the trainer to place. ValueError for
+    weights that cannot be read or are not all there.
     """
     dtype = init_kwargs.pop("dtype", None) or "float32"
     if isinstance(dtype, str) and dtype != "auto":
@@ -66,7 +68,20 @@ def load_policy(
     if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
         # asked for nothing, transformers 5.17 takes sdpa, 5.23 no longer
         init_kwargs["attn_implementation"] = init_kwargs.get("attn_implementation") or "eager"
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **init_kwargs)
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **init_kwargs
+        )
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        # a torn file, weights of another shape, an argument it does not know
+        raise ValueError(f"want a model that loads, got {name}: {error}") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing and not _is_quantized(model):
+        raise ValueError(
+            f"want all weights of {type(model).__name__} in {name}, got none for {missing[:3]} "
+            f"({len(missing)} in all), which would start at random"
+        )
+    return model
 
 
 def with_adapters(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
@@ -136,7 +151,11 @@ def load_tokenizer(
     if processing_class is None:
         if not (name := model_name(model)):
             raise ValueError("want a tokenizer as processing_class for a model without a name")
-        processing_class = AutoTokenizer.from_pretrained(_found(name), **init_kwargs)
+        _found(name)
+        try:
+            processing_class = AutoTokenizer.from_pretrained(name, **init_kwargs)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"want a tokenizer for {name}, got none: {error}") from error
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             "want a tokenizer as processing_class (vision-language processors are not there "

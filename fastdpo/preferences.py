@@ -1,6 +1,6 @@
 """One preference row, checked: texts, conversations or token ids, with its prompt apart."""
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +8,7 @@ from fastdpo.collate import ID_COLUMNS, REFERENCE_COLUMNS
 from fastdpo.messages import (
     FieldError,
     check_conversation,
+    check_text,
     is_conversation,
     parsed,
     without_nulls,
@@ -42,7 +43,7 @@ def _checked_ids(row: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(ids, list) or not ids:
             raise FieldError(field, "token ids", "no such field" if ids is None else ids)
         for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**63:
                 raise FieldError(field, "token ids, whole numbers from 0", token)
     return {field: row[field] for field in ID_COLUMNS}
 
@@ -55,12 +56,16 @@ def _checked_texts(row: dict[str, Any]) -> dict[str, Any]:
     for field, kind in kinds.items():
         if kind not in (str, list):
             raise FieldError(field, "a text or messages", row[field])
+    for field, kind in kinds.items():
         if kind is not kinds["chosen"]:
             raise FieldError(field, f"a {kinds['chosen'].__name__}, as chosen is", row[field])
     texts = {field: row[field] for field in kinds}
     conversation = is_conversation(row["chosen"])
     if conversation:
         texts = {field: without_nulls(messages) for field, messages in texts.items()}
+    else:
+        for field, text in texts.items():
+            check_text(field, text)
     if "prompt" not in texts:
         texts = _with_prompt(texts["chosen"], texts["rejected"])
     if not conversation:
@@ -102,7 +107,8 @@ def _checked_reference(row: dict[str, Any]) -> dict[str, float]:
     given = [field for field in REFERENCE_COLUMNS if field in row]
     for field in given:
         value = row[field]
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= sys.float_info.max:  # an int may be beyond it
             raise FieldError(field, "a finite number", value)
     if len(given) == 1:
         missing = next(field for field in REFERENCE_COLUMNS if field not in row)

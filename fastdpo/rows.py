@@ -6,6 +6,7 @@ before Arrow asks all rows to be alike. All else is read by `datasets`.
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import count
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset
+from datasets.exceptions import DatasetGenerationError
 
 from fastdpo.data import RowError
 from fastdpo.messages import FieldError, parsed
@@ -21,6 +24,7 @@ from fastdpo.preferences import MALFORMED, OPTION_FIELDS, TEXT_FIELDS, checked_r
 
 JSON_SUFFIXES = (".jsonl", ".json")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".csv")
+UNLIKE = (pa.ArrowException, OverflowError)  # what a column of unlike values raises
 BETWEEN_ROWS = re.compile(r"[ \t\r\n,]*")
 
 
@@ -40,10 +44,10 @@ def load_rows(
     folders of files. A single file is all of the split "train". streaming=True gives an
     IterableDataset, which reads as it goes (an array in a .json file whole).
 
-    RowError names file, line and field of a malformed row in JSON, and of a CSV cell that is no
-    JSON; with on_bad_rows="skip" the row stays, with that message as `malformed`, for prepare_pairs
-    to count and leave out.
-    ValueError for a path or a split that is not there.
+    RowError names file, line and field of a malformed row in JSON, one of another kind than the
+    file's first among them, and of a CSV cell that is no JSON; with on_bad_rows="skip" the row
+    stays, with that message as `malformed`, for prepare_pairs to count and leave out.
+    ValueError for a path or a split that is not there, and what `datasets` cannot read.
     """
     path = Path(path_or_name).expanduser()
     if path.is_file():
@@ -58,7 +62,8 @@ def load_rows(
         return rows.to_iterable_dataset() if streaming else rows
     if not path.exists() and _looks_like_a_path(path_or_name):
         raise ValueError(f"want a file or folder of preference rows, {path_or_name} is not there")
-    return datasets.load_dataset(
+    return _load(
+        path_or_name,
         path_or_name,
         name=config_name,
         split=split,
@@ -66,6 +71,14 @@ def load_rows(
         data_files=data_files,
         data_dir=data_dir,
     )
+
+
+def _load(path: str, *arguments: Any, **settings: Any) -> Dataset | IterableDataset:
+    """What `datasets` reads from `path`, which its own errors do not name."""
+    try:
+        return datasets.load_dataset(*arguments, **settings)
+    except (DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"{path}: {error.__cause__ or error}") from error
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -83,11 +96,38 @@ def _from_disk(path: Path, split: str) -> Dataset:
     return rows[split]
 
 
-def as_dataset(rows: Iterable[dict[str, Any]]) -> Dataset:
-    """`rows` in memory, with the columns of all of them: Dataset.from_list has the first one's."""
+def as_dataset(rows: Iterable[dict[str, Any]], source: str = "rows") -> Dataset:
+    """`rows` in memory, with the columns of all of them: Dataset.from_list has the first one's.
+
+    RowError names the first row of `source` whose value Arrow cannot keep beside those before it.
+    """
     rows = list(rows)
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    try:
+        return Dataset.from_dict(columns)
+    except UNLIKE:
+        for name, values in columns.items():
+            _check_one_kind(values, source, name)
+        raise
+
+
+def _check_one_kind(values: list[Any], source: str, name: str) -> None:
+    def error_of(count: int) -> Exception | None:
+        try:
+            Dataset.from_dict({name: values[:count]})
+        except UNLIKE as error:
+            return error
+        return None
+
+    # the first row with which the rows up to it are no column
+    row = bisect_left(range(len(values)), True, key=lambda i: error_of(i + 1) is not None)
+    if row < len(values):
+        error = error_of(row + 1)
+        raise RowError(
+            f"{source}, row {row}, field {name!r}: want values of the kind of the rows before in "
+            f"all their parts, got others ({error})"
+        ) from error
 
 
 def _read_file(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | IterableDataset:
@@ -98,14 +138,14 @@ def _read_file(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | Iter
     kind = path.suffix.removeprefix(".")
     # an empty cell is no text, and NA or null is one
     options = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
-    read = datasets.load_dataset
-    rows = read(kind, data_files=str(path), split="train", streaming=streaming, **options)
+    files = {"data_files": str(path), "split": "train"}
+    rows = _load(str(path), kind, streaming=streaming, **files, **options)
     if kind == "parquet":
         return rows
     parse = partial(_parse_cells, str(path), skip_bad)
     if streaming:
         return rows.map(parse, with_indices=True)
-    return as_dataset(map(parse, rows, count()))
+    return as_dataset(map(parse, rows, count()), str(path))
 
 
 def _parse_cells(path: str, skip_bad: bool, row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -134,17 +174,37 @@ def _read_json(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | Iter
     rows = list(_checked_rows(str(path), skip_bad))
     if all(MALFORMED in row for row in rows):
         raise ValueError(f"{path}: want at least one row, got none ({len(rows)} malformed)")
-    return as_dataset(rows)
+    return as_dataset(rows, str(path))
 
 
 def _checked_rows(path: str, skip_bad: bool) -> Iterator[dict[str, Any]]:
+    kinds: dict[str, str] = {}  # of the first row's texts
     for line, row in _json_rows(Path(path)):
         try:
             if isinstance(row, Exception):
                 raise FieldError("row", "an object in JSON, in UTF-8", str(row))
-            yield _storable(checked_row(row))
+            checked = checked_row(row)
+            kinds = kinds or _kinds(row)
+            _check_alike(row, kinds)
+            yield _storable(checked)
         except FieldError as error:
             yield _malformed(f"{path}, line {line}, {error}", skip_bad)
+
+
+def _kinds(row: dict[str, Any]) -> dict[str, str]:
+    """Which of the three texts stand in a row, and as what; {} for token ids."""
+    return {field: type(row[field]).__name__ for field in TEXT_FIELDS if row.get(field) is not None}
+
+
+def _check_alike(row: dict[str, Any], first: dict[str, str]) -> None:
+    """FieldError where a row lacks the prompt that the file's first has, or is no text as it is."""
+    kinds = _kinds(row)
+    for field in TEXT_FIELDS if kinds else ():
+        if kinds.get(field) != first.get(field):
+            wanted = f"a {first[field]}" if field in first else "none"
+            raise FieldError(
+                field, f"{wanted}, as in the first row", row.get(field, "no such field")
+            )
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -162,9 +222,17 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _parse(text: bytes) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
         return error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; ValueError where json would keep the last of several alike."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} twice")
+    return dict(pairs)
 
 
 def _array_rows(path: Path, whole: bytes) -> Iterator[tuple[int, Any]]:
@@ -182,11 +250,15 @@ def _array_rows(path: Path, whole: bytes) -> Iterator[tuple[int, Any]]:
         json.loads(text)  # with one comma between two rows, and nothing behind the array
     except json.JSONDecodeError as error:
         raise RowError(f"{path}, line {error.lineno}: want one array of JSON: {error}") from None
-    decode, line, counted = json.JSONDecoder().raw_decode, 1, 0
+    decode = json.JSONDecoder(object_pairs_hook=_each_once).raw_decode
+    line, counted = 1, 0
     at = BETWEEN_ROWS.match(text, text.index("[") + 1).end()
     while text[at] != "]":
         line, counted = line + text.count("\n", counted, at), at
-        row, at = decode(text, at)
+        try:
+            row, at = decode(text, at)
+        except ValueError as error:
+            raise RowError(f"{path}, line {line}: want an object in JSON, got {error}") from None
         yield line, row
         at = BETWEEN_ROWS.match(text, at).end()
 

@@ -101,9 +101,11 @@ def choose_run_folder(
 
     Writes nothing but that next folder, empty. resume_from: a checkpoint to go on from instead of
     the last one; true for the last one, which then has to be there.
-    ValueError where the folder holds other work, or no checkpoint to go on from as asked.
+    ValueError where the folder holds other work, or no checkpoint to go on from as asked, or where
+    it cannot be written to.
     """
     path = Path(path)
+    _check_writable(path)
     resume_last = str(resume_from).lower() == "true"
     named = Path(resume_from) if resume_from and not resume_last else None
     if named is not None and _torn(named):
@@ -166,6 +168,14 @@ def _differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in dict.fromkeys([*there, *now])
         if there.get(name) != now.get(name)
     ]
+
+
+def _check_writable(path: Path) -> None:
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"want a folder as output_dir, got {path}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"want an output_dir to write to, got {path}: {there} is read-only")
 
 
 def _is_free(path: Path) -> bool:

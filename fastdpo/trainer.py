@@ -54,9 +54,16 @@ from fastdpo.reference import (
 )
 from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
-from fastdpo.trainer_check import check_arguments, check_models, check_token_ids
+from fastdpo.trainer_check import (
+    check_arguments,
+    check_best_metric,
+    check_models,
+    check_positions,
+    check_token_ids,
+)
 
 OWN_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
+NOISY = "neftune_noise_alpha scales its noise by the length of a row, padded a sequence's"
 
 Rows = Dataset | IterableDataset
 
@@ -105,6 +112,7 @@ class DPOTrainer(PackTrainer):
         check_models(model, ref_model, peft_config)
         args = args or DPOConfig(output_dir=f"{model_name(model).split('/')[-1]}-DPO")
         check_arguments(args, model, train_dataset, data_collator, quantization_config)
+        check_best_metric(args, eval_dataset, compute_metrics)
         init_kwargs = {"trust_remote_code": args.trust_remote_code}
         init_kwargs |= args.model_init_kwargs or {}
         tokenizer = load_tokenizer(
@@ -177,6 +185,7 @@ class DPOTrainer(PackTrainer):
             device=args.device,
         )
         check_token_ids(datasets, self._models().values())
+        check_positions(datasets, self._models().values(), args.max_length)
         if not self._is_sharded:
             ids = (row["prompt_ids"] + row["chosen_ids"])[:32]
             for name, model in self._models().items():
@@ -214,6 +223,7 @@ class DPOTrainer(PackTrainer):
         """As _prepare, of rows that come when the models are there to be held against."""
         pairs = self._prepare(dataset, name)
         check_token_ids(_by_name(pairs, name), self._models().values())
+        check_positions(_by_name(pairs, name), self._models().values(), self.args.max_length)
         return pairs
 
     def _set_signature_columns_if_needed(self):
@@ -222,7 +232,9 @@ class DPOTrainer(PackTrainer):
 
     def _remove_unused_columns(self, dataset, description=None):
         pairs = super()._remove_unused_columns(dataset, description)
-        return pairs.with_format("numpy") if isinstance(pairs, Dataset) else pairs
+        # a collator written for TRL adds lists up, which arrays would take for a sum
+        as_arrays = isinstance(pairs, Dataset) and self.layout is not OWN_LAYOUT
+        return pairs.with_format("numpy") if as_arrays else pairs
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As transformers.Trainer's; padded where compute_metrics wants each sequence's logits."""
@@ -255,6 +267,7 @@ class DPOTrainer(PackTrainer):
             list(self._models().values()),
             None if self._is_sharded else lambda m, name: check.difference(m, self._collator(name)),
             strict=self.args.strict_layout,
+            has_to_pad=NOISY if self.args.neftune_noise_alpha is not None else None,
         )
         self.data_collator = self._collator(layout.name)
         return layout
@@ -372,7 +385,7 @@ class DPOTrainer(PackTrainer):
         gather = self.gather_function
         self.gather_function = lambda x_S: torch.cat([gather(half) for half in x_S.chunk(2)])
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = self.metric_sums["eval"].read(self.accelerator)
+        sums = self.metric_sums["eval"].read(self.accelerator) | self._tokens_so_far()
         output.metrics.update({f"{metric_key_prefix}_{name}": sums[name] for name in sums})
         return output
 
@@ -384,13 +397,22 @@ class DPOTrainer(PackTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add an interval's metrics to training's `logs`: the moment that waits for the device."""
         if "loss" in logs or "train_runtime" in logs:
-            logs |= self.metric_sums["train"].read(self.accelerator)
-        if "loss" in logs:
-            tokens = self.accelerator.reduce(self.num_train_tokens.clone(), "sum")
-            logs["num_tokens"] = tokens.item()
+            sums = self.metric_sums["train"].read(self.accelerator)
+            logs |= sums and sums | self._tokens_so_far()
         if "train_runtime" in logs:
             logs |= self.tokens.over_ranks(self.accelerator)
         super().log(logs, start_time)
+
+    def _tokens_so_far(self) -> dict[str, int]:
+        """Of all ranks' training, as they are logged."""
+        tokens = self.accelerator.reduce(self.num_train_tokens.clone(), "sum")
+        return {"num_tokens": tokens.item()}
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs):
+        """As transformers.Trainer's; dataset_name is what TRL's scripts call `dataset`."""
+        if dataset_name is not None:
+            kwargs["dataset"] = dataset_name
+        super().create_model_card(model_name=model_name, tags=tags, **kwargs)
 
 
 def _by_name(dataset: Rows | dict[str, Rows] | None, name: str) -> dict[str, Rows]:

@@ -1,19 +1,28 @@
 """What DPOTrainer refuses, said before the rows are tokenised; then what no model can embed."""
 
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import pyarrow
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from fastdpo.collate import ID_COLUMNS, PackedCollator
 from fastdpo.config import DPOConfig
+from fastdpo.losses import PAIR_METRICS
+from fastdpo.metrics import TOKEN_METRICS
 from fastdpo.model import aux_loss_weight, causal_lm_of
 
 CHUNK = 1000
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")  # GPT-2, OPT, BERT
+EVAL_METRICS = (
+    *("loss", "aux_loss", *TOKEN_METRICS, *PAIR_METRICS),
+    *("num_tokens", "runtime", "samples_per_second", "steps_per_second"),
+)
 
 
 def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
@@ -68,6 +77,20 @@ def check_arguments(
         )
 
 
+def check_best_metric(args: DPOConfig, eval_dataset: Any, compute_metrics: Any) -> None:
+    """ValueError for a metric_for_best_model that no evaluation has; the first one would tell.
+
+    With compute_metrics, it may be any name.
+    """
+    wanted = args.metric_for_best_model
+    if wanted is None or compute_metrics or eval_dataset is None or args.eval_strategy == "no":
+        return
+    sets = [f"eval_{key}" for key in eval_dataset] if isinstance(eval_dataset, dict) else ["eval"]
+    names = [f"{each}_{name}" for each in sets for name in EVAL_METRICS]
+    if f"eval_{wanted.removeprefix('eval_')}" not in names:
+        raise ValueError(f"want metric_for_best_model of {names}, got {wanted!r}")
+
+
 def _check_machine(args: DPOConfig) -> None:
     device = args.device.type
     if device not in ("cuda", "cpu"):  # MPS has neither float64 nor segment_reduce
@@ -95,26 +118,65 @@ def check_token_ids(
 ) -> None:
     """ValueError for a token of the data sets, here by name, that one of the models cannot embed.
 
-    Reads Arrow columns, CHUNK pairs at a time. A stream goes unchecked.
+    A stream goes unchecked.
     """
     causal_lms = map(causal_lm_of, models)
     V, model = min((m.config.get_text_config().vocab_size, type(m).__name__) for m in causal_lms)
+    for name, start, table in _tables(datasets):
+        for field in ID_COLUMNS:
+            largest, row = _largest(table[field].combine_chunks())
+            if largest >= V:
+                raise ValueError(
+                    f"{name} dataset, pair {start + row}, {field}: want token ids in [0, {V}), "
+                    f"the vocabulary of {model}, got {largest} (a token added to the tokenizer "
+                    "and not to the model?)"
+                )
+
+
+def check_positions(
+    datasets: Mapping[str, Dataset | IterableDataset],
+    models: Iterable[PreTrainedModel | PeftModel],
+    max_length: int | None,
+) -> None:
+    """ValueError for a pair longer, cut to max_length, than a model's table of positions.
+
+    (A GPU would end in an assert of its own at that pair.) A stream goes unchecked.
+    """
+    with_tables = filter(_has_position_table, map(causal_lm_of, models))
+    found = [(m.config.get_text_config().max_position_embeddings, m) for m in with_tables]
+    P, model = min(found, default=(sys.maxsize, None), key=lambda each: each[0])
+    if (max_length or sys.maxsize) <= P:
+        return
+    for name, start, table in _tables(datasets):
+        prompt, chosen, rejected = (pc.list_value_length(table[each]) for each in ID_COLUMNS)
+        lengths = pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_numpy()
+        if lengths.max() > P:
+            raise ValueError(
+                f"{name} dataset, pair {start + lengths.argmax()}: want at most {P} tokens, the "
+                f"positions of {type(model).__name__}, got {lengths.max()}: set max_length={P}"
+            )
+
+
+def _tables(
+    datasets: Mapping[str, Dataset | IterableDataset],
+) -> Iterator[tuple[str, int, pa.Table]]:
+    """Each data set's name and token ids as Arrow columns, CHUNK pairs from the given one on."""
     for name, pairs in datasets.items():
-        if not isinstance(pairs, Dataset):
-            continue
-        columns = pairs.select_columns(list(ID_COLUMNS)).with_format("arrow")
-        for start, table in zip(range(0, len(pairs), CHUNK), columns.iter(CHUNK), strict=True):
-            for field in ID_COLUMNS:
-                largest, row = _largest(table[field].combine_chunks())
-                if largest >= V:
-                    raise ValueError(
-                        f"{name} dataset, pair {start + row}, {field}: want token ids in [0, {V}), "
-                        f"the vocabulary of {model}, got {largest} (a token added to the tokenizer "
-                        "and not to the model?)"
-                    )
+        if isinstance(pairs, Dataset):
+            columns = pairs.select_columns(list(ID_COLUMNS)).with_format("arrow")
+            tables = columns.iter(CHUNK)
+            for start, table in zip(range(0, len(pairs), CHUNK), tables, strict=True):
+                yield name, start, table
 
 
-def _largest(column: pyarrow.ListArray) -> tuple[int, int]:
+def _has_position_table(model: nn.Module) -> bool:
+    return any(
+        isinstance(module, nn.Embedding) and name.endswith(POSITION_TABLES)
+        for name, module in model.named_modules()
+    )
+
+
+def _largest(column: pa.ListArray) -> tuple[int, int]:
     """The largest number in the lists of `column`, -1 for none, and the first row that has it."""
     numbers = pc.list_flatten(column)
     if len(numbers) == 0:

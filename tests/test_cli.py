@@ -238,6 +238,11 @@ def test_bad_flags_end_with_one_line(argv, told, capsys):
         ("datasets: rows.jsonl\n", "list"),
         ("datasets: [{name: rows}]\n", "path"),
         ("datasets: [{path: rows, weight: 1}]\n", "weight"),
+        ("beta: 0.1\nbeta: 0.2\n", "'beta' twice"),
+        ("beta: null\n", "invalid float value"),
+        ("max_steps: 2.5\n", "invalid int value"),
+        ("max_steps: true\n", "invalid int value"),
+        ("model_name_or_path: m\ndataset_name: a\ndatasets: [{path: b}]\n", "got both"),
     ],
 )
 def test_a_bad_yaml_file_ends_with_one_line(tmp_path, text, told, capsys):
@@ -267,6 +272,29 @@ def test_a_missing_model_or_dataset_ends_with_one_line(here, tmp_path, name, cap
     assert train(here, tmp_path / "out", **changes) == 2
     assert "nowhere is not there" in one_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_all_else(
+    here, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "file").write_text("mine")
+    nowhere = {"model_name_or_path": "./nowhere"}
+    assert train(here, tmp_path / "file/out", **nowhere) == 2
+    assert "want a folder as output_dir" in one_line(capsys)
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    assert train(here, tmp_path / "out", **nowhere) == 2
+    assert f"{tmp_path} is read-only" in one_line(capsys)
+
+
+def test_a_metric_that_no_evaluation_has_is_told_before_all_else(here, tmp_path, capsys):
+    (tmp_path / "rows").mkdir()
+    for split in ("train", "test"):
+        write_rows(tmp_path / f"rows/{split}.jsonl", tiny.rows(2))
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    best |= {"dataset_name": tmp_path / "rows", "model_name_or_path": "./nowhere"}
+    assert train(here, tmp_path / "out", metric_for_best_model="margin", **best) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "'eval_rewards/margins'" in told and "got 'margin'" in told
 
 
 def test_a_malformed_row_ends_the_process_with_one_line(here, tmp_path):
@@ -488,6 +516,7 @@ def test_the_same_rows_of_a_mixture_are_held_out_every_time(parts):
         ({"streaming": True, "fractions": (1, 1)}, "stream"),
         ({"fractions": (1, None)}, "every dataset or for none"),
         ({"fractions": (0, 0)}, "every dataset or for none"),
+        ({"fractions": ("half", "half")}, "every dataset or for none"),
     ],
 )
 def test_a_mixture_that_cannot_be_is_refused(parts, changes, told):

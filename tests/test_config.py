@@ -118,6 +118,14 @@ def test_pad_to_multiple_of_reads_text_of_the_command_line(tmp_path, given, mult
         ("loss_weights", [math.nan]),
         ("f_alpha_divergence_coef", math.nan),
         ("precompute_ref_batch_size", -1),
+        ("beta", math.inf),
+        ("learning_rate", -1e-6),
+        ("learning_rate", math.nan),
+        ("num_train_epochs", -1),
+        ("per_device_train_batch_size", 0),
+        ("per_device_eval_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("dataloader_num_workers", -1),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(tmp_path, name, value):

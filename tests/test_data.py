@@ -47,6 +47,13 @@ def test_text_rows_end_with_one_eos(tokenizer):
     assert decoded(tokenizer, pair) == ["a b", " c</s>", " d</s>"]
 
 
+def test_text_that_no_token_can_end_is_refused(tokenizer):
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="want a tokenizer with an eos_token for rows of text"):
+        pairs_of(tiny.rows(1), endless)
+
+
 def test_conversations_are_rendered_by_the_template(tokenizer):
     (pair,), _ = pairs_of([CHAT], tokenizer)
     assert decoded(tokenizer, pair) == [
@@ -245,6 +252,14 @@ def test_the_templates_own_objection_names_the_row(tokenizer):
     strict.chat_template = "{{ raise_exception('no system, please') }}"
     with pytest.raises(RowError, match="row 0, field 'prompt'.*no system, please"):
         pairs_of([CHAT], strict)
+
+
+def test_what_the_template_cannot_add_up_names_the_row(tokenizer):
+    adding = copy.deepcopy(tokenizer)
+    adding.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    parts = chat(prompt=[user([{"type": "text", "text": "a"}])])
+    with pytest.raises(RowError, match="row 0, field 'prompt': want what the chat template takes"):
+        pairs_of([parts], adding)
 
 
 def test_conversations_need_a_chat_template(tokenizer):

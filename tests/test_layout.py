@@ -91,6 +91,13 @@ def test_what_fails_padded_is_no_layouts_doing(tmp_path, tokenizer):
         make_trainer(tmp_path, tokenizer, model=model, rows=rows)
 
 
+def test_noise_that_reads_the_length_of_a_row_needs_padding(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, neftune_noise_alpha=5)
+    assert trainer.layout.name == "padded" and "neftune_noise_alpha" in trainer.layout.line
+    with pytest.raises(ValueError, match="want layout='shared'.*neftune_noise_alpha"):
+        make_trainer(tmp_path, tokenizer, neftune_noise_alpha=5, layout="shared")
+
+
 def test_a_prompt_learning_adapter_cannot_run_packed():
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = get_peft_model(families.model("llama", torch.float32), config)

@@ -180,3 +180,11 @@ def test_logits_made_in_an_unknown_way_are_found_out():
     causal_lm_of(model).lm_head.register_forward_hook(lambda module, args, logits: logits * 2)
     with pytest.raises(ValueError, match="want the model's own log-probabilities"):
         check_head(model, [5, 6, 7, 8])
+
+
+def test_weights_that_are_no_numbers_are_told_as_such():
+    model = tiny.model("llama", VOCAB)
+    attach_scorer(model)
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="want finite log-probabilities, got nan"):
+        check_head(model, [5, 6, 7, 8])

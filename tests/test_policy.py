@@ -4,6 +4,7 @@ import families
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdpo.layout import why_padded
@@ -45,6 +46,35 @@ def test_a_pad_token_that_the_tokenizer_lacks_is_refused_and_left_out():
         load_tokenizer(tokenizer, "model", pad_token="<no>")
     assert tokenizer.pad_token == "<pad>"
     assert load_tokenizer(tokenizer, "model", pad_token="</s>").pad_token_id == 2
+
+
+def test_weights_that_are_not_all_there_or_of_another_shape_are_refused(tmp_path):
+    families.model("llama", torch.float32).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["lm_head.weight"]  # as in a checkpoint of the body alone
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="want all weights.*got none for.*lm_head.weight"):
+        load_policy(str(tmp_path))
+    weights["lm_head.weight"] = torch.zeros(3, 3)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"want a model that loads, got {tmp_path}"):
+        load_policy(str(tmp_path))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"want a model that loads, got {tmp_path}"):
+        load_policy(str(tmp_path))
+
+
+def test_arguments_that_no_model_takes_are_refused(tmp_path):
+    families.model("llama", torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="want a model that loads.*'atn'"):
+        load_policy(str(tmp_path), atn="eager")
+
+
+def test_a_model_without_a_tokenizer_is_named(tmp_path):
+    families.model("llama", torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"want a tokenizer for {tmp_path}, got none"):
+        load_tokenizer(None, str(tmp_path))
 
 
 def test_soft_capped_attention_is_loaded_as_one_that_caps(tmp_path):

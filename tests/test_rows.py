@@ -100,6 +100,20 @@ MALFORMED = {
     "null-prompt": ({"prompt": None, "chosen": "a b", "rejected": "a c"}, "field 'prompt'"),
     "images": (tiny.rows(1)[0] | {"images": ["cat.png"]}, "field 'images'.*vision-language"),
     "number-for-text": ({"prompt": 3, "chosen": "b", "rejected": "c"}, "field 'prompt'.*got 3"),
+    "number-for-chosen": ({"prompt": "a", "chosen": 3, "rejected": "c"}, "field 'chosen'.*got 3"),
+    "half-a-character": (b'{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}', "'chosen'.*Uni"),
+    "a-name-twice": (b'{"prompt": "a", "chosen": "b", "chosen": "x", "rejected": "c"}', "twice"),
+    "another-kind": (CHAT, "field 'prompt': want a str, as in the first row"),
+    "a-lost-prompt": ({"chosen": "a b", "rejected": "a c"}, "'prompt'.*as in the first row"),
+    "id-out-of-range": ({"prompt_ids": [2**63], "chosen_ids": [1], "rejected_ids": [2]}, "ids'"),
+    "logp-beyond-float": (
+        tiny.rows(1)[0] | {"ref_chosen_logps": -(10**400), "ref_rejected_logps": -1},
+        "field 'ref_chosen_logps': want a finite number",
+    ),
+    "truth-for-logp": (
+        tiny.rows(1)[0] | {"ref_chosen_logps": True, "ref_rejected_logps": False},
+        "field 'ref_chosen_logps': want a finite number, got True",
+    ),
 }
 
 
@@ -167,6 +181,39 @@ def test_rows_of_an_array_are_told_by_the_line_they_begin_in(tmp_path):
     (tmp_path / "rows.json").write_text(text[:-4])
     with pytest.raises(RowError, match="line .*want one array of JSON"):
         load_rows(str(tmp_path / "rows.json"), on_bad_rows="skip")
+
+
+@pytest.mark.parametrize("meta", ["b", {"b": 1}, 2**70], ids=["text", "mapping", "huge"])
+def test_messages_that_are_not_alike_are_told_by_their_row(tmp_path, meta):
+    def row(meta):
+        return CHAT | {"prompt": [CHAT["prompt"][0] | {"meta": meta}]}
+
+    path = write_lines(tmp_path / "rows.jsonl", [row(1), row(2), row(meta), row(3)])
+    with pytest.raises(RowError, match="rows.jsonl, row 2, field 'prompt': want values of the"):
+        load_rows(path)
+
+
+def test_a_name_that_comes_twice_in_an_array_is_told(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"prompt": "a", "chosen": "b", "chosen": "c"}]')
+    with pytest.raises(RowError, match="line 1: .*'chosen' twice"):
+        load_rows(str(tmp_path / "rows.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.csv", b"prompt,chosen,rejected\na,b,c\nd,e,f,g\n"),
+        ("rows.csv", "prompt,chosen,rejected\na,\u00e9,c\n".encode("latin-1")),
+        ("rows.csv", b""),
+        ("rows.csv", b"prompt,chosen,rejected\n"),
+        ("rows.parquet", b"no parquet"),
+    ],
+    ids=["ragged", "latin-1", "empty", "no rows", "no parquet"],
+)
+def test_a_file_that_cannot_be_read_is_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        load_rows(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/nowhere/rows"])

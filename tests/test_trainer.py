@@ -303,6 +303,13 @@ def test_a_model_name_is_loaded_with_its_tokenizer(tmp_path, tokenizer):
     assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_a_model_card_names_the_dataset_that_trls_scripts_push_with(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    trainer.create_model_card("a model", dataset_name="some/pairs")
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert "a model" in card and "some/pairs" in card
+
+
 def test_experts_are_balanced_as_the_model_says(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, model=tiny.model("mixtral", len(tokenizer)))
     trainer.train()

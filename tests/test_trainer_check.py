@@ -5,7 +5,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from fastdpo import DPOConfig, DPOTrainer, data, trainer
 from fastdpo.trainer_check import check_token_ids
@@ -114,12 +114,37 @@ def test_a_token_outside_a_models_vocabulary_is_refused(tokenizer, which):
         build(tokenizer, train_dataset=Dataset.from_list(rows), **{which: small})
 
 
+def test_the_best_metric_is_one_that_every_evaluation_has(tokenizer, tmp_path):
+    rows = Dataset.from_list(tiny.rows())
+    best = {"metric_for_best_model": "rewards/margins", "eval_strategy": "steps"}
+    args = DPOConfig(output_dir=tmp_path, use_cpu=True, report_to="none", **best)
+    build(tokenizer, args=args, eval_dataset=rows)
+    build(tokenizer, args=args, eval_dataset={"a": rows}, compute_metrics=lambda _: {})
+    with pytest.raises(ValueError, match="want .* of .*'eval_a_rewards/margins'.*got 'rewards/m"):
+        build(tokenizer, args=args, eval_dataset={"a": rows})
+
+
 def test_a_token_outside_the_vocabulary_is_refused_in_an_evaluation_too(tokenizer):
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}]
     small = tiny.model("llama", 240)
     run = build(tokenizer, model=small, train_dataset=Dataset.from_list(rows))
     with pytest.raises(ValueError, match="eval dataset, pair 0, rejected_ids"):
         run.evaluate(Dataset.from_list([rows[0] | {"rejected_ids": [240]}]))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_pair_longer_than_a_models_positions_is_refused(tokenizer, family):
+    # sizes of its own: OPT's rows of positions are two more than its positions
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(family, vocab_size=300, max_position_embeddings=64, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    rows = [*tiny.rows(2), tiny.rows(1)[0] | {"chosen": "x" * 60}]
+    arguments = {"model": model, "train_dataset": Dataset.from_list(rows)}
+    with pytest.raises(ValueError, match="train dataset, pair 2: want at most 64 tokens"):
+        build(tokenizer, **arguments)
+    run = build(tokenizer, {"max_length": 64}, **arguments)
+    with torch.no_grad():  # a pair as long as that runs
+        run.compute_loss(run.model, run.data_collator([run.train_dataset[2]]))
 
 
 def test_token_ids_are_looked_at_without_python_lists(tokenizer, monkeypatch):

@@ -65,7 +65,9 @@ def model(tmp_path_factory):
     return str(path)
 
 
-def assert_logs_alike(model, tmp_path, lora=None, ref_seed=None, rows=None, but=(), **settings):
+def assert_logs_alike(
+    model, tmp_path, lora=None, ref_seed=None, rows=None, data_collator=None, but=(), **settings
+):
     def run(library):
         trainer = library.DPOTrainer(
             model=model,
@@ -82,6 +84,7 @@ def assert_logs_alike(model, tmp_path, lora=None, ref_seed=None, rows=None, but=
                 **settings,
             ),
             train_dataset=Dataset.from_list(rows or tiny.rows()),
+            data_collator=data_collator,
             peft_config=lora,
         )
         trainer.train()
@@ -114,3 +117,36 @@ def test_accumulated_batches_are_mixed_each_on_its_own(model, tmp_path, loss_typ
     rows = [row | {"rejected": row["chosen"][::-1]} for row in tiny.rows()]
     # TRL takes the mean of each batch's mean per token, fastdpo that of all tokens
     assert_logs_alike(model, tmp_path, ref_seed=1, rows=rows, but=TOKEN_METRICS, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [({"logging_steps": 2}, "num_tokens"), ({"eval_strategy": "steps"}, "eval_num_tokens")],
+    ids=["a step after the last log", "evaluation"],
+)
+def test_logs_have_the_names_of_trl(model, tmp_path, settings, told):
+    def names(library):
+        defaults = {"max_steps": 3, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+        trainer = library.DPOTrainer(
+            model=model,
+            args=library.DPOConfig(
+                output_dir=tmp_path, bf16=False, use_cpu=True, **defaults | settings
+            ),
+            train_dataset=Dataset.from_list(tiny.rows()),
+            eval_dataset=Dataset.from_list(tiny.rows(4)),
+        )
+        trainer.train()
+        return [{n for n in each if "tokens/" not in n} for each in trainer.state.log_history]
+
+    theirs = names(trl)
+    assert told in set.union(*theirs[-2:])
+    assert names(fastdpo) == theirs
+
+
+def test_trls_collator_trains_alike(model, tmp_path):
+    collator = trl.trainer.dpo_trainer.DataCollatorForPreference(pad_token_id=0)
+    assert_logs_alike(model, tmp_path, data_collator=collator, max_steps=2)
+
+
+def test_neftune_adds_the_noise_of_trl(model, tmp_path):
+    assert_logs_alike(model, tmp_path, max_steps=2, neftune_noise_alpha=5)
