@@ -123,17 +123,17 @@ def test_the_variable_length_plan_equals_attention_by_segments(family, version, 
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "module_is_causal", "message"),
     [
-        ({"s_aux": torch.zeros(4)}, "got s_aux"),
-        ({"position_bias": torch.zeros(1)}, "got position_bias"),
-        ({"is_causal": False}, "want causal attention"),
+        ({"s_aux": torch.zeros(4)}, True, "got s_aux"),
+        ({"position_bias": torch.zeros(1)}, True, "got position_bias"),
+        ({"is_causal": False}, True, "want causal attention"),
+        ({}, False, "want causal attention"),
     ],
 )
-def test_attention_that_a_tree_does_not_describe_is_refused(settings, message):
-    tree = PackedCollator(share=True)(ROWS)["tree"]
+def test_attention_that_a_tree_does_not_describe_is_refused(settings, module_is_causal, message):
+    tree, module = PackedCollator(share=True)(ROWS)["tree"], torch.nn.Module()
+    module.is_causal = module_is_causal
     x = torch.zeros(1, 4, 3, 8)
     with pytest.raises(ValueError, match=message):
-        attention.tree_attention(
-            torch.nn.Module(), x, x, x, None, native="sdpa", tree=tree, **settings
-        )
+        attention.tree_attention(module, x, x, x, None, native="sdpa", tree=tree, **settings)

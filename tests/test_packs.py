@@ -7,7 +7,20 @@ from fastdpo.token_budget import UNBOUNDED, TokenBudget
 
 
 def row(prompt, chosen, rejected):
-    return {"prompt_ids": [1] * prompt, "chosen_ids": [2] * chosen, "rejected_ids": [3] * rejected}
+    """A pair of these lengths; prompts of one length are one prompt, and no other has its ids."""
+    return {
+        "prompt_ids": [100 + prompt] * prompt,
+        "chosen_ids": [2] * chosen,
+        "rejected_ids": [3] * rejected,
+    }
+
+
+def packs_of(rows, max_tokens, layout, **cut):
+    """How many pairs each pack has."""
+    collator = make_collator(layout, Cut(**cut), pad_token_id=0, pad_to_multiple_of=None)
+    packs = split(rows, max_tokens, collator)
+    assert all(collator(pack)["tokens"].run <= max_tokens for pack in packs)
+    return [len(pack) for pack in packs]
 
 
 lengths = st.integers(1, 12)
@@ -42,6 +55,25 @@ def test_a_small_group_fills_the_first_pack_that_has_room_for_it():
     rows = [row(3, 1, 1), row(6, 5, 5), row(5, 5, 5), row(1, 1, 1)]
     packs = split(rows, 20, PackedCollator(share=True))
     assert [[len(r["prompt_ids"]) for r in pack] for pack in packs] == [[6, 1], [5, 3]]
+
+
+def test_a_padded_pack_is_as_large_as_its_longest_sequence_times_all():
+    assert packs_of([row(3, 2, 1), row(2, 3, 3)], 20, "padded") == [2]
+    assert packs_of([row(3, 2, 1), row(2, 4, 3)], 20, "padded") == [1, 1]
+
+
+def test_a_pack_is_measured_as_it_is_cut():
+    long = [row(3, 50, 50), row(3, 50, 50)]
+    assert packs_of(long, 32, "packed", max_length=8) == [2]
+    # 3 of the prompt, and 5 of each of two completions that both rows have
+    assert packs_of(long, 23, "shared", max_length=8) == [2]
+    # other tokens of the prompt are left before each completion: nothing is shared
+    other = [row(6, 4, 6), row(6, 5, 3)]
+    assert packs_of(other, 31, "shared", max_length=8, truncation_mode="keep_end") == [1, 1]
+    assert packs_of(other, 32, "shared", max_length=8, truncation_mode="keep_end") == [2]
+    # of a prompt that is cut itself no more is shared than is left
+    prompts = [row(12, 1, 1), row(11, 1, 1)]
+    assert packs_of(prompts, 15, "shared", max_length=8) == [1, 1]
 
 
 def test_more_packs_are_made_where_another_rank_has_more():
