@@ -1,8 +1,9 @@
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdpo.collate import Cut, PackedCollator, make_collator
-from fastdpo.packs import PackCollator, split
+from fastdpo.packs import PackCollator, into_more, split
 from fastdpo.token_budget import UNBOUNDED, TokenBudget
 
 
@@ -49,6 +50,9 @@ def test_pairs_of_one_prompt_stay_together_while_they_fit():
     rows = [row(9, 2, 3), row(5, 2, 2), row(9, 4, 1), row(5, 1, 3)]
     packs = split(rows, 20, PackedCollator(share=True))
     assert [[len(r["prompt_ids"]) for r in pack] for pack in packs] == [[9, 9], [5, 5]]
+    just_fits = [row(9, 2, 3), row(9, 4, 1)]
+    just_fits[1]["prompt_ids"] = np.array(just_fits[1]["prompt_ids"], np.int32)
+    assert packs_of(just_fits, 9 + 2 + 3 + 4 + 1, "shared") == [2]
 
 
 def test_a_small_group_fills_the_first_pack_that_has_room_for_it():
@@ -80,3 +84,9 @@ def test_more_packs_are_made_where_another_rank_has_more():
     collate = PackCollator(PackedCollator(share=True), TokenBudget())
     rows = [row(n, 1, 1) for n in (2, 3, 4)]
     assert [len(collate(rows, at_least=n)["packs"]) for n in (1, 2, 3, 9)] == [1, 2, 3, 3]
+
+
+def test_the_fullest_pack_is_halved_and_the_packs_given_stay():
+    packs = [["a"], ["b", "c", "d", "e"]]
+    assert into_more(packs, at_least=3) == [["a"], ["b", "d"], ["c", "e"]]
+    assert packs == [["a"], ["b", "c", "d", "e"]]
