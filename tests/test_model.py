@@ -54,6 +54,31 @@ def test_scoring_equals_the_models_own_logits(family, inputs):
         torch.testing.assert_close(grad, own, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", [*families.FAMILIES, "phi"])  # phi: a bias in the head
+def test_scoring_equals_the_own_logits_of_every_family(family, inputs):
+    model = families.model(family, torch.float32)
+    with torch.no_grad():
+        if (bias_V := model.get_output_embeddings().bias) is not None:
+            bias_V.normal_()
+        expected = own_logps(model, inputs)
+        attach_scorer(model)
+        scored = score(model, PairBatch.from_inputs(inputs))
+    torch.testing.assert_close(scored.token_logps_C, expected, atol=5e-5, rtol=1e-5)
+
+
+def test_a_batch_padded_on_the_left_is_scored_alike(inputs):
+    model = tiny.model("llama", VOCAB)
+    attach_scorer(model)
+    attention_mask = inputs["attention_mask"].flip(1)
+    left = {"attention_mask": attention_mask}
+    for name in ("input_ids", "completion_mask"):
+        left[name] = torch.zeros_like(inputs[name])
+        left[name][attention_mask.bool()] = inputs[name][inputs["attention_mask"].bool()]
+    ours = score(model, PairBatch.from_inputs(left)).token_logps_C
+    theirs = score(model, PairBatch.from_inputs(inputs)).token_logps_C
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
 def test_scoring_reaches_a_model_inside_peft(inputs):
     model = get_peft_model(tiny.model("llama", VOCAB), LoraConfig(init_lora_weights=False))
     expected = own_logps(model, inputs)

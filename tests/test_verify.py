@@ -1,6 +1,5 @@
 """`fastdpo verify`: it agrees with a sound engine, and finds and names what is made wrong."""
 
-
 import families
 import pytest
 import tiny
