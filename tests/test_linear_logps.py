@@ -211,6 +211,16 @@ def test_skipping_unlikely_tokens_keeps_its_bound(peakedness, likely):
     assert (error_N <= bound_N + 1e-4).all()
 
 
+@pytest.mark.parametrize("fold", FOLDS)
+def test_statistics_need_no_gradient(fold, device):
+    hidden_ND, head_VD, labels_N, _ = inputs((5, 8, 100), torch.float32, device)
+    logps_N, stats = linear_logps(hidden_ND, head_VD, labels_N, stats=STATS, fold=fold)
+    truth_N, exact = reference.linear_logps(hidden_ND, head_VD, labels_N, stats=STATS)
+    for name in STATS:
+        torch.testing.assert_close(stats[name], exact[name], atol=1e-5, rtol=1e-5, msg=name)
+    torch.testing.assert_close(logps_N, truth_N, atol=1e-5, rtol=1e-5)
+
+
 def test_skipping_is_refused_where_it_would_wait_for_the_gpu():
     hidden_ND, head_VD, labels_N, _ = inputs((3, 4, 50), torch.float32)
     with pytest.raises(ValueError, match="want skip_below"):
