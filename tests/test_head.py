@@ -85,9 +85,10 @@ def test_an_adapter_may_be_wider_than_its_model():
 
 
 def test_models_without_a_body_and_a_linear_head_are_refused():
-    causal_lm = tiny.model("llama", VOCAB)
-    causal_lm.base_model_prefix = ""  # base_model is then the model itself
-    for model in (tiny.model("llama", VOCAB).model, causal_lm):
+    no_body, two_layers = tiny.model("llama", VOCAB), tiny.model("llama", VOCAB)
+    no_body.base_model_prefix = ""  # base_model is then the model itself
+    two_layers.lm_head = torch.nn.Sequential(two_layers.lm_head, torch.nn.Linear(VOCAB, VOCAB))
+    for model in (tiny.model("llama", VOCAB).model, no_body, two_layers):
         with pytest.raises(ValueError, match="want a body and a linear output embedding"):
             attach_scorer(model)
 
