@@ -152,7 +152,7 @@ def _fold_kernel(
         if WEIGHTED:
             weighted_V += exp_V * z_V
         if SUM:
-            sum_V += tl.where(v < width, z_V, 0.0)
+            sum_V += z_V  # 0 from width on
         if SQUARES:
             squares_V += exp_V * exp_V
         if CAP:

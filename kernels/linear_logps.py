@@ -69,9 +69,7 @@ class _LinearLogps(torch.autograd.Function):
                 tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
                 dz_N = dlogps_N.to(settings.wide) * -settings.scale + 0 * c_target_N
                 found = weight_gradients(tiles, dz_N, lse_N, c_target_N, ctx.kept)
-                dfactors[1::2], dbias_V = found
-                if dbias_V is not None:
-                    dbias_V = dbias_V.to(bias_V.dtype)
+                dfactors[1::2], dbias_V = found  # autograd narrows the bias's
         return None, None, dbias_V, *dfactors
 
 

@@ -1,11 +1,11 @@
 """Attention along a tree by variable-length kernels, which run on a GPU alone: here their plan."""
 
 import inspect
+from types import SimpleNamespace
 
 import families
 import pytest
 import torch
-import torch.nn.functional as F
 from test_layouts import ROWS
 
 from fastdpo import attention
@@ -15,7 +15,7 @@ from fastdpo.collate import PackedCollator
 from fastdpo.model import attach_scorer, score
 
 
-def flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window, causal=True):
+def flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window, causal=True, softcap=0.0):
     """What variable-length flash attention computes: causal, aligned at the bottom right."""
     assert causal and window[1] in (0, -1) and cu_q.dtype == cu_k.dtype == torch.int32
     assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
@@ -29,9 +29,15 @@ def flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window, causal=Tru
     ):
         distance = torch.arange(len(k))[None] - torch.arange(len(q))[:, None] - len(k) + len(q)
         seen = (distance <= 0) & ((window[0] < 0) | (distance >= -window[0]))
-        k, v = (x.transpose(0, 1).repeat_interleave(times, 0) for x in (k, v))
-        out = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=seen, scale=scale)
-        outputs.append(out.transpose(0, 1))
+        q, k, v = (
+            q.transpose(0, 1),
+            *(x.transpose(0, 1).repeat_interleave(times, 0) for x in (k, v)),
+        )
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append((weights @ v).transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -75,7 +81,26 @@ def torch_2_12(
     return flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window_size)
 
 
-VERSIONS = {"2.10": torch_2_10, "2.11": torch_2_11, "2.12": torch_2_12}
+def flash_attn(
+    query,
+    key,
+    value,
+    cu_q,
+    cu_k,
+    max_q,
+    max_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+):
+    assert dropout_p == 0.0
+    bounds = cu_q, cu_k, max_q, max_k
+    return flash(query, key, value, *bounds, softmax_scale, window_size, causal, softcap)
+
+
+VERSIONS = {"2.10": torch_2_10, "2.11": torch_2_11, "2.12": torch_2_12, "flash-attn": flash_attn}
 
 
 def logps_and_gradients(model, rows):
@@ -91,49 +116,109 @@ def logps_and_gradients(model, rows):
 def by_varlen(monkeypatch, version):
     """Take the variable-length plan on this device, with the signature of a torch version."""
     function = VERSIONS[version]
-    monkeypatch.setattr(attention, "varlen_attn", function)
-    names = frozenset(inspect.signature(function).parameters)
-    monkeypatch.setattr(attention, "VARLEN_ARGUMENTS", names)
-    calls = []
+    if function is flash_attn:
+        monkeypatch.setattr(attention, "flash_attn_varlen_func", function)
+    else:
+        names = frozenset(inspect.signature(function).parameters)
+        monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+        monkeypatch.setattr(attention, "varlen_attn", function)
+        monkeypatch.setattr(attention, "VARLEN_ARGUMENTS", names)
+    choose, chosen = attention._varlen_kernel, []
 
-    def kernel(query, window, softcap, dropout):
-        calls.append(window)
-        if softcap is not None or (window is not None and "window_size" not in names):
-            return None
-        return lambda *args, **settings: attention._by_varlen(
-            *args, kernel=attention._torch_varlen, **settings
-        )
+    def on_a_gpu(query, *settings):
+        chosen.append(choose(on_gpu(K=query.shape[-1]), *settings))
+        return chosen[-1]
 
-    monkeypatch.setattr(attention, "_varlen_kernel", kernel)
-    return calls
+    monkeypatch.setattr(attention, "_varlen_kernel", on_a_gpu)
+    return chosen
+
+
+def on_gpu(dtype=torch.bfloat16, K=8):
+    """What is looked at of queries on a GPU."""
+    return SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 4, 7, K))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("family", ["llama", "mistral", "granite"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "granite", "gemma2"])
 @pytest.mark.parametrize("rows", [ROWS, ROWS[-1:]], ids=["branches", "trunks-alone"])
 def test_the_variable_length_plan_equals_attention_by_segments(family, version, rows, monkeypatch):
     model = families.model(family)
     attach_scorer(model)
     attend_along_trees(model)
     segments = logps_and_gradients(model, rows)
-    calls = by_varlen(monkeypatch, version)
+    chosen = by_varlen(monkeypatch, version)
     for ours, theirs in zip(logps_and_gradients(model, rows), segments, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
-    assert len(calls) == model.config.num_hidden_layers
+    can = {"llama": VERSIONS, "granite": VERSIONS, "mistral": [*VERSIONS][1:]}  # a window
+    can = can.get(family, ["flash-attn"])  # and a cap
+    assert [kernel is not None for kernel in chosen] == [version in can] * 2
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("query", "dropout", "kernel"),
     [
-        ({"s_aux": torch.zeros(4)}, "got s_aux"),
-        ({"position_bias": torch.zeros(1)}, "got position_bias"),
-        ({"is_causal": False}, "want causal attention"),
+        (on_gpu(), 0.0, True),
+        (on_gpu(torch.float32), 0.0, False),
+        (on_gpu(K=264), 0.0, False),
+        (on_gpu(), 0.1, False),
+        (torch.zeros(1, 4, 7, 8, dtype=torch.bfloat16), 0.0, False),
+    ],
+    ids=["half", "float32", "wide-heads", "dropout", "cpu"],
+)
+def test_torchs_kernel_runs_what_it_takes_and_nothing_else(query, dropout, kernel, monkeypatch):
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    assert (attention._varlen_kernel(query, None, None, dropout) is not None) == kernel
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "capped"])
+def test_attention_drops_weights_and_scales_by_the_heads_size(softcap):
+    tree = PackedCollator(share=True)(ROWS)["tree"]
+    T = tree.branches[-1].stop
+    query, key, value = torch.randn(1, 4, T, 8), torch.randn(1, 2, T, 8), torch.ones(1, 2, T, 8)
+
+    def attend(value, **settings):
+        settings = {"tree": tree, "softcap": softcap} | settings
+        module = torch.nn.Module()
+        return attention.tree_attention(module, query, key, value, None, native="sdpa", **settings)[
+            0
+        ]
+
+    assert (attend(value) - 1).abs().max() < 1e-6
+    dropped = attend(value, dropout=0.5)
+    assert dropped.std() > 0.1 and abs(dropped.mean() - 1) < 0.1
+    value = torch.randn_like(value)
+    assert torch.equal(attend(value), attend(value, scaling=8**-0.5))
+
+
+def test_a_compiler_leaves_each_batchs_tree_alone():
+    tree = PackedCollator(share=True)(ROWS)["tree"]
+    x = torch.randn(1, 2, tree.branches[-1].stop, 8)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def attend(x):
+        return attention.tree_attention(None, 2 * x, x, x, None, native="sdpa", tree=tree)[0]
+
+    assert torch.equal(torch.compile(attend, backend=backend)(x), attend(x))
+    calls = [node.name for g in graphs for node in g.graph.nodes if node.op.startswith("call")]
+    assert calls == ["mul"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "module_is_causal", "message"),
+    [
+        ({"s_aux": torch.zeros(4)}, True, "got s_aux"),
+        ({"position_bias": torch.zeros(1)}, True, "got position_bias"),
+        ({"is_causal": False}, True, "want causal attention"),
+        ({}, False, "want causal attention"),
     ],
 )
-def test_attention_that_a_tree_does_not_describe_is_refused(settings, message):
-    tree = PackedCollator(share=True)(ROWS)["tree"]
+def test_attention_that_a_tree_does_not_describe_is_refused(settings, module_is_causal, message):
+    tree, module = PackedCollator(share=True)(ROWS)["tree"], torch.nn.Module()
+    module.is_causal = module_is_causal
     x = torch.zeros(1, 4, 3, 8)
     with pytest.raises(ValueError, match=message):
-        attention.tree_attention(
-            torch.nn.Module(), x, x, x, None, native="sdpa", tree=tree, **settings
-        )
+        attention.tree_attention(module, x, x, x, None, native="sdpa", tree=tree, **settings)

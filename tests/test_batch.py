@@ -1,20 +1,22 @@
 from itertools import pairwise
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from fastdpo.batch import PairBatch, count_pairs
-from fastdpo.collate import Cut, PaddedCollator
+from fastdpo.batch import PairBatch, TokensRun, count_pairs
+from fastdpo.collate import LAYOUTS, Cut, make_collator
 
+PAD = 99
 ROWS = [
     {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
     {"prompt_ids": [7, 8], "chosen_ids": [9], "rejected_ids": [10, 11, 12]},
 ]
 
 
-def collate(rows=ROWS, **settings):
-    pad_to = settings.pop("pad_to_multiple_of", None)
-    return PaddedCollator(pad_token_id=0, pad_to_multiple_of=pad_to, cut=Cut(**settings))(rows)
+def collate(rows=ROWS, layout="padded", pad_to_multiple_of=None, **cut):
+    return make_collator(layout, Cut(**cut), PAD, pad_to_multiple_of)(rows)
 
 
 def scored_pairs(inputs):
@@ -30,8 +32,8 @@ def test_chosen_stand_before_rejected_padded_to_the_longest():
     inputs = collate()
     assert inputs["input_ids"].tolist() == [
         [1, 2, 3, 4, 5],
-        [7, 8, 9, 0, 0],
-        [1, 2, 3, 6, 0],
+        [7, 8, 9, PAD, PAD],
+        [1, 2, 3, 6, PAD],
         [7, 8, 10, 11, 12],
     ]
     assert inputs["attention_mask"].tolist() == [
@@ -54,17 +56,26 @@ def test_each_completion_token_is_scored_by_the_token_before_it():
 def test_a_batch_of_trls_collator_is_scored_alike():
     inputs = collate()
     trl = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+    trl["completion_mask"] = trl["completion_mask"].bool()
     ours, theirs = PairBatch.from_inputs(inputs), PairBatch.from_inputs(trl)
     for name in ("scored_rows_R", "labels_R", "cu_seqlens"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert count_pairs(inputs) == count_pairs(trl) == ours.num_pairs == 2
 
 
+def test_a_collators_mask_stays_as_it_was():
+    inputs = collate()
+    trl = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool)  # no prompt at all
+    batch = PairBatch.from_inputs({**trl, "completion_mask": mask})
+    assert mask.all() and batch.cu_seqlens.tolist() == [0, 4, 8, 12, 16]
+
+
 def test_keep_start_cuts_the_end_of_each_sequence():
     inputs = collate(max_length=4)
     assert inputs["input_ids"].tolist() == [
         [1, 2, 3, 4],
-        [7, 8, 9, 0],
+        [7, 8, 9, PAD],
         [1, 2, 3, 6],
         [7, 8, 10, 11],
     ]
@@ -76,6 +87,8 @@ def test_keep_end_cuts_the_beginning_of_each_sequence():
     assert inputs["input_ids"].tolist() == [[3, 4, 5], [7, 8, 9], [2, 3, 6], [10, 11, 12]]
     # nothing is left that could predict token 10
     assert scored_pairs(inputs)[3] == [(10, 11), (11, 12)]
+    shorter = collate(max_length=2, truncation_mode="keep_end")
+    assert shorter["input_ids"].tolist() == [[4, 5], [8, 9], [3, 6], [11, 12]]
 
 
 def test_padding_reaches_the_multiple_asked_for():
@@ -90,7 +103,48 @@ def test_reference_logps_of_the_rows_reach_the_batch_chosen_first():
     ]
     batch = PairBatch.from_inputs(collate(rows))
     assert batch.reference_logps_S.tolist() == [-1.0, -3.0, -2.0, -4.0]
+    wide = {n: x.double() if "ref" in n else x for n, x in collate(rows).items()}
+    assert PairBatch.from_inputs(wide).reference_logps_S.dtype == torch.float32
     assert PairBatch.from_inputs(collate()).reference_logps_S is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_token_ids_may_be_lists_or_arrays_of_any_integers(layout):
+    arrays = [{name: np.array(ids, np.int32) for name, ids in row.items()} for row in ROWS]
+    mixed = [arrays[0], {**ROWS[1], "prompt_ids": ROWS[0]["prompt_ids"]}]
+    lists = [ROWS[0], mixed[1]]
+    for rows, same in ((arrays, ROWS), (mixed, lists)):
+        ours, theirs = collate(rows, layout), collate(same, layout)
+        for name in ("input_ids", "completion_labels", "scored_rows"):
+            assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("others", [[4, 5, 9], [4, 5]], ids=["longer-second", "shorter-second"])
+def test_a_completion_that_another_continues_is_no_branch_of_its_own(others):
+    chosen, rejected = sorted([[4, 5, 9], [4, 5]], key=lambda ids: ids == others)
+    row = {"prompt_ids": [1, 2], "chosen_ids": chosen, "rejected_ids": rejected}
+    inputs = collate([row], "shared")
+    assert inputs["input_ids"].tolist() == [[1, 2, 4, 5, 9]]
+    assert inputs["tree"].branches == ()
+
+
+def test_completions_that_share_no_row_need_no_map_of_rows():
+    alone = {"prompt_ids": [1], "chosen_ids": [4, 5], "rejected_ids": [6]}
+    alike = alone | {"rejected_ids": [4, 6]}
+    assert PairBatch.from_inputs(collate([alone], "shared")).completion_rows_C is None
+    batch = PairBatch.from_inputs(collate([alike], "shared"))
+    assert batch.labels_R[batch.completion_rows_C].tolist() == [4, 5, 4, 6]
+
+
+def test_tokens_add_up_over_batches_and_ranks():
+    total = TokensRun(10, 2, 3) + TokensRun(20, 0, 5)
+    assert total == TokensRun(30, 2, 8)
+    two_ranks = SimpleNamespace(device="cpu", reduce=lambda counts, how: {"sum": 2 * counts}[how])
+    assert total.over_ranks(two_ranks) == {
+        "tokens/run": 60,
+        "tokens/shared": 4,
+        "tokens/padding_avoided": 16,
+    }
 
 
 @pytest.mark.parametrize("max_length", [None, 4])

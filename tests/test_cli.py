@@ -1,6 +1,5 @@
 """The command line: `trl dpo`'s flags and YAML, resuming, and one line for bad input."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -14,10 +13,6 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import cli
-from fastdpo.arguments import ModelConfig, ScriptArguments, peft_config, quantization_config
-from fastdpo.data import prepare_pairs
-from fastdpo.mixture import DatasetConfig, DatasetMixtureConfig, load_datasets
-from fastdpo.parser import TrainParser
 from fastdpo.trainer import DPOTrainer
 
 
@@ -28,17 +23,13 @@ def here(tmp_path_factory):
     tokenizer = tiny.tokenizer(text for pair in tiny.PAIRS for text in pair)
     tokenizer.save_pretrained(folder / "model")
     tiny.model("llama", len(tokenizer)).save_pretrained(folder / "model")
-    write_rows(folder / "rows.jsonl", tiny.rows(16))
+    tiny.write_rows(folder / "rows.jsonl", tiny.rows(16))
     return folder
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def settings(here, output_dir, **changes):
@@ -109,7 +100,7 @@ def test_rows_that_were_skipped_and_prompts_that_were_cut_are_in_the_summary(
 ):
     rows = tmp_path / "rows.jsonl"
     cut = {"prompt": "Two and two ma", "chosen": "ke four.", "rejected": "ke five"}
-    write_rows(rows, [*tiny.rows(7), cut])
+    tiny.write_rows(rows, [*tiny.rows(7), cut])
     rows.write_text(rows.read_text() + '{"prompt": 3}\n{\n')
     skip = {"dataset_name": rows, "on_bad_rows": "skip", "max_steps": 1}
     assert train(here, tmp_path / "out", **skip) == 0
@@ -192,6 +183,20 @@ def test_launch_flags_go_through_accelerate(here, tmp_path, capfd):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", cli.ACCELERATE_CONFIGS)
+def test_accelerate_knows_the_flags_of_every_named_config(name):
+    assert cli._launch_flags(["--accelerate_config", name]) == cli.ACCELERATE_CONFIGS[name].split()
+
+
+def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch):
+    launched = []
+    monkeypatch.setattr(cli, "_launch", lambda flags, argv: launched.append((flags, argv)) or 0)
+    monkeypatch.setattr("fastdpo.config.DPOConfig.n_gpu", 2)
+    argv = flags(settings(here, tmp_path / "out"))
+    assert cli.main(["train", *argv]) == 0
+    assert launched == [([], argv)]
+
+
 # Bad input
 
 
@@ -260,7 +265,7 @@ def test_debugging_shows_where_bad_input_was_found(capsys, monkeypatch):
 
 
 def test_a_stream_of_which_no_row_is_left_ends_with_one_line(here, tmp_path, capsys):
-    write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}] * 3)
+    tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}] * 3)
     skip = {"dataset_name": tmp_path / "rows.jsonl", "on_bad_rows": "skip"}
     assert train(here, tmp_path / "out", "--dataset_streaming", **skip) == 2
     assert "train dataset: want at least one row" in one_line(capsys)
@@ -289,7 +294,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_all_else(
 def test_a_metric_that_no_evaluation_has_is_told_before_all_else(here, tmp_path, capsys):
     (tmp_path / "rows").mkdir()
     for split in ("train", "test"):
-        write_rows(tmp_path / f"rows/{split}.jsonl", tiny.rows(2))
+        tiny.write_rows(tmp_path / f"rows/{split}.jsonl", tiny.rows(2))
     best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     best |= {"dataset_name": tmp_path / "rows", "model_name_or_path": "./nowhere"}
     assert train(here, tmp_path / "out", metric_for_best_model="margin", **best) == 2
@@ -298,7 +303,7 @@ def test_a_metric_that_no_evaluation_has_is_told_before_all_else(here, tmp_path,
 
 
 def test_a_malformed_row_ends_the_process_with_one_line(here, tmp_path):
-    write_rows(tmp_path / "rows.jsonl", [*tiny.rows(3), {"prompt": "Two and two make"}])
+    tiny.write_rows(tmp_path / "rows.jsonl", [*tiny.rows(3), {"prompt": "Two and two make"}])
     values = settings(here, tmp_path / "out", dataset_name=tmp_path / "rows.jsonl")
     process = subprocess.run(
         [sys.executable, "-m", "fastdpo.cli", "train", *flags(values)],
@@ -354,178 +359,3 @@ def test_train_help_lists_every_flag(capsys):
     out = capsys.readouterr().out
     for flag in ("--lora_target_modules", "--beta", "--datasets", "--config", "--fresh"):
         assert flag in out
-
-
-# Arguments
-
-TRL_DEFAULTS = {  # of TRL 1.16
-    ScriptArguments: {
-        "dataset_name": None,
-        "dataset_config": None,
-        "dataset_train_split": "train",
-        "dataset_test_split": "test",
-        "dataset_streaming": False,
-        "ignore_bias_buffers": False,
-    },
-    ModelConfig: {
-        "model_name_or_path": None,
-        "model_revision": "main",
-        "dtype": "float32",
-        "attn_implementation": None,
-        "use_peft": False,
-        "lora_r": 16,
-        "lora_alpha": 32,
-        "lora_dropout": 0.05,
-        "lora_target_modules": None,
-        "lora_target_parameters": None,
-        "lora_modules_to_save": None,
-        "lora_task_type": "CAUSAL_LM",
-        "use_rslora": False,
-        "use_dora": False,
-        "load_in_8bit": False,
-        "load_in_4bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "use_bnb_nested_quant": False,
-        "bnb_4bit_quant_storage": None,
-    },
-    DatasetMixtureConfig: {"datasets": [], "streaming": False, "test_split_size": None},
-}
-
-
-@pytest.mark.parametrize("arguments", TRL_DEFAULTS, ids=lambda each: each.__name__)
-def test_names_and_defaults_are_trls(arguments):
-    assert dataclasses.asdict(arguments()) == TRL_DEFAULTS[arguments]
-
-
-def parse(*argv):
-    return TrainParser(prog="fastdpo train").parse(argv)
-
-
-def test_flags_are_written_as_trl_takes_them():
-    (_, training, model, _, fresh), unknown = parse(
-        *("--lora-r", "8", "--use_peft", "--lora_target_modules", "all-linear"),
-        *("--max_length", "none", "--no_gradient_checkpointing", "--bf16", "false"),
-        *("--loss_type", "sigmoid", "--model_init_kwargs", '{"use_cache": false}'),
-    )
-    assert (model.lora_r, model.use_peft, model.lora_target_modules) == (8, True, "all-linear")
-    assert (training.max_length, training.gradient_checkpointing) == (None, False)
-    assert (training.bf16, training.loss_type) == (False, ["sigmoid"])
-    assert training.model_init_kwargs == {"use_cache": False}
-    assert (fresh, unknown) == (False, [])
-
-
-def test_yaml_sets_values_and_environment_and_flags_override(tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTDPO_TEST", "before")
-    config = tmp_path / "run.yaml"
-    config.write_text(
-        "env: {FASTDPO_TEST: 3}\n"
-        "beta: 0.3\n"
-        "learning_rate: 5e-7\n"  # text, says YAML 1.1
-        "eval_strategy: no\n"  # False, says YAML 1.1
-        "max_length: null\n"
-        "gradient_checkpointing: false\n"
-        "lora_target_modules: [q_proj, v_proj]\n"
-        "model_init_kwargs: {dtype: bfloat16}\n"
-        "num_processes: 2\n"
-        "multi_gpu: true\n"
-    )
-    (_, training, model, _, _), unknown = parse(f"--config={config}", "--beta", "0.4")
-    assert os.environ["FASTDPO_TEST"] == "3"
-    assert (training.beta, training.learning_rate, training.max_length) == (0.4, 5e-7, None)
-    assert (training.eval_strategy, training.gradient_checkpointing) == ("no", False)
-    assert training.model_init_kwargs == {"dtype": "bfloat16"}
-    assert model.lora_target_modules == ["q_proj", "v_proj"]
-    assert unknown == ["--num_processes", "2", "--multi_gpu"]
-
-
-def test_peft_and_quantisation_are_off_unless_asked_for():
-    assert peft_config(ModelConfig(lora_r=8)) is None
-    assert quantization_config(ModelConfig()) is None
-    adapters = peft_config(ModelConfig(use_peft=True, lora_r=8, use_rslora=True))
-    assert (adapters.r, adapters.lora_alpha, adapters.use_rslora) == (8, 32, True)
-
-
-@pytest.mark.parametrize("name", cli.ACCELERATE_CONFIGS)
-def test_accelerate_knows_the_flags_of_every_named_config(name):
-    assert cli._launch_flags(["--accelerate_config", name]) == cli.ACCELERATE_CONFIGS[name].split()
-
-
-def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch):
-    launched = []
-    monkeypatch.setattr(cli, "_launch", lambda flags, argv: launched.append((flags, argv)) or 0)
-    monkeypatch.setattr("fastdpo.config.DPOConfig.n_gpu", 2)
-    argv = flags(settings(here, tmp_path / "out"))
-    assert cli.main(["train", *argv]) == 0
-    assert launched == [([], argv)]
-
-
-# Datasets
-
-
-def load(mixture, *, with_eval=False, on_bad_rows="raise"):
-    return load_datasets(
-        ScriptArguments(), mixture, with_eval=with_eval, on_bad_rows=on_bad_rows, seed=0
-    )
-
-
-@pytest.fixture
-def parts(tmp_path):
-    for name, count in (("a", 8), ("b", 4)):
-        write_rows(tmp_path / f"{name}.jsonl", tiny.rows(count))
-    return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-
-
-def test_a_mixture_is_its_datasets_one_after_the_other(parts):
-    rows, held_out = load(DatasetMixtureConfig(datasets=[DatasetConfig(path) for path in parts]))
-    assert [row["prompt"] for row in rows] == [
-        row["prompt"] for count in (8, 4) for row in tiny.rows(count)
-    ]
-    assert held_out is None
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_mixtures_malformed_rows_are_left_to_be_counted(parts, tmp_path, streaming):
-    (tmp_path / "a.jsonl").write_text("{\n" + (tmp_path / "a.jsonl").read_text())
-    datasets = [DatasetConfig(path, columns=["prompt", "chosen", "rejected"]) for path in parts]
-    mixture = DatasetMixtureConfig(datasets=datasets, streaming=streaming)
-    rows, _ = load(mixture, on_bad_rows="skip")
-    pairs, _ = prepare_pairs(rows, tiny.tokenizer(), on_bad_rows="skip")
-    assert len(list(pairs)) == 12
-
-
-def test_fractions_cut_a_mixture_to_its_proportions(parts):
-    datasets = [DatasetConfig(parts[0], fraction=1), DatasetConfig(parts[1], fraction=3)]
-    rows, _ = load(DatasetMixtureConfig(datasets=datasets))
-    assert [row["prompt"] for row in rows] == [tiny.PAIRS[i][0] for i in (0, 0, 1, 2, 3)]
-
-
-def test_the_same_rows_of_a_mixture_are_held_out_every_time(parts):
-    mixture = DatasetMixtureConfig(datasets=[DatasetConfig(parts[0])], test_split_size=2)
-    (train_rows, held_out), (_, again) = (
-        load(mixture, with_eval=True),
-        load(mixture, with_eval=True),
-    )
-    assert (len(train_rows), len(held_out)) == (6, 2)
-    assert held_out[:] == again[:]
-
-
-@pytest.mark.parametrize(
-    "changes, told",
-    [
-        ({"streaming": True, "test_split_size": 0.5}, "stream"),
-        ({"streaming": True, "fractions": (1, 1)}, "stream"),
-        ({"fractions": (1, None)}, "every dataset or for none"),
-        ({"fractions": (0, 0)}, "every dataset or for none"),
-        ({"fractions": ("half", "half")}, "every dataset or for none"),
-    ],
-)
-def test_a_mixture_that_cannot_be_is_refused(parts, changes, told):
-    fractions = changes.pop("fractions", (None, None))
-    datasets = [DatasetConfig(p, fraction=f) for p, f in zip(parts, fractions, strict=True)]
-    with pytest.raises(ValueError, match=told):
-        load(DatasetMixtureConfig(datasets=datasets, **changes))
-
-
-def test_evaluating_on_a_mixture_needs_rows_held_out(parts):
-    with pytest.raises(ValueError, match="test_split_size"):
-        load(DatasetMixtureConfig(datasets=[DatasetConfig(parts[0])]), with_eval=True)

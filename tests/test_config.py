@@ -1,9 +1,12 @@
+import logging
 import math
 import re
+import warnings
 
 import pytest
 
 from fastdpo import DPOConfig
+from fastdpo.collate import Cut
 from fastdpo.losses import F_DIVERGENCES, LOSS_TYPES, WITH_F_DIVERGENCE
 from fastdpo.parser import TrainParser
 
@@ -49,6 +52,85 @@ def test_defaults_are_trls(tmp_path):
     assert {name: getattr(made, name) for name in TRL_DEFAULTS} == TRL_DEFAULTS
 
 
+def test_defaults_of_its_own_hide_no_nan_and_end_no_run(tmp_path):
+    made = config(tmp_path)
+    assert made.logging_nan_inf_filter is False and made.strict_layout is False
+    assert made.layout == "auto" and made.max_tokens_per_forward is None
+
+
+def test_every_setting_reaches_its_stage(tmp_path):
+    loss = {
+        "beta": 0.3,
+        "loss_type": ("robust", "discopop"),
+        "loss_weights": (0.5, 2.0),
+        "label_smoothing": 0.2,
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 0.7,
+        "discopop_tau": 0.4,
+        "ld_alpha": 0.6,
+    }
+    lists = {name: list(loss[name]) for name in ("loss_type", "loss_weights")}
+    made = config(
+        tmp_path,
+        **(loss | lists),
+        max_length=99,
+        truncation_mode="keep_end",
+        on_bad_rows="skip",
+        dataset_num_proc=2,
+        train_sampling_strategy="group_by_length",
+        pad_to_multiple_of=8,
+        head_cache_bytes=7,
+        head_skip_below=0.1,
+        use_weighting=True,
+    )
+    assert made.loss_settings == loss
+    assert made.head_settings == {"head_cache_bytes": 7, "skip_below": 0.1}
+    cut = Cut(max_length=99, truncation_mode="keep_end")
+    assert made.collator_settings == {"cut": cut, "pad_to_multiple_of": 8}
+    assert made.data_settings == {
+        "max_length": 99,
+        "truncation_mode": "keep_end",
+        "on_bad_rows": "skip",
+        "num_proc": 2,
+        "length_column": "length",
+    }
+    assert "log_sum_p2" in made.token_stats
+    assert "log_sum_p2" not in config(tmp_path).token_stats
+
+
+@pytest.mark.parametrize(
+    ("strategy", "column"),
+    [("random", None), ("group_by_length", "length"), ("batch_rebalance", "length")],
+)
+def test_samplers_by_length_have_their_column(tmp_path, strategy, column):
+    try:
+        made = config(tmp_path, train_sampling_strategy=strategy)
+    except ValueError:
+        pytest.skip(f"no {strategy} in this version of transformers")
+    assert made.length_column == column
+
+
+def test_a_gpu_trains_in_bfloat16_unless_told(tmp_path, monkeypatch):
+    for module in ("fastdpo.config", "transformers.training_args"):
+        monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: True)
+    assert DPOConfig(output_dir=tmp_path, report_to="none").bf16 is True
+    assert DPOConfig(output_dir=tmp_path, report_to="none", fp16=True).bf16 is False
+    assert config(tmp_path).bf16 is False  # use_cpu
+    assert config(tmp_path, bf16=False).bf16 is False
+
+
+def test_no_setting_of_ones_own_warns_of_an_old_name(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert config(tmp_path).gradient_checkpointing is True
+
+
+def test_padding_free_is_told_to_change_nothing(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        config(tmp_path, padding_free=True)
+    assert "padding_free=True changes nothing" in caplog.text
+
+
 def test_without_a_gpu_training_stays_in_float32_unless_asked(tmp_path):
     assert config(tmp_path).bf16 is False
     assert config(tmp_path, bf16=True).bf16 is True
@@ -89,6 +171,21 @@ def test_pad_to_multiple_of_reads_text_of_the_command_line(tmp_path, given, mult
 
 
 @pytest.mark.parametrize(
+    ("given", "most"), [("auto", "auto"), ("none", None), ("800", 800), (800, 800)]
+)
+def test_max_tokens_per_forward_reads_text_of_the_command_line(tmp_path, given, most):
+    assert config(tmp_path, max_tokens_per_forward=given).max_tokens_per_forward == most
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ld_alpha", 0.0), ("ld_alpha", 1.0), ("head_skip_below", 0.0), ("max_length", 2)],
+)
+def test_the_ends_of_a_range_are_in_it(tmp_path, name, value):
+    assert getattr(config(tmp_path, **{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("beta", 0.0),
@@ -102,7 +199,7 @@ def test_pad_to_multiple_of_reads_text_of_the_command_line(tmp_path, given, mult
         ("loss_type", ["sigmoid", "simpo"]),
         ("loss_weights", [1.0, 2.0]),
         ("loss_weights", 0.5),
-        ("loss_weights", [float("nan")]),
+        ("loss_weights", [math.nan]),
         ("f_divergence_type", "backward_kl"),
         ("max_length", 1),
         ("truncation_mode", "middle"),
@@ -115,9 +212,9 @@ def test_pad_to_multiple_of_reads_text_of_the_command_line(tmp_path, given, mult
         ("head_skip_below", 1.0),
         ("router_aux_loss_coef", -0.1),
         ("router_aux_loss_coef", math.nan),
-        ("loss_weights", [math.nan]),
+        ("router_aux_loss_coef", math.inf),
         ("f_alpha_divergence_coef", math.nan),
-        ("precompute_ref_batch_size", -1),
+        ("precompute_ref_batch_size", 0),
         ("beta", math.inf),
         ("learning_rate", -1e-6),
         ("learning_rate", math.nan),
@@ -197,6 +294,7 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, messag
 
 
 def test_dropout_may_stay_where_no_pack_is_run_twice(tmp_path):
+    config(tmp_path, loss_type="aot", max_tokens_per_forward=100)
     config(tmp_path, loss_type="aot", disable_dropout=False)
     config(tmp_path, loss_type="sigmoid", disable_dropout=False, max_tokens_per_forward=100)
 

@@ -1,3 +1,9 @@
+"""The demo: its task, and that it compares no times of two trainings that differ."""
+
+import contextlib
+import io
+import json
+
 import pytest
 
 from fastdpo import demo
@@ -23,19 +29,32 @@ def test_every_word_has_a_token_and_one_bos():
         assert tokenizer.pad_token_id not in ids and ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_the_demo_runs_to_its_end_and_both_ways_agree(tmp_path, capsys):
-    assert demo.main(["--tiny", "--output_dir", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The folder of a demo, what it printed and how it ended."""
+    folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = demo.main(["--tiny", "--output_dir", str(folder)])
+    return folder, printed.getvalue(), code
+
+
+def test_the_demo_runs_to_its_end_and_both_ways_agree(ran):
+    folder, printed, code = ran
+    assert code == 0
     for line in ("reward accuracy", "counted up, exactly", "wall time", "memory over the start"):
         assert line in printed
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "trained/model.safetensors").exists()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "trained/model.safetensors").exists()
 
 
-def test_times_are_not_compared_where_the_losses_differ(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "SAME_LOSS", -1.0)
-    assert demo.main(["--tiny", "--output_dir", str(tmp_path)]) == 1
-    assert "no times are compared" in capsys.readouterr().out
+def test_times_are_not_compared_where_the_losses_differ(ran, capsys, monkeypatch):
+    folder, _, _ = ran
+    naive = json.loads((folder / "naive.json").read_text())
+    naive["loss"][-1] += 0.01
+    (folder / "naive.json").write_text(json.dumps(naive))
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: None)  # they have run
+    assert demo.main(["--tiny", "--output_dir", str(folder)]) == 1
+    assert "differ by up to 1.0e-02: no times are compared" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", [demo.FULL, demo.TINY])

@@ -108,3 +108,28 @@ def test_an_evaluations_pairs_weigh_alike_and_are_all_there(tmp_path, tokenizer,
     whole, ragged = evaluation(7), evaluation(4)
     assert ragged["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-5)
     assert ragged["eval_rows"] == whole["eval_rows"] == 14
+
+
+def test_an_evaluation_between_two_logs_takes_nothing_from_them(tmp_path, tokenizer):
+    def trained(**settings):
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            max_steps=3,
+            logging_steps=2,
+            eval_dataset=Dataset.from_list(tiny.rows(3)),
+            **settings,
+        )
+        trainer.train()
+        history = trainer.state.log_history
+        return [e for e in history if "loss" in e], history[-1]
+
+    (plain, last), (evaluated, last_evaluated) = (
+        trained(),
+        trained(eval_strategy="steps", eval_steps=1),
+    )
+    assert evaluated == plain
+    # what no log had told yet: the third step's
+    assert (
+        last["rewards/margins"] == last_evaluated["rewards/margins"] != plain[0]["rewards/margins"]
+    )

@@ -50,8 +50,52 @@ def test_an_adapter_on_the_head_scores_and_learns_as_pefts_own_logits(family):
         )
 
 
+def assert_scored_as_by_its_own_logits(model):
+    inputs = PaddedCollator(pad_token_id=0)(ROWS)
+    attach_scorer(model)
+    with torch.no_grad():
+        scored = score(model, PairBatch.from_inputs(inputs)).token_logps_C
+        torch.testing.assert_close(scored, own_logps(model, inputs), atol=2e-5, rtol=1e-5)
+
+
+def test_a_merged_adapter_counts_once():
+    model = with_head_adapter()
+    model.merge_adapter()
+    assert_scored_as_by_its_own_logits(model)
+
+
+def test_of_several_adapters_the_active_ones_count():
+    model, settings = with_head_adapter(), {"task_type": "CAUSAL_LM", "init_lora_weights": False}
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["lm_head"], **settings))
+    model.add_adapter("elsewhere", LoraConfig(target_modules=["q_proj"], **settings))
+    for active in (["default", "second"], ["second"], ["second", "elsewhere"], ["elsewhere"]):
+        model.base_model.set_adapter(active)
+        assert_scored_as_by_its_own_logits(model)
+
+
+def test_an_adapter_may_be_wider_than_its_model():
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(tiny.model("llama", VOCAB, dtype=torch.bfloat16), lora)
+    assert model.get_output_embeddings().lora_A["default"].weight.dtype == torch.float32
+    attach_scorer(model)
+    batch = PairBatch.from_inputs(PaddedCollator(pad_token_id=0)(ROWS))
+    scored = score(model, batch).token_logps_C
+    exact = score(model.float(), batch).token_logps_C
+    assert (scored - exact).abs().max() < 0.2  # a layer in bfloat16
+
+
+def test_models_without_a_body_and_a_linear_head_are_refused():
+    no_body, two_layers = tiny.model("llama", VOCAB), tiny.model("llama", VOCAB)
+    no_body.base_model_prefix = ""  # base_model is then the model itself
+    two_layers.lm_head = torch.nn.Sequential(two_layers.lm_head, torch.nn.Linear(VOCAB, VOCAB))
+    for model in (tiny.model("llama", VOCAB).model, no_body, two_layers):
+        with pytest.raises(ValueError, match="want a body and a linear output embedding"):
+            attach_scorer(model)
+
+
 def test_a_head_adapters_dropout_is_its_own():
-    model, inputs = with_head_adapter(lora_dropout=0.5), PaddedCollator(pad_token_id=0)(ROWS)
+    model = with_head_adapter(lora_dropout=0.5, target_modules=["lm_head"])
+    inputs = PaddedCollator(pad_token_id=0)(ROWS)
     attach_scorer(model)
     batch = PairBatch.from_inputs(inputs)
     first, second = (score(model.train(), batch).token_logps_C for _ in range(2))
@@ -78,6 +122,7 @@ class Config(dict):
         ({"logit_scale": 0.0625}, 0.0625),
         ({"logit_scale": None}, 1.0),
         ({"lm_head_multiplier": 0.5}, 0.5),
+        ({"output_multiplier": 0.25}, 0.25),
         ({"logit_scale": 0.5, "model_type": "mpt"}, 1.0),
         ({"logits_mup_width_multiplier": 24.0, "model_type": "inkling"}, 1 / 24),
         ({"logits_scaling": 8.0, "model_type": "granite"}, 0.125),

@@ -18,8 +18,8 @@ from fastdpo.kernels.products import has_onednn
 PRODUCTS = {
     "no-grad": ({"grad": False}, 1),
     "frozen": ({"head": False}, 2),
-    "trained-and-cached": ({"head": True, "cache": 1 << 30}, 3),
-    "trained-not-cached": ({"head": True, "cache": 0}, 4),
+    "trained": ({"head": True}, 3),
+    "trained-not-cached": ({"head": True, "head_cache_bytes": 0}, 4),
 }
 
 
@@ -38,16 +38,13 @@ def counting_flops():
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(("kind", "wanted"), PRODUCTS.values(), ids=PRODUCTS)
 def test_products_are_as_few_as_promised(kind, wanted):
+    settings = {name: kind[name] for name in ("head_cache_bytes",) if name in kind}
     N, D, V = shape = (16, 16, 4 * BLOCK_V)
     hidden_ND, head_VD, labels_N, _ = inputs(shape, torch.float32)
     head_VD.requires_grad_(kind.get("head", False))
     with counting_flops() as counter, torch.set_grad_enabled(kind.get("grad", True)):
         logps_N = linear_logps(
-            hidden_ND.requires_grad_(),
-            head_VD,
-            labels_N,
-            fold="torch",
-            head_cache_bytes=kind.get("cache", 0),
+            hidden_ND.requires_grad_(), head_VD, labels_N, fold="torch", **settings
         )
         if logps_N.requires_grad:
             logps_N.sum().backward()
@@ -98,6 +95,22 @@ def test_a_frozen_heads_workspace_is_bounded(dtype):
     assert live.peak <= 4 * N * D + max(32 << 20, hidden_ND.nbytes + (1 << 20))
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_are_kept_within_their_budget(dtype):
+    hidden_ND, head_VD, labels_N, _ = inputs((64, 8, 32 * BLOCK_V), dtype)
+    head_VD.requires_grad_()
+
+    def peak(head_cache_bytes):
+        with Live() as live:
+            settings = {"fold": "torch", "head_cache_bytes": head_cache_bytes}
+            linear_logps(hidden_ND, head_VD, labels_N, **settings).sum().backward()
+        return live.peak
+
+    budget, peaks = 1 << 20, 64 * 8
+    assert budget // 2 < peak(budget) - peak(0) <= budget + 16 * peaks
+
+
 def test_a_frozen_heads_workspace_on_a_gpu_is_bounded(monkeypatch):
     """A GPU's tiles and dtypes at a real size, on tensors without memory and by no arithmetic."""
     monkeypatch.setitem(vocabulary_walk.FOLDS, "triton", lambda *args: None)
@@ -115,14 +128,19 @@ def test_a_frozen_heads_workspace_on_a_gpu_is_bounded(monkeypatch):
     assert 4 * N * D < live.peak - before <= 4 * N * D + (256 << 20)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rows_answer_does_not_depend_on_the_others(dtype, threads):
+@pytest.fixture(params=[1, 2])
+def threads(request):
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_answer_does_not_depend_on_the_others(dtype):
     hidden_ND, head_VD, labels_N, _ = inputs((1030, 96, 2500), dtype)
     together_N = linear_logps(hidden_ND, head_VD, labels_N, fold="torch")
     for rows in (slice(0, 1), slice(3, 10), slice(700, 723), slice(5, 518), slice(1029, 1030)):
         alone_N = linear_logps(hidden_ND[rows], head_VD, labels_N[rows], fold="torch")
         assert torch.equal(alone_N, together_N[rows]), rows
-    torch.set_num_threads(before)

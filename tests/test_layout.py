@@ -131,8 +131,11 @@ WINDOWS = {"layer_types": ["full_attention", "sliding_attention"], "sliding_wind
 
 def test_a_difference_names_the_layer_kind_and_pads(tmp_path, tokenizer, leaky_windows, caplog):
     model = for_tokenizer("gemma3_text", tokenizer, **WINDOWS)
+    within_a_window = {"prompt": "a", "chosen": "b", "rejected": "c"}
     with caplog.at_level(logging.WARNING):
-        trainer = make_trainer(tmp_path, tokenizer, model=model)
+        trainer = make_trainer(
+            tmp_path, tokenizer, model=model, rows=[within_a_window, *tiny.rows()]
+        )
     assert trainer.layout.name == "padded"
     assert "gives other log-probabilities than padded" in caplog.text
     assert "from layer 1 (sliding_attention) on" in caplog.text

@@ -30,7 +30,7 @@ ROWS = [
     pair(A, A, B + C),  # 5 different completions in one group
     pair([5], C, [7]),  # a prompt and a completion of one token
     pair(B, [*C, 2], C),  # one completion is the beginning of the other
-    pair(C, B[:5] + A, [*B[:5], 4]),  # completions that begin alike
+    pair(C, B[:5] + A, [*B[:5], 4, *C]),  # completions that begin alike, a branch of a later trunk
     pair(B + C, [9], [9]),  # chosen equals rejected
 ]
 

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from numerics import assert_as_accurate
 from tiny_heads import inputs
 
-from fastdpo.kernels import reference
+from fastdpo.kernels import linear_logps as module
+from fastdpo.kernels import reference, vocabulary_walk
 from fastdpo.kernels.fold import BLOCK_V
 from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.row_statistics import STATS
@@ -35,6 +36,7 @@ def run(function, hidden_ND, head_VD, labels_N, bias_V, dtype, trained=True, **s
         stats=STATS,
         **settings,
     )
+    assert not any(each_N.requires_grad for each_N in stats.values())
     weights_N = torch.arange(
         1.0, len(labels_N) + 1, device=labels_N.device, dtype=token_logps_N.dtype
     )
@@ -84,18 +86,40 @@ def test_heads_of_every_kind_are_as_accurate(fold, softcap, bias, scale, device)
 @pytest.mark.parametrize("fold", FOLDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_inputs_keep_float32_logits(fold, dtype, device):
-    hidden_ND, head_VD, labels_N, _ = inputs(SHAPES["ragged-last-block"], dtype, device)
+    shape = SHAPES["ragged-last-block"]
+    hidden_ND, head_VD, labels_N, bias_V = inputs(shape, dtype, device, bias=True)
     ours = linear_logps(hidden_ND, head_VD, labels_N, fold=fold)
     truth = reference.linear_logps(hidden_ND.double(), head_VD.double(), labels_N)
     assert ours.dtype == torch.float32
     assert (ours - truth).abs().max() < 1e-4  # logits rounded to bfloat16 are off by 0.03
-    grads = run(linear_logps, hidden_ND, head_VD, labels_N, None, dtype, fold=fold)
-    wide = run(reference.linear_logps, hidden_ND, head_VD, labels_N, None, torch.float64)
-    for name in ("dhidden", "dhead"):
+    grads = run(linear_logps, hidden_ND, head_VD, labels_N, bias_V, dtype, fold=fold)
+    wide = run(reference.linear_logps, hidden_ND, head_VD, labels_N, bias_V, torch.float64)
+    for name in ("dhidden", "dhead", "dbias"):
         assert grads[name].dtype == dtype
         # on a GPU the second product takes p in the inputs' dtype: a rounding of each, as of this
         bound = 2 * torch.finfo(dtype).eps * wide[name].abs().max()
         assert (grads[name] - wide[name]).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("head_cache_bytes", [0, 1 << 30])
+def test_a_gpus_tiles_of_narrow_operands_are_as_accurate(fold, head_cache_bytes, monkeypatch):
+    """Operands and p in bfloat16 as they are on a GPU, their products done here in float32."""
+
+    def product(a, b, out, *, accumulate):
+        assert (a.dtype, b.dtype) == (torch.bfloat16,) * 2 and out.dtype == torch.float32
+        out.copy_(a.float() @ b.float() + (out if accumulate else 0))
+
+    monkeypatch.setattr(module, "_operand_dtypes", lambda hidden_ND: (hidden_ND.dtype, None))
+    monkeypatch.setattr(vocabulary_walk, "product", product)
+    args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.bfloat16, bias=True)
+    settings = {"fold": fold, "head_cache_bytes": head_cache_bytes, "softcap": 5.0}
+    ours = run(linear_logps, *args, torch.bfloat16, **settings)
+    truth = run(reference.linear_logps, *args, torch.float64, softcap=5.0)
+    assert (ours["token_logps"] - truth["token_logps"]).abs().max() < 1e-4
+    for name in ("dhidden", "dhead", "dbias"):
+        bound = 4 * torch.finfo(torch.bfloat16).eps * truth[name].abs().max()  # p, and the answer
+        assert (ours[name] - truth[name]).abs().max() <= bound, name
 
 
 @pytest.mark.parametrize("fold", FOLDS)
@@ -156,6 +180,17 @@ def test_a_low_rank_term_is_as_accurate(fold, head_cache_bytes, head_grad, devic
     assert_all_as_accurate(ours, same, truth, times=4)
 
 
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "capped"])
+def test_a_low_rank_term_that_is_not_finite_breaks_its_row_alone(fold, softcap, device):
+    hidden_ND, head_VD, labels_N, _ = inputs((5, 4, 40), torch.float32, device)
+    down_NR, up_VR = torch.ones(5, 2, device=device), torch.ones(40, 2, device=device)
+    down_NR[3, 1] = torch.inf
+    settings = {"fold": fold, "softcap": softcap, "low_rank": (down_NR, up_VR)}
+    logps_N = linear_logps(hidden_ND, head_VD, labels_N, **settings)
+    assert logps_N.isnan().tolist() == [False, False, False, True, False]
+
+
 @pytest.mark.parametrize("peakedness", [1.0, 6.0])
 @pytest.mark.parametrize("likely", [True, False], ids=["chosen-like", "rejected-like"])
 def test_skipping_unlikely_tokens_keeps_its_bound(peakedness, likely):
@@ -174,6 +209,16 @@ def test_skipping_unlikely_tokens_keeps_its_bound(peakedness, likely):
     error_N = (some["dhidden"] - whole["dhidden"]).norm(dim=1)
     assert error_N.max() > 1e-4, "nothing was skipped"
     assert (error_N <= bound_N + 1e-4).all()
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_statistics_need_no_gradient(fold, device):
+    hidden_ND, head_VD, labels_N, _ = inputs((5, 8, 100), torch.float32, device)
+    logps_N, stats = linear_logps(hidden_ND, head_VD, labels_N, stats=STATS, fold=fold)
+    truth_N, exact = reference.linear_logps(hidden_ND, head_VD, labels_N, stats=STATS)
+    for name in STATS:
+        torch.testing.assert_close(stats[name], exact[name], atol=1e-5, rtol=1e-5, msg=name)
+    torch.testing.assert_close(logps_N, truth_N, atol=1e-5, rtol=1e-5)
 
 
 def test_skipping_is_refused_where_it_would_wait_for_the_gpu():
@@ -237,7 +282,10 @@ def test_autocast_narrows_operands_and_not_logits():
         ours, stats = linear_logps(
             hidden_ND.requires_grad_(), head_VD, labels_N, fold="torch", stats=("entropy",)
         )
+        exact = linear_logps(hidden_ND.double(), head_VD.double(), labels_N, fold="torch")
     assert ours.dtype == torch.float32 and (ours - rounded).abs().max() < 1e-5
+    wide = reference.linear_logps(hidden_ND.double(), head_VD.double(), labels_N)
+    assert (exact - wide).abs().max() < 1e-12, "float64 is not narrowed"
     log_p_NV = (operands[0] @ operands[1].T).log_softmax(1)
     assert (stats["entropy"] + (log_p_NV.exp() * log_p_NV).sum(1)).abs().max() < 1e-5
 
@@ -246,6 +294,9 @@ WRONG = {
     "widths-differ": ({"hidden_ND": torch.zeros(3, 4)}, "want hidden"),
     "labels-too-few": ({"labels_N": torch.zeros(2, dtype=torch.int64)}, "want hidden"),
     "labels-of-another-dtype": ({"labels_N": torch.zeros(3, dtype=torch.int32)}, "int64"),
+    "hidden-of-integers": ({"hidden_ND": torch.zeros(3, 5).long()}, "want float hidden"),
+    "low-rank-of-other-rows": ({"low_rank": (torch.zeros(2, 1), torch.zeros(7, 1))}, "low_rank"),
+    "low-rank-of-two-ranks": ({"low_rank": (torch.zeros(3, 1), torch.zeros(7, 2))}, "low_rank"),
     "bias-too-short": ({"bias_V": torch.zeros(5)}, "want bias"),
     "unknown-statistic": ({"stats": ("mode",)}, "want stats"),
     "unknown-fold": ({"fold": "cuda"}, "want stats"),

@@ -55,3 +55,30 @@ def test_nothing_waits_for_the_device_before_the_read():
     with Watch():
         for _ in range(2):
             sums.add(measured([4, 2], mean_logit=1.0))
+
+
+def test_ranks_add_up_in_one_order_whatever_came_first():
+    here, there = MetricSums(), MetricSums()
+    here.add({("b",): (torch.tensor(1.0), 1)})
+    here.add({("a",): (torch.tensor(5.0), 2)})
+    there.add({("a",): (torch.tensor(1.0), 1)})
+    there.add({("b",): (torch.tensor(3.0), 1)})
+    seen = []
+    there.read(SimpleNamespace(reduce=lambda sums, how: seen.append(sums) or sums))
+    both = SimpleNamespace(reduce=lambda sums, how: {"sum": sums + seen[0]}[how])
+    assert here.read(both) == {"a": 2.0, "b": 2.0}
+
+
+def test_a_long_interval_loses_no_small_number():
+    sums = MetricSums()
+    sums.add({("loss",): (torch.tensor(2.0**24), 1)})
+    for _ in range(2):
+        sums.add({("loss",): (torch.tensor(1.0), 0)})
+    assert sums.read(ONE_RANK) == {"loss": 2.0**24 + 2}
+
+
+def test_no_token_of_chosen_completions_counts_as_none_right():
+    sums = MetricSums()
+    sums.add(measured([0, 2], mean_logit=1.0))
+    metrics = sums.read(ONE_RANK)
+    assert metrics["mean_token_accuracy"] == metrics["logits/chosen"] == 0.0

@@ -7,14 +7,16 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
+from fastdpo.attention import attend_along_trees
 from fastdpo.batch import PairBatch
-from fastdpo.collate import PaddedCollator
+from fastdpo.collate import PackedCollator, PaddedCollator
 from fastdpo.model import (
     TOKEN_STATS,
     attach_scorer,
     aux_loss_weight,
     causal_lm_of,
     check_head,
+    frozen_token_logps,
     score,
 )
 
@@ -54,6 +56,31 @@ def test_scoring_equals_the_models_own_logits(family, inputs):
         torch.testing.assert_close(grad, own, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", [*families.FAMILIES, "phi"])  # phi: a bias in the head
+def test_scoring_equals_the_own_logits_of_every_family(family, inputs):
+    model = families.model(family, torch.float32)
+    with torch.no_grad():
+        if (bias_V := model.get_output_embeddings().bias) is not None:
+            bias_V.normal_()
+        expected = own_logps(model, inputs)
+        attach_scorer(model)
+        scored = score(model, PairBatch.from_inputs(inputs))
+    torch.testing.assert_close(scored.token_logps_C, expected, atol=5e-5, rtol=1e-5)
+
+
+def test_a_batch_padded_on_the_left_is_scored_alike(inputs):
+    model = tiny.model("llama", VOCAB)
+    attach_scorer(model)
+    attention_mask = inputs["attention_mask"].flip(1)
+    left = {"attention_mask": attention_mask}
+    for name in ("input_ids", "completion_mask"):
+        left[name] = torch.zeros_like(inputs[name])
+        left[name][attention_mask.bool()] = inputs[name][inputs["attention_mask"].bool()]
+    ours = score(model, PairBatch.from_inputs(left)).token_logps_C
+    theirs = score(model, PairBatch.from_inputs(inputs)).token_logps_C
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
 def test_scoring_reaches_a_model_inside_peft(inputs):
     model = get_peft_model(tiny.model("llama", VOCAB), LoraConfig(init_lora_weights=False))
     expected = own_logps(model, inputs)
@@ -82,11 +109,13 @@ def test_stats_come_with_the_scores(inputs):
 def test_the_models_own_forward_and_generate_still_work(inputs):
     model = tiny.model("llama", VOCAB)
     before = model(inputs["input_ids"], labels=inputs["input_ids"])
-    generated = model.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False)
+    # its mask is made of the pad tokens, as the forward's signature has one
+    prompts = torch.tensor([[0, 0, 5, 6], [5, 6, 7, 8]])
+    generated = model.generate(prompts, max_new_tokens=4, do_sample=False)
     attach_scorer(model)
     after = model(inputs["input_ids"], labels=inputs["input_ids"])
     assert torch.equal(before.logits, after.logits) and torch.equal(before.loss, after.loss)
-    again = model.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False)
+    again = model.generate(prompts, max_new_tokens=4, do_sample=False)
     assert torch.equal(generated, again)
 
 
@@ -103,6 +132,31 @@ def test_a_copy_of_a_scoring_model_scores_with_its_own_weights(inputs):
     torch.testing.assert_close(logps_C, torch.full_like(logps_C, VOCAB).log().neg())
     assert (score(twin, batch).token_logps_C - logps_C).abs().max() > 1e-2
     assert twin(inputs["input_ids"]).logits.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_frozen_scores_have_no_gradient_and_no_dropout(training):
+    inputs = PaddedCollator(pad_token_id=0)(ROWS)
+    model = get_peft_model(
+        tiny.model("llama", VOCAB), LoraConfig(lora_dropout=0.5, init_lora_weights=False)
+    )
+    attach_scorer(model)
+    model.train(training)
+    logps_C = frozen_token_logps(model, PairBatch.from_inputs(inputs))
+    assert not logps_C.requires_grad and model.training == training
+    torch.testing.assert_close(logps_C, own_logps(model.eval(), inputs), atol=2e-5, rtol=1e-5)
+
+
+def test_experts_loss_is_the_same_in_every_layout():
+    rows = [*ROWS, {**ROWS[0], "rejected_ids": [9, 10, 14]}]  # beginnings that are run once
+    model = tiny.model("mixtral", VOCAB)
+    attach_scorer(model)
+    attend_along_trees(model)
+    losses = [
+        score(model, PairBatch.from_inputs(collate(rows)), aux_loss=True).aux_loss
+        for collate in (PaddedCollator(pad_token_id=0), PackedCollator(share=True))
+    ]
+    torch.testing.assert_close(*losses)
 
 
 def test_experts_loss_is_the_models_own(inputs):
@@ -176,15 +230,19 @@ def test_experts_loss_is_weighed_as_the_model_says_unless_told():
 def test_logits_made_in_an_unknown_way_are_found_out():
     model = tiny.model("llama", VOCAB)
     attach_scorer(model)
+    model.train()
     check_head(model, [5, 6, 7, 8])
+    assert model.training
     causal_lm_of(model).lm_head.register_forward_hook(lambda module, args, logits: logits * 2)
     with pytest.raises(ValueError, match="want the model's own log-probabilities"):
         check_head(model, [5, 6, 7, 8])
 
 
-def test_weights_that_are_no_numbers_are_told_as_such():
-    model = tiny.model("llama", VOCAB)
+def test_rounded_logits_are_no_unknown_way_and_nan_is_no_agreement():
+    model = tiny.model("llama", VOCAB, dtype=torch.bfloat16)
+    model.lm_head.weight.data *= 30  # logits whose rounding is large
     attach_scorer(model)
-    model.model.norm.weight.data[0] = torch.nan
+    check_head(model, [5, 6, 7, 8])
+    model.lm_head.weight.data[3, 3] = torch.nan
     with pytest.raises(ValueError, match="want finite log-probabilities, got nan"):
         check_head(model, [5, 6, 7, 8])

@@ -77,6 +77,8 @@ def test_an_update_that_runs_out_of_memory_is_run_again_in_smaller_packs(
     memory = RunsOutOfMemory(trainer.model, 230, in_backward)
     trainer.train()
     assert memory.raised and memory.tokens[0] == 221 and trainer.budget.max_tokens <= 230
+    run, once = trainer.tokens, plain.tokens  # a pack may share less than its batch
+    assert run.run + run.shared == once.run + once.shared
     for name in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
         assert logged(trainer, name) == pytest.approx(logged(plain, name), rel=1e-4, abs=1e-5), name
     for name, weight in weights(plain.model).items():
@@ -199,6 +201,8 @@ def alone(tmp_path_factory):
 
 def test_two_ranks_train_as_one_and_one_that_runs_out_of_memory_stops_no_other(tmp_path, alone):
     numbered = {"settings": {"max_tokens_per_forward": 90}}
+    # 2 ranks score 10 of 32 pairs at a time, and the last 2 with some that are there already
+    precomputed = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 5}
     auto = {"settings": {"max_tokens_per_forward": "auto"}, "start_with": 130}
     places = [
         {"batch": 1, "pack": 1, "in_backward": False},  # where DDP has run nothing yet
@@ -210,7 +214,7 @@ def test_two_ranks_train_as_one_and_one_that_runs_out_of_memory_stops_no_other(t
         tmp_path / "runs",
         2,
         numbered,
-        numbered | {"even": True},
+        {"settings": numbered["settings"] | precomputed, "even": True},
         auto,
         *[auto | {"fails": place} for place in places],
         auto | {"fails": "always"},

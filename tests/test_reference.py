@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from test_trainer import LORA, logged, make_trainer, weights
 
+import fastdpo
 from fastdpo import DPOTrainer
 from fastdpo.batch import PairBatch
 
@@ -46,6 +47,51 @@ def test_the_reference_stays_where_the_policy_started(tmp_path, tokenizer, adapt
     assert trainer.model.training  # the reference's forward put the mode back
 
 
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("precompute", [False, True], ids=["as-it-goes", "precomputed"])
+def test_the_reference_weighs_tokens_as_the_loss_does(tmp_path, tokenizer, adapters, precompute):
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        peft_config=LoraConfig(**LORA) if adapters else None,
+        ld_alpha=0.3,
+        precompute_ref_log_probs=precompute,
+    )
+    if adapters or not precompute:  # else no one is there to score new rows
+        new_rows = trainer.evaluate(Dataset.from_list(tiny.rows(3)))
+        assert new_rows["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_every_set_of_rows_is_scored_before_training(tmp_path, tokenizer, monkeypatch):
+    def scored(**settings):
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            precompute_ref_log_probs=True,
+            per_device_eval_batch_size=3,
+            **settings,
+        )
+        evaluated = trainer.eval_dataset
+        several = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+        return [trainer.train_dataset, *several]
+
+    own, sizes = fastdpo.trainer.with_reference_logps, []
+
+    def with_reference_logps(dataset, *, batch_size, **arguments):
+        sizes.append(batch_size)
+        return own(dataset, batch_size=batch_size, **arguments)
+
+    monkeypatch.setattr("fastdpo.trainer.with_reference_logps", with_reference_logps)
+    rows = Dataset.from_list(tiny.rows(5))
+    for given in (rows, {"one": rows, "other": rows}):
+        for dataset in scored(eval_dataset=given):
+            assert set(SCORED) <= set(dataset.column_names)
+    scored(eval_dataset=given, precompute_ref_batch_size=2)
+    assert sizes == [4, 3, 4, 3, 3, 2, 2, 2]
+
+
 def test_an_explicit_reference_is_used_and_not_trained(tmp_path, tokenizer):
     other = tiny.model("llama", len(tokenizer), seed=1)
     start = weights(other)
@@ -57,10 +103,7 @@ def test_an_explicit_reference_is_used_and_not_trained(tmp_path, tokenizer):
 
 
 def test_a_trained_adapter_is_held_against_a_copy_of_itself(tmp_path, tokenizer):
-    torch.manual_seed(0)
-    lora = LoraConfig(**LORA, init_lora_weights=False)
-    model = get_peft_model(tiny.model("llama", len(tokenizer)), lora)
-    trainer = make_trainer(tmp_path, tokenizer, model=model)
+    trainer = make_trainer(tmp_path, tokenizer, model=with_trained_adapters(tokenizer))
     trainer.train()
     assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert logged(trainer)[-1] < 0.69
@@ -82,10 +125,9 @@ def test_reference_logps_of_the_rows_are_used_without_a_second_model(tmp_path, t
 
 
 def test_two_references_are_one_too_many(tmp_path, tokenizer):
-    rows = [row | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0} for row in tiny.rows()]
     other = tiny.model("llama", len(tokenizer))
     with pytest.raises(ValueError, match="want one reference"):
-        make_trainer(tmp_path, tokenizer, rows=rows, ref_model=other)
+        make_trainer(tmp_path, tokenizer, rows=scored_rows(), ref_model=other)
 
 
 def test_a_streams_reference_logps_are_used(tmp_path, tokenizer):

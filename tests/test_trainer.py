@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.collate import PackedCollator
@@ -190,7 +190,7 @@ def test_under_autocast_policy_and_reference_agree_before_any_step(tmp_path, tok
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_resume_continues_exactly(tmp_path, tokenizer, adapters):
+def test_resume_continues_exactly(tmp_path, tokenizer, adapters, caplog):
     def trainer(folder, **settings):
         return make_trainer(
             folder,
@@ -207,6 +207,7 @@ def test_resume_continues_exactly(tmp_path, tokenizer, adapters):
     whole.train()
     resumed = trainer(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    assert "does not start at its reference" not in caplog.text
     assert logged(resumed) == logged(whole)
     assert logged(resumed, "rewards/margins") == logged(whole, "rewards/margins")
     expected = weights(whole.model)
@@ -261,6 +262,7 @@ def test_a_collator_written_for_trl_trains_alike(tmp_path, tokenizer):
     given = make_trainer(tmp_path, tokenizer, data_collator=trl_collator)
     given.train()
     assert logged(given) == pytest.approx(logged(plain), abs=1e-5)
+    assert given.tokens == plain.tokens
 
 
 @pytest.mark.parametrize(
@@ -308,6 +310,72 @@ def test_a_model_card_names_the_dataset_that_trls_scripts_push_with(tmp_path, to
     trainer.create_model_card("a model", dataset_name="some/pairs")
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "a model" in card and "some/pairs" in card
+
+
+def test_callbacks_and_optimizers_are_those_given(tmp_path, tokenizer):
+    class Counts(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args, state, control, **_):
+            self.steps += 1
+
+    model, counts = tiny.model("llama", len(tokenizer)), Counts()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    start = weights(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    given = {"callbacks": [counts], "optimizers": (optimizer, scheduler)}
+    make_trainer(tmp_path, tokenizer, model=model, **given).train()
+    assert counts.steps == 4
+    assert all(torch.equal(now, start[name]) for name, now in weights(model).items())
+
+
+@pytest.mark.parametrize("disable_dropout", [True, False])
+def test_dropout_is_off_in_both_models_unless_told(tmp_path, tokenizer, disable_dropout):
+    models = [tiny.model("llama", len(tokenizer)) for _ in range(2)]
+    for model in models:
+        model.config.attention_dropout = 0.5
+    settings = {"ref_model": models[1], "disable_dropout": disable_dropout}
+    make_trainer(tmp_path, tokenizer, model=models[0], **settings)
+    rates = [model.config.attention_dropout for model in models]
+    assert rates == ([0.0, 0.0] if disable_dropout else [0.5, 0.5])
+
+
+def test_new_adapters_start_from_the_seed(tmp_path, tokenizer):
+    def adapters(seed):
+        lora = LoraConfig(**LORA)
+        model = make_trainer(tmp_path, tokenizer, peft_config=lora, seed=seed).model
+        return torch.cat([p.flatten() for p in model.parameters() if p.requires_grad])
+
+    assert torch.equal(adapters(1), adapters(1)) and not torch.equal(adapters(1), adapters(2))
+
+
+def test_the_pad_token_is_the_one_asked_for_and_the_model_is_tagged(tmp_path):
+    tokenizer = tiny.tokenizer()
+    model = make_trainer(tmp_path, tokenizer, pad_token="</s>").model
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 2
+    assert set(model.model_tags) == {"fastdpo", "dpo"}
+
+
+def test_a_tokenizer_is_loaded_of_the_models_revision(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("fastdpo.trainer.load_tokenizer", lambda *_, **kwargs: asked.update(kwargs))
+    with pytest.raises(AttributeError):  # None tokenises no row
+        make_trainer(
+            tmp_path,
+            None,
+            model="some/model",
+            model_init_kwargs={"revision": "v1"},
+            trust_remote_code=True,
+        )
+    assert (asked["revision"], asked["trust_remote_code"]) == ("v1", True)
+
+
+def test_experts_whose_loss_is_made_otherwise_are_refused(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("fastdpo.model.load_balancing_loss_func", lambda *_: torch.tensor(0.0))
+    model = tiny.model("mixtral", len(tokenizer))
+    with pytest.raises(ValueError, match="want its own load-balancing loss"):
+        make_trainer(tmp_path, tokenizer, model=model)
+    make_trainer(tmp_path, tokenizer, model=model, router_aux_loss_coef=0.0)
 
 
 def test_experts_are_balanced_as_the_model_says(tmp_path, tokenizer):

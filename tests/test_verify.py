@@ -1,7 +1,5 @@
 """`fastdpo verify`: it agrees with a sound engine, and finds and names what is made wrong."""
 
-import json
-
 import families
 import pytest
 import tiny
@@ -24,7 +22,7 @@ def here(tmp_path_factory):
     tokenizer = tiny.tokenizer(text for pair in tiny.PAIRS for text in pair)
     for family in ("llama", "gemma2"):
         save(tiny.model(family, len(tokenizer)), folder / family)
-    write_rows(folder / "rows.jsonl", tiny.rows())
+    tiny.write_rows(folder / "rows.jsonl", tiny.rows())
     return folder
 
 
@@ -36,10 +34,6 @@ def offline(monkeypatch):
 def save(model, path):
     tiny.tokenizer(text for pair in tiny.PAIRS for text in pair).save_pretrained(path)
     model.save_pretrained(path)
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run(here, *more, model="llama", rows="rows.jsonl"):
@@ -103,7 +97,7 @@ def test_weighted_pairs_agree_and_a_wrong_weight_is_found(here, monkeypatch, cap
 def test_no_pairs_loss_is_flat(here, tmp_path, more):
     """Where a pair's loss does not move with its tokens, nothing of the engine's gradient shows."""
     rows = [row | {"chosen": 40 * row["chosen"]} for row in tiny.rows()]
-    write_rows(tmp_path / "rows.jsonl", rows)
+    tiny.write_rows(tmp_path / "rows.jsonl", rows)
     plain = verify.plain_way(load(here, *more, rows=tmp_path / "rows.jsonl"))
     assert plain.slope_B.min() > 0.05
 
@@ -123,7 +117,7 @@ def test_losses_of_a_batch_agree_and_a_wrong_mix_is_found(here, monkeypatch, los
 
 
 def test_only_the_first_rows_are_looked_at(here, tmp_path, capsys):
-    write_rows(tmp_path / "rows.jsonl", tiny.rows(5))
+    tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(5))
     assert run(here, "--max_pairs", "2", rows=tmp_path / "rows.jsonl") == 0
     assert "pairs      2 of the first 2 rows" in capsys.readouterr().out
 
@@ -131,7 +125,7 @@ def test_only_the_first_rows_are_looked_at(here, tmp_path, capsys):
 def test_rows_left_out_are_not_counted_as_pairs(here, tmp_path, capsys):
     rows = tiny.rows(4)
     rows[1]["prompt"] *= 9  # alone longer than max_length
-    write_rows(tmp_path / "rows.jsonl", rows)
+    tiny.write_rows(tmp_path / "rows.jsonl", rows)
     assert run(here, "--max_length", "40", rows=tmp_path / "rows.jsonl") == 0
     assert "pairs      3 of the first 4 rows" in capsys.readouterr().out
 
@@ -239,7 +233,7 @@ def test_a_token_is_numbered_as_in_the_row_though_its_beginning_is_cut(
 ):
     # tokens 2 to 5 are left of either completion, and nothing predicts token 2
     tokens = {"prompt_ids": [5], "chosen_ids": [*range(10, 16)], "rejected_ids": [*range(20, 26)]}
-    write_rows(tmp_path / "rows.jsonl", [tokens])
+    tiny.write_rows(tmp_path / "rows.jsonl", [tokens])
     monkeypatch.setattr(ops, "linear_logps", wrong_at(1))
     flags = ("--layout", "padded", "--max_length", "4", "--truncation_mode", "keep_end")
     assert run(here, *flags, rows=tmp_path / "rows.jsonl") == 1
@@ -340,7 +334,7 @@ def test_hidden_states_that_overflow_are_named(here, tmp_path, capsys):
 
 def test_a_token_outside_the_vocabulary_is_named(here, tmp_path, capsys):
     tokens = {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}
-    write_rows(tmp_path / "rows.jsonl", [tokens, {**tokens, "rejected_ids": [9, 290]}])
+    tiny.write_rows(tmp_path / "rows.jsonl", [tokens, {**tokens, "rejected_ids": [9, 290]}])
     save(tiny.model("llama", 280), tmp_path / "model")  # fewer than its tokenizer's
     assert run(here, model=tmp_path / "model", rows=tmp_path / "rows.jsonl") == 2
     assert "train dataset, pair 1, rejected_ids: want token ids in [0, 280)" in error(capsys)

@@ -1,6 +1,9 @@
 """Tokenizers and models small enough to train in a test, built on the spot."""
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -97,3 +100,8 @@ def rows(count: int = len(PAIRS)) -> list[dict[str, str]]:
     """Preference rows of plain text; no two alike up to 8, then again from the first."""
     names = ("prompt", "chosen", "rejected")
     return [dict(zip(names, PAIRS[i % len(PAIRS)], strict=True)) for i in range(count)]
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A .jsonl file of `rows`."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

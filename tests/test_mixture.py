@@ -1,0 +1,77 @@
+"""Several datasets of a YAML file as one: their order, their shares, what is held out."""
+
+import pytest
+import tiny
+
+from fastdpo.arguments import ScriptArguments
+from fastdpo.data import prepare_pairs
+from fastdpo.mixture import DatasetConfig, DatasetMixtureConfig, load_datasets
+
+
+def load(mixture, *, with_eval=False, on_bad_rows="raise"):
+    return load_datasets(
+        ScriptArguments(), mixture, with_eval=with_eval, on_bad_rows=on_bad_rows, seed=0
+    )
+
+
+@pytest.fixture
+def parts(tmp_path):
+    for name, count in (("a", 8), ("b", 4)):
+        tiny.write_rows(tmp_path / f"{name}.jsonl", tiny.rows(count))
+    return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+
+
+def test_a_mixture_is_its_datasets_one_after_the_other(parts):
+    rows, held_out = load(DatasetMixtureConfig(datasets=[DatasetConfig(path) for path in parts]))
+    assert [row["prompt"] for row in rows] == [
+        row["prompt"] for count in (8, 4) for row in tiny.rows(count)
+    ]
+    assert held_out is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mixtures_malformed_rows_are_left_to_be_counted(parts, tmp_path, streaming):
+    (tmp_path / "a.jsonl").write_text("{\n" + (tmp_path / "a.jsonl").read_text())
+    datasets = [DatasetConfig(path, columns=["prompt", "chosen", "rejected"]) for path in parts]
+    mixture = DatasetMixtureConfig(datasets=datasets, streaming=streaming)
+    rows, _ = load(mixture, on_bad_rows="skip")
+    pairs, _ = prepare_pairs(rows, tiny.tokenizer(), on_bad_rows="skip")
+    assert len(list(pairs)) == 12
+
+
+def test_fractions_cut_a_mixture_to_its_proportions(parts):
+    datasets = [DatasetConfig(parts[0], fraction=1), DatasetConfig(parts[1], fraction=3)]
+    rows, _ = load(DatasetMixtureConfig(datasets=datasets))
+    assert [row["prompt"] for row in rows] == [tiny.PAIRS[i][0] for i in (0, 0, 1, 2, 3)]
+
+
+def test_the_same_rows_of_a_mixture_are_held_out_every_time(parts):
+    mixture = DatasetMixtureConfig(datasets=[DatasetConfig(parts[0])], test_split_size=2)
+    (train_rows, held_out), (_, again) = (
+        load(mixture, with_eval=True),
+        load(mixture, with_eval=True),
+    )
+    assert (len(train_rows), len(held_out)) == (6, 2)
+    assert held_out[:] == again[:]
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"streaming": True, "test_split_size": 0.5}, "stream"),
+        ({"streaming": True, "fractions": (1, 1)}, "stream"),
+        ({"fractions": (1, None)}, "every dataset or for none"),
+        ({"fractions": (0, 0)}, "every dataset or for none"),
+        ({"fractions": ("half", "half")}, "every dataset or for none"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(parts, changes, told):
+    fractions = changes.pop("fractions", (None, None))
+    datasets = [DatasetConfig(p, fraction=f) for p, f in zip(parts, fractions, strict=True)]
+    with pytest.raises(ValueError, match=told):
+        load(DatasetMixtureConfig(datasets=datasets, **changes))
+
+
+def test_evaluating_on_a_mixture_needs_rows_held_out(parts):
+    with pytest.raises(ValueError, match="test_split_size"):
+        load(DatasetMixtureConfig(datasets=[DatasetConfig(parts[0])]), with_eval=True)

@@ -1,0 +1,96 @@
+"""Flags and YAML files -> arguments, with the names and defaults of `trl dpo`."""
+
+import dataclasses
+import os
+
+import pytest
+
+from fastdpo.arguments import ModelConfig, ScriptArguments, peft_config, quantization_config
+from fastdpo.mixture import DatasetMixtureConfig
+from fastdpo.parser import TrainParser
+
+TRL_DEFAULTS = {  # of TRL 1.16
+    ScriptArguments: {
+        "dataset_name": None,
+        "dataset_config": None,
+        "dataset_train_split": "train",
+        "dataset_test_split": "test",
+        "dataset_streaming": False,
+        "ignore_bias_buffers": False,
+    },
+    ModelConfig: {
+        "model_name_or_path": None,
+        "model_revision": "main",
+        "dtype": "float32",
+        "attn_implementation": None,
+        "use_peft": False,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "lora_target_modules": None,
+        "lora_target_parameters": None,
+        "lora_modules_to_save": None,
+        "lora_task_type": "CAUSAL_LM",
+        "use_rslora": False,
+        "use_dora": False,
+        "load_in_8bit": False,
+        "load_in_4bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "use_bnb_nested_quant": False,
+        "bnb_4bit_quant_storage": None,
+    },
+    DatasetMixtureConfig: {"datasets": [], "streaming": False, "test_split_size": None},
+}
+
+
+@pytest.mark.parametrize("arguments", TRL_DEFAULTS, ids=lambda each: each.__name__)
+def test_names_and_defaults_are_trls(arguments):
+    assert dataclasses.asdict(arguments()) == TRL_DEFAULTS[arguments]
+
+
+def parse(*argv):
+    return TrainParser(prog="fastdpo train").parse(argv)
+
+
+def test_flags_are_written_as_trl_takes_them():
+    (_, training, model, _, fresh), unknown = parse(
+        *("--lora-r", "8", "--use_peft", "--lora_target_modules", "all-linear"),
+        *("--max_length", "none", "--no_gradient_checkpointing", "--bf16", "false"),
+        *("--loss_type", "sigmoid", "--model_init_kwargs", '{"use_cache": false}'),
+    )
+    assert (model.lora_r, model.use_peft, model.lora_target_modules) == (8, True, "all-linear")
+    assert (training.max_length, training.gradient_checkpointing) == (None, False)
+    assert (training.bf16, training.loss_type) == (False, ["sigmoid"])
+    assert training.model_init_kwargs == {"use_cache": False}
+    assert (fresh, unknown) == (False, [])
+
+
+def test_yaml_sets_values_and_environment_and_flags_override(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDPO_TEST", "before")
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "env: {FASTDPO_TEST: 3}\n"
+        "beta: 0.3\n"
+        "learning_rate: 5e-7\n"  # text, says YAML 1.1
+        "eval_strategy: no\n"  # False, says YAML 1.1
+        "max_length: null\n"
+        "gradient_checkpointing: false\n"
+        "lora_target_modules: [q_proj, v_proj]\n"
+        "model_init_kwargs: {dtype: bfloat16}\n"
+        "num_processes: 2\n"
+        "multi_gpu: true\n"
+    )
+    (_, training, model, _, _), unknown = parse(f"--config={config}", "--beta", "0.4")
+    assert os.environ["FASTDPO_TEST"] == "3"
+    assert (training.beta, training.learning_rate, training.max_length) == (0.4, 5e-7, None)
+    assert (training.eval_strategy, training.gradient_checkpointing) == ("no", False)
+    assert training.model_init_kwargs == {"dtype": "bfloat16"}
+    assert model.lora_target_modules == ["q_proj", "v_proj"]
+    assert unknown == ["--num_processes", "2", "--multi_gpu"]
+
+
+def test_peft_and_quantisation_are_off_unless_asked_for():
+    assert peft_config(ModelConfig(lora_r=8)) is None
+    assert quantization_config(ModelConfig()) is None
+    adapters = peft_config(ModelConfig(use_peft=True, lora_r=8, use_rslora=True))
+    assert (adapters.r, adapters.lora_alpha, adapters.use_rslora) == (8, 32, True)
