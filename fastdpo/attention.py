@@ -78,9 +78,7 @@ def tree_attention(
         raise ValueError("want causal attention, got attention in both directions")
     scaling = settings.get("scaling")
     output = _along_tree(
-        query,
-        key,
-        value,
+        *(_as_autocast_has_it(x) for x in (query, key, value)),
         settings["tree"],
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=settings.get("dropout") or 0.0,
@@ -94,6 +92,14 @@ def _native(module: nn.Module, name: str) -> Callable:
     if name == "eager":  # a function of each modelling file, registered nowhere
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _as_autocast_has_it(x: Tensor) -> Tensor:
+    """`x` in the dtype that attention has under autocast: rotations leave query and key wider."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 @torch.compiler.disable  # each batch has lengths of its own: compiled, it would be so every time
@@ -144,7 +150,8 @@ def _attend(query, key, value, *, scale, window, softcap, dropout) -> Tensor:
         return _softcapped(query, key, value, mask, scale, softcap, dropout)
     is_causal = n == seen and (window is None or window >= seen)
     mask = None if is_causal else _causal_mask(n, seen, window, query.device)
-    if query.is_cuda and mask is not None:  # grouped heads and a mask: only the slowest kernel
+    if query.is_cuda and (mask is not None or query.dtype == torch.float32):
+        # grouped heads with either: only the slowest kernel
         key, value = _ungrouped(query, key, value)
     return F.scaled_dot_product_attention(
         query,

@@ -170,6 +170,24 @@ def test_torchs_kernel_runs_what_it_takes_and_nothing_else(query, dropout, kerne
     assert (attention._varlen_kernel(query, None, None, dropout) is not None) == kernel
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_under_autocast_a_kernel_is_asked_for_in_half(family, monkeypatch):
+    """A float32 model's rotations leave query and key in float32, which no kernel takes."""
+    model, seen = families.model(family, torch.float32), set()
+    attach_scorer(model)
+    attend_along_trees(model)
+    attend = attention._by_segments
+
+    def watched(query, key, value, tree, **settings):
+        seen.update({query.dtype, key.dtype, value.dtype})
+        return attend(query, key, value, tree, **settings)
+
+    monkeypatch.setattr(attention, "_by_segments", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        score(model, PairBatch.from_inputs(PackedCollator(share=True)(ROWS)))
+    assert seen == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "capped"])
 def test_attention_drops_weights_and_scales_by_the_heads_size(softcap):
     tree = PackedCollator(share=True)(ROWS)["tree"]
