@@ -144,6 +144,23 @@ def test_extreme_scores_stay_finite(f_divergence_type, logratio, function, devic
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("alpha", [1 - 2e-5, 1 + 2e-5])
+def test_a_divergence_near_its_limit_loses_no_digit(alpha, function, device):
+    """(t^(alpha - 1) - 1) / (alpha - 1), of a power that is 1 but for its last digits."""
+    divergence = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha}
+    ours = of_two_tokens(function, 1.5, -0.5, torch.float32, device, **divergence)
+    limit = of_two_tokens(reference.pair_loss, 1.5, -0.5, torch.float64, device)
+    for value, exact in zip(ours, limit, strict=True):
+        torch.testing.assert_close(value, exact.float(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_margin_of_one_is_enough_for_hinge(function, device):
+    loss_B, grad_C = of_two_tokens(function, 1.0, 0.0, torch.float32, device, loss_type=("hinge",))
+    assert loss_B.item() == 0.0 and not grad_C.any()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_tensors_may_have_any_strides_and_a_tie_is_no_win(function, device):
     token_logps_C, cu_seqlens, _ = inputs([2, 1, 2, 3], device)
     token_logps_C[3:5] = token_logps_C[:2]  # the first pair's completions are alike
