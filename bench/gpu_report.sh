@@ -37,7 +37,7 @@ step() {
     shift 2
     if [[ -n "$DRY" ]]; then limit=600; fi  # a busy machine is no fault of the steps
     # an interrupted pytest still prints the tables it has
-    timeout --signal=INT --kill-after=10 "$limit" "$@" > "$OUT/$name.txt" 2>&1
+    timeout --signal=INT --kill-after=5 "$limit" "$@" > "$OUT/$name.txt" 2>&1
     status=$?
     case $status in
         0) status="ok" ;;
@@ -53,15 +53,17 @@ bench() {  # LIMIT_S NAME TESTS FILTER: the tables in NAME.txt; a dry run takes 
     step "$1" "$2" "$PYTHON" -m pytest -q -rs "bench/$3" "${filter[@]}"
 }
 
-# seconds add up to 530; a dry run's tests are those of the losses alone
+# seconds add up to 490, and 5 more for each step that will not end; a dry run's tests are those of
+# the losses alone
 TESTS=(tests/test_linear_logps.py tests/test_head_cost.py tests/test_pair_loss.py tests/test_head.py tests/test_model.py
     tests/test_layouts.py tests/test_attention.py tests/test_trainer.py)
 if [[ -n "$DRY" ]]; then TESTS=(tests/test_losses.py); fi
-step 90 tests "$PYTHON" -m pytest -q "${TESTS[@]}"
-bench 110 linear_logps bench_linear_logps.py "8B"
-bench 30 pair_loss bench_pair_loss.py "64 and not tiny"
-bench 110 train_step bench_train_step.py::test_train_step "chat and lora"
-bench 60 precomputed bench_train_step.py::test_precomputed_reference_step "chat and lora"
-bench 90 layouts bench_layouts.py "long"
-step 40 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/trace.json"
+step 80 tests "$PYTHON" -m pytest -q "${TESTS[@]}"
+bench 100 linear_logps bench_linear_logps.py "8B"
+bench 25 pair_loss bench_pair_loss.py "64 and not tiny"
+bench 25 attention bench_attention.py "8B and (full or long)"
+bench 95 train_step bench_train_step.py::test_train_step "chat and lora"
+bench 50 precomputed bench_train_step.py::test_precomputed_reference_step "chat and lora"
+bench 80 layouts bench_layouts.py "long"
+step 35 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/trace.json"
 cat "$SUMMARY"
