@@ -5,6 +5,7 @@ a batch of rows in one call. Tokens may merge across the end of a prompt, so the
 those that the three begin with alike; what follows is the completion. Row numbers count from 0.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class PairCounts:
 
     too_long: dropped, as the prompt alone fills max_length. bad: dropped as malformed. equal:
     kept, though chosen equals rejected. cut: kept without the end of the prompt, which prompt +
-    completion does not begin with.
+    completion does not begin with. truncated: kept, though longer than max_length.
     """
 
     rows: int
@@ -55,6 +56,7 @@ class PairCounts:
     bad: int
     equal: int
     cut: int
+    truncated: int
     prompt_tokens: int
     completion_tokens: int
 
@@ -103,7 +105,7 @@ def prepare_pairs(
     status = pairs.data["status"].to_numpy()
     kept = status & DROPPED == 0
     tokens = {column: pc.list_value_length(pairs.data[column]).to_numpy() for column in ID_COLUMNS}
-    counts = _counted(status, {column: int(each[kept].sum()) for column, each in tokens.items()})
+    counts = _counted(status, *(tokens[column][kept] for column in ID_COLUMNS), max_length)
     _warn(name, counts, status, pairs.data["note"])
     if counts.pairs == 0:
         raise ValueError(
@@ -307,11 +309,19 @@ class _TellTheFirst:
         logger.warning(f"{self._tokenize.name} dataset: {what}")
 
 
-def _counted(status: np.ndarray, tokens: dict[str, int]) -> PairCounts:
+def _counted(
+    status: np.ndarray,
+    prompt_B: np.ndarray,
+    chosen_B: np.ndarray,
+    rejected_B: np.ndarray,
+    max_length: int | None,
+) -> PairCounts:
+    """Of all rows' status, and of the kept ones' numbers of tokens."""
+
     def count(bits: int) -> int:
         return int(np.count_nonzero(status & bits))
 
-    prompt, chosen, rejected = (tokens[column] for column in ID_COLUMNS)
+    longest_B = prompt_B + np.maximum(chosen_B, rejected_B)
     return PairCounts(
         rows=len(status),
         pairs=len(status) - count(DROPPED),
@@ -319,8 +329,9 @@ def _counted(status: np.ndarray, tokens: dict[str, int]) -> PairCounts:
         bad=count(BAD),
         equal=count(EQUAL),
         cut=count(CUT),
-        prompt_tokens=prompt,
-        completion_tokens=chosen + rejected,
+        truncated=int(np.count_nonzero(longest_B > (max_length or sys.maxsize))),
+        prompt_tokens=int(prompt_B.sum()),
+        completion_tokens=int(chosen_B.sum() + rejected_B.sum()),
     )
 
 

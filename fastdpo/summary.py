@@ -47,6 +47,8 @@ def _counts_line(counts: PairCounts | None) -> str:
         parts.append(f"{counts.equal:,} with chosen equal to rejected")
     if counts.cut:
         parts.append(f"{counts.cut:,} without the end of their prompt")
+    if counts.truncated:
+        parts.append(f"{counts.truncated:,} cut to max_length")
     parts.append(
         f"{counts.prompt_tokens:,} prompt and {counts.completion_tokens:,} completion tokens"
     )

@@ -95,17 +95,15 @@ def test_a_run_that_ran_out_of_memory_goes_on_with_less(here, tmp_path, capsys):
     assert "resuming from" in capsys.readouterr().out
 
 
-def test_rows_that_were_skipped_and_prompts_that_were_cut_are_in_the_summary(
-    here, tmp_path, capsys
-):
+def test_what_was_skipped_and_what_was_cut_is_in_the_summary(here, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     cut = {"prompt": "Two and two ma", "chosen": "ke four.", "rejected": "ke five"}
     tiny.write_rows(rows, [*tiny.rows(7), cut])
     rows.write_text(rows.read_text() + '{"prompt": 3}\n{\n')
-    skip = {"dataset_name": rows, "on_bad_rows": "skip", "max_steps": 1}
+    skip = {"dataset_name": rows, "on_bad_rows": "skip", "max_length": 30, "max_steps": 1}
     assert train(here, tmp_path / "out", **skip) == 0
-    told = "8 of 10 rows; 2 dropped: malformed; 1 without the end of their prompt"
-    assert told in capsys.readouterr().out
+    told = "8 of 10 rows; 2 dropped: malformed; 1 without the end of their prompt; "
+    assert told + "3 cut to max_length; " in capsys.readouterr().out
 
 
 def test_a_run_says_what_it_will_do_and_where_it_saved(here, tmp_path, capsys):

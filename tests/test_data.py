@@ -326,7 +326,16 @@ def test_what_is_dropped_and_what_is_odd_is_counted_and_told_once(tokenizer, num
 def test_keep_end_drops_no_long_prompt(tokenizer):
     rows = [{"prompt": "a b " * 50, "chosen": " c", "rejected": " d"}]
     _, counts = pairs_of(rows, tokenizer, max_length=40, truncation_mode="keep_end")
-    assert counts.pairs == 1
+    assert (counts.pairs, counts.truncated) == (1, 1)
+
+
+def test_pairs_that_are_cut_to_max_length_are_counted(tokenizer):
+    rows = [{"prompt": "ab", "chosen": " " + "c" * n, "rejected": " d"} for n in (1, 20, 30)]
+    truncated = []
+    for limit in (None, 32, 20, 4):
+        _, counts = pairs_of(rows, tokenizer, max_length=limit)
+        truncated.append(counts.truncated)
+    assert truncated == [0, 1, 2, 3]
 
 
 def test_where_no_row_is_left_it_is_told_why(tokenizer):
