@@ -133,3 +133,17 @@ def test_an_evaluation_between_two_logs_takes_nothing_from_them(tmp_path, tokeni
     assert (
         last["rewards/margins"] == last_evaluated["rewards/margins"] != plain[0]["rewards/margins"]
     )
+
+
+def test_no_logits_are_made_that_no_one_asks_for(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=Dataset.from_list(tiny.rows(3)))
+
+    def made(*_):
+        raise AssertionError("logits were made")
+
+    trainer.model.lm_head.register_forward_hook(made)  # the scorer reads its weight
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.75
+    trainer.compute_metrics = lambda prediction: {}
+    with pytest.raises(AssertionError, match="logits were made"):
+        trainer.evaluate()

@@ -109,6 +109,7 @@ def test_tiles_are_kept_within_their_budget(dtype):
 
     budget, peaks = 1 << 20, 64 * 8
     assert budget // 2 < peak(budget) - peak(0) <= budget + 16 * peaks
+    assert peak(1 << 45) <= peak(0) + 4 * 64 * 32 * BLOCK_V + 64 * peaks, "no more than there is"
 
 
 def test_a_frozen_heads_workspace_on_a_gpu_is_bounded(monkeypatch):

@@ -212,13 +212,28 @@ def test_skipping_unlikely_tokens_keeps_its_bound(peakedness, likely):
 
 
 @pytest.mark.parametrize("fold", FOLDS)
-def test_statistics_need_no_gradient(fold, device):
-    hidden_ND, head_VD, labels_N, _ = inputs((5, 8, 100), torch.float32, device)
-    logps_N, stats = linear_logps(hidden_ND, head_VD, labels_N, stats=STATS, fold=fold)
-    truth_N, exact = reference.linear_logps(hidden_ND, head_VD, labels_N, stats=STATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_need_no_gradient_and_no_wide_inputs(fold, dtype, device):
+    hidden_ND, head_VD, labels_N, _ = inputs((5, 8, 100), dtype, device)
+    _, stats = linear_logps(hidden_ND, head_VD, labels_N, stats=STATS, fold=fold)
+    _, with_u = linear_logps(hidden_ND.requires_grad_(), head_VD, labels_N, stats=STATS, fold=fold)
+    _, exact = reference.linear_logps(hidden_ND.double(), head_VD.double(), labels_N, stats=STATS)
     for name in STATS:
-        torch.testing.assert_close(stats[name], exact[name], atol=1e-5, rtol=1e-5, msg=name)
-    torch.testing.assert_close(logps_N, truth_N, atol=1e-5, rtol=1e-5)
+        for found in (stats, with_u):
+            torch.testing.assert_close(
+                found[name].double(), exact[name].double(), atol=1e-4, rtol=1e-5, msg=name
+            )
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_a_bias_trains_where_it_alone_does(fold, device):
+    hidden_ND, head_VD, labels_N, bias_V = inputs((5, 8, 100), torch.float32, device, bias=True)
+    grads = []
+    for function, more in ((linear_logps, {"fold": fold}), (reference.linear_logps, {})):
+        leaf = bias_V.clone().requires_grad_()
+        function(hidden_ND, head_VD, labels_N, bias_V=leaf, **more).sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
 
 
 def test_skipping_is_refused_where_it_would_wait_for_the_gpu():

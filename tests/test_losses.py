@@ -152,6 +152,12 @@ def test_sft_weighs_every_chosen_token_alike():
     assert token_logps.grad.tolist() == pytest.approx([-1 / 3] * 3 + [0.0] * 4)
 
 
+def test_sft_without_a_chosen_token_costs_nothing():
+    cu_seqlens = torch.tensor([0, 0, 2], dtype=torch.int32)
+    losses = pair_loss(-torch.ones(2), cu_seqlens, torch.zeros(2), beta=BETA, loss_type=("sft",))
+    assert losses.loss_B.tolist() == [0.0]
+
+
 def test_gradient_by_hand():
     # d loss / d token = -beta * sigmoid(-margin) for a chosen token, the opposite for a rejected
     token_logps = torch.tensor(TOKEN_LOGPS, requires_grad=True)

@@ -1,18 +1,16 @@
 import copy
-import inspect
 import logging
 import math
 
 import pytest
 import tiny
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
+from watches import Watch
 
 from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.collate import PackedCollator
 
 TRL_ARGUMENTS = [
     "model",
@@ -83,11 +81,6 @@ def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def test_the_constructor_takes_trls_arguments():
-    parameters = list(inspect.signature(DPOTrainer.__init__).parameters)
-    assert parameters == ["self", *TRL_ARGUMENTS]
-
-
 def test_training_starts_at_ln_2_and_learns(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, max_steps=12, per_device_train_batch_size=8)
     trainer.train()
@@ -110,26 +103,13 @@ def test_metrics_have_trls_names_and_agree_with_each_other(tmp_path, tokenizer):
     assert tokens[-1] == 2 * (2 * pairs.prompt_tokens + pairs.completion_tokens)
 
 
-class CountReads(TorchDispatchMode):
-    """Counts what makes the CPU wait for a GPU: a value read, or a shape that depends on one."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += any(name in func.__name__ for name in ("_local_scalar_dense", "nonzero"))
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_step_makes_the_cpu_wait_for_nothing(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, gradient_checkpointing=False)
     trainer.train()  # the first step's start is checked, with one read
     inputs = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
-    with CountReads() as step:
+    with Watch():
         trainer.compute_loss(trainer.model, inputs, num_items_in_batch=4).backward()
-    assert step.count == 0
 
 
 def test_pairs_weigh_the_same_however_they_are_cut_into_microbatches(tmp_path, tokenizer):
@@ -246,128 +226,24 @@ def test_a_streamed_dataset_trains_like_one_in_memory(tmp_path, tokenizer):
     assert logged(streamed) == pytest.approx(logged(kept), abs=1e-6)
 
 
-def test_a_packed_collator_is_asked_for_by_layout(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="want layout='shared' or 'packed' in place"):
-        make_trainer(tmp_path, tokenizer, data_collator=PackedCollator(share=True))
-
-
-def test_a_collator_written_for_trl_trains_alike(tmp_path, tokenizer):
-    plain = make_trainer(tmp_path, tokenizer, layout="padded")
-    plain.train()
-
-    def trl_collator(rows):
-        inputs = plain.data_collator(rows)
-        return {k: inputs[k] for k in ("input_ids", "attention_mask", "completion_mask")}
-
-    given = make_trainer(tmp_path, tokenizer, data_collator=trl_collator)
-    given.train()
-    assert logged(given) == pytest.approx(logged(plain), abs=1e-5)
-    assert given.tokens == plain.tokens
-
-
-@pytest.mark.parametrize(
-    "setting", [{"layout": "shared"}, {"max_tokens_per_forward": 100}], ids=str
-)
-def test_what_a_collator_of_ones_own_decides_is_not_asked_for(tmp_path, tokenizer, setting):
-    with pytest.raises(ValueError, match="with a data_collator of your own"):
-        make_trainer(tmp_path, tokenizer, data_collator=lambda rows: {}, **setting)
-
-
-@pytest.mark.parametrize(
-    "arguments, told",
-    [
-        ({"train_dataset": DatasetDict({"train": Dataset.from_list(tiny.rows())})}, r"\['train'\]"),
-        ({"processing_class": None}, "want a tokenizer as processing_class for a model without"),
-        ({"model": "./nowhere"}, r"\./nowhere is not there"),
-        ({"model": "nowhere/run/model", "processing_class": None}, "run/model is not there"),
-    ],
-    ids=["all splits", "no tokenizer", "no model", "no model and tokenizer"],
-)
-def test_what_is_easily_forgotten_is_told(tmp_path, tokenizer, arguments, told):
-    given = {
-        "model": tiny.model("llama", len(tokenizer)),
-        "train_dataset": Dataset.from_list(tiny.rows()),
-        "processing_class": tokenizer,
-        "args": DPOConfig(output_dir=tmp_path, report_to="none", use_cpu=True),
-    }
-    with pytest.raises((TypeError, ValueError), match=told):
-        DPOTrainer(**(given | arguments))
-
-
-def test_a_model_name_is_loaded_with_its_tokenizer(tmp_path, tokenizer):
-    tiny.model("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+def test_weighted_pairs_cost_their_share(tmp_path, tokenizer):
+    """WPO: a weight of a pair is the mean of log p - log sum p² over each completion, exp of it."""
     trainer = make_trainer(
-        tmp_path, None, model=str(tmp_path / "model"), model_init_kwargs={"dtype": "bfloat16"}
+        tmp_path, tokenizer, per_device_train_batch_size=8, max_steps=1, use_weighting=True
     )
+    rows, logits_of = [*trainer.train_dataset], tiny.model("llama", len(tokenizer))
+    weights = []
+    for row in rows:
+        logs = []
+        for side in ("chosen_ids", "rejected_ids"):
+            ids_L = torch.tensor([*row["prompt_ids"], *row[side]])
+            logps_CV = logits_of(ids_L[None]).logits[0, len(row["prompt_ids"]) - 1 : -1]
+            logps_CV = logps_CV.detach().log_softmax(-1)
+            labels_C = ids_L[len(row["prompt_ids"]) :, None]
+            logs.append(logps_CV.gather(1, labels_C)[:, 0] - (2 * logps_CV).logsumexp(-1))
+        weights.append((logs[0].mean() + logs[1].mean()).exp().item())
     trainer.train()
-    assert trainer.model.dtype == torch.bfloat16
-    assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
-
-
-def test_a_model_card_names_the_dataset_that_trls_scripts_push_with(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer)
-    trainer.create_model_card("a model", dataset_name="some/pairs")
-    card = (tmp_path / "README.md").read_text("utf-8")
-    assert "a model" in card and "some/pairs" in card
-
-
-def test_callbacks_and_optimizers_are_those_given(tmp_path, tokenizer):
-    class Counts(TrainerCallback):
-        steps = 0
-
-        def on_step_end(self, args, state, control, **_):
-            self.steps += 1
-
-    model, counts = tiny.model("llama", len(tokenizer)), Counts()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    start = weights(model)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    given = {"callbacks": [counts], "optimizers": (optimizer, scheduler)}
-    make_trainer(tmp_path, tokenizer, model=model, **given).train()
-    assert counts.steps == 4
-    assert all(torch.equal(now, start[name]) for name, now in weights(model).items())
-
-
-@pytest.mark.parametrize("disable_dropout", [True, False])
-def test_dropout_is_off_in_both_models_unless_told(tmp_path, tokenizer, disable_dropout):
-    models = [tiny.model("llama", len(tokenizer)) for _ in range(2)]
-    for model in models:
-        model.config.attention_dropout = 0.5
-    settings = {"ref_model": models[1], "disable_dropout": disable_dropout}
-    make_trainer(tmp_path, tokenizer, model=models[0], **settings)
-    rates = [model.config.attention_dropout for model in models]
-    assert rates == ([0.0, 0.0] if disable_dropout else [0.5, 0.5])
-
-
-def test_new_adapters_start_from_the_seed(tmp_path, tokenizer):
-    def adapters(seed):
-        lora = LoraConfig(**LORA)
-        model = make_trainer(tmp_path, tokenizer, peft_config=lora, seed=seed).model
-        return torch.cat([p.flatten() for p in model.parameters() if p.requires_grad])
-
-    assert torch.equal(adapters(1), adapters(1)) and not torch.equal(adapters(1), adapters(2))
-
-
-def test_the_pad_token_is_the_one_asked_for_and_the_model_is_tagged(tmp_path):
-    tokenizer = tiny.tokenizer()
-    model = make_trainer(tmp_path, tokenizer, pad_token="</s>").model
-    assert tokenizer.pad_token_id == model.config.pad_token_id == 2
-    assert set(model.model_tags) == {"fastdpo", "dpo"}
-
-
-def test_a_tokenizer_is_loaded_of_the_models_revision(tmp_path, monkeypatch):
-    asked = {}
-    monkeypatch.setattr("fastdpo.trainer.load_tokenizer", lambda *_, **kwargs: asked.update(kwargs))
-    with pytest.raises(AttributeError):  # None tokenises no row
-        make_trainer(
-            tmp_path,
-            None,
-            model="some/model",
-            model_init_kwargs={"revision": "v1"},
-            trust_remote_code=True,
-        )
-    assert (asked["revision"], asked["trust_remote_code"]) == ("v1", True)
+    assert logged(trainer)[0] == pytest.approx(math.log(2) * sum(weights) / 8, rel=1e-4)
 
 
 def test_experts_whose_loss_is_made_otherwise_are_refused(tmp_path, tokenizer, monkeypatch):
