@@ -217,6 +217,13 @@ def test_ld_alpha_weighs_what_is_longer_than_the_other():
     assert token_logps.grad.tolist() == pytest.approx(expected)
 
 
+def test_a_completions_sum_is_rounded_once():
+    token_logps_C = -20 * torch.rand(3000, generator=torch.Generator().manual_seed(0))
+    cu_seqlens = torch.tensor([0, 1000, 3000], dtype=torch.int32)
+    exact = [part.double().sum().float() for part in token_logps_C.split([1000, 2000])]
+    assert torch.equal(completion_logps(token_logps_C, cu_seqlens), torch.stack(exact))
+
+
 def test_at_the_reference_the_sigmoid_loss_is_ln_2():
     token_logps = torch.tensor(TOKEN_LOGPS)
     logps_S = completion_logps(token_logps, CU_SEQLENS)
