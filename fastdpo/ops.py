@@ -48,7 +48,7 @@ def completion_logps(
 ) -> Tensor:
     """kernels.reference.completion_logps on every device: torch's one launch is all there is.
 
-    The sums inside pair_loss are its kernel's own, in another order on a GPU.
+    pair_loss's kernel makes its own, in another order: float64 too, so that hardly a bit differs.
     """
     return reference.completion_logps(token_logps_C, cu_seqlens, ld_alpha)
 

@@ -12,8 +12,8 @@ from fastdpo.losses import PairLoss
 
 logger = logging.get_logger(__name__)
 
-# Policy and reference score the same tokens with the same kernels; a GPU adds them up in another
-# order (the policy's in the loss's kernel), which costs last digits of a sum over thousands.
+# Policy and reference score the same tokens with the same kernels; what a training forward may
+# round otherwise costs last digits of a sum over thousands.
 TOLERANCE = 1e-2  # nats, of a completion's log-probability
 
 

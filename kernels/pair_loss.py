@@ -51,13 +51,17 @@ class _Settings(NamedTuple):
 
 @triton.jit
 def _segment_sum(token_logps_ptr, start, end, shared, ld_alpha, BLOCK_C: tl.constexpr):
-    """The tokens from start to end, those after the first `shared` weighted by ld_alpha."""
-    total_C = tl.zeros((BLOCK_C,), tl.float32)
+    """The tokens from start to end, those after the first `shared` weighted by ld_alpha.
+
+    In float64, rounded once, as the reference's are: log-ratios then start at 0, not near it.
+    """
+    total_C = tl.zeros((BLOCK_C,), tl.float64)
     for first in range(start, end, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         weight_C = tl.where(c < start + shared, 1.0, ld_alpha)
-        total_C += weight_C * tl.load(token_logps_ptr + c, mask=c < end, other=0.0)
-    return tl.sum(total_C)
+        logp_C = weight_C * tl.load(token_logps_ptr + c, mask=c < end, other=0.0)
+        total_C += logp_C.to(tl.float64)
+    return tl.sum(total_C).to(tl.float32)
 
 
 @triton.jit

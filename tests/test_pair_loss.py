@@ -184,6 +184,17 @@ def test_tensors_may_have_any_strides_and_a_tie_is_no_win(function, device):
     assert results[0][1][3].tolist() == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("ld_alpha", [None, 0.3])
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_where_policy_and_reference_agree_rewards_are_zero(ld_alpha, function, device):
+    token_logps_C, cu_seqlens, _ = inputs(LENGTHS["ragged-last-block"], device)
+    token_logps_C *= 20
+    logps_S = ops.completion_logps(token_logps_C, cu_seqlens, ld_alpha)
+    _, metrics_MB = function(token_logps_C, cu_seqlens, logps_S, **SETTINGS, ld_alpha=ld_alpha)
+    assert metrics_MB[:3].tolist() == [[0.0, 0.0]] * 3  # by the bit, in whatever order they add
+    assert torch.equal(metrics_MB[4:].flatten(), logps_S)
+
+
 def test_metrics_carry_no_gradient(device):
     token_logps_C, cu_seqlens, reference_logps_S = inputs([2, 3], device)
     for function in FUNCTIONS.values():
