@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_layouts import ROWS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdpo import attention
 from fastdpo.attention import attend_along_trees
@@ -30,7 +32,9 @@ def flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window, causal=Tru
         distance = torch.arange(len(k))[None] - torch.arange(len(q))[:, None] - len(k) + len(q)
         seen = (distance <= 0) & ((window[0] < 0) | (distance >= -window[0]))
         k, v = (x.transpose(0, 1).repeat_interleave(times, 0) for x in (k, v))
-        out = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=seen, scale=scale)
+        with sdpa_kernel(SDPBackend.MATH):
+            q = q.transpose(0, 1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
         outputs.append(out.transpose(0, 1))
     return torch.cat(outputs)
 
@@ -96,7 +100,7 @@ def by_varlen(monkeypatch, version):
     monkeypatch.setattr(attention, "VARLEN_ARGUMENTS", names)
     calls = []
 
-    def kernel(query, window, softcap, dropout):
+    def kernel(query, value, window, softcap, dropout):
         calls.append(window)
         if softcap is not None or (window is not None and "window_size" not in names):
             return None
@@ -120,6 +124,67 @@ def test_the_variable_length_plan_equals_attention_by_segments(family, version, 
     for ours, theirs in zip(logps_and_gradients(model, rows), segments, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
     assert len(calls) == model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
+def test_autocast_rules_all_three_inputs_of_attention(family, monkeypatch):
+    """Else float32 weights, whose rotated queries are float32, would keep flash attention away."""
+    model = families.model(family, torch.float32)
+    attach_scorer(model)
+    attend_along_trees(model)
+    dtypes = set()
+
+    def by_segments(*qkv, **settings):
+        dtypes.update(x.dtype for x in qkv[:3])
+        return run_by_segments(*qkv, **settings)
+
+    run_by_segments = attention._by_segments
+    monkeypatch.setattr(attention, "_by_segments", by_segments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        score(model, PairBatch.from_inputs(PackedCollator(share=True)(ROWS)))
+    assert dtypes == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("changed", "runs"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16, "K": 256}, True),
+        ({"dtype": torch.float32}, False),
+        ({"K": 12}, False),
+        ({"K": 264}, False),
+        ({"value_K": 32}, False),  # latent attention
+        ({"device": "cpu"}, False),
+        ({"capability": (7, 5)}, False),
+        ({"dropout": 0.1}, False),
+        ({"softcap": 50.0}, False),
+    ],
+)
+def test_only_what_flash_attention_can_run_is_handed_to_it(changed, runs, monkeypatch):
+    case = {"dtype": torch.bfloat16, "K": 64, "device": "cuda", "capability": (9, 0), **changed}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    with FakeTensorMode():
+        query, value = (
+            torch.empty(1, 2, 3, K, dtype=case["dtype"], device=case["device"])
+            for K in (case["K"], case.get("value_K", case["K"]))
+        )
+    rest = None, case.get("softcap"), case.get("dropout", 0.0)
+    assert (attention._varlen_kernel(query, value, *rest) is not None) == runs
+
+
+def test_torchs_own_kernel_is_flash_attention_alone(monkeypatch):
+    """cuDNN, which torch 2.15 prefers, would make a plan for the lengths of each batch."""
+    enabled = []
+
+    def varlen(query, *arguments, **settings):
+        enabled.append((torch._C._get_flash_sdp_enabled(), torch._C._get_cudnn_sdp_enabled()))
+        return query
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    x, settings = torch.zeros(3, 2, 8), {"window_size": (-1, 0), "softcap": None, "dropout": 0.0}
+    attention._torch_varlen(x, x, x, scale=1.0, **settings)
+    assert enabled == [(True, False)]
 
 
 @pytest.mark.parametrize(
