@@ -56,7 +56,7 @@ bench() {  # LIMIT_S NAME TESTS FILTER: the tables in NAME.txt; a dry run takes 
 # seconds add up to 490, and 5 more for each step that will not end; a dry run's tests are those of
 # the losses alone
 TESTS=(tests/test_linear_logps.py tests/test_head_cost.py tests/test_pair_loss.py tests/test_head.py tests/test_model.py
-    tests/test_layouts.py tests/test_attention.py tests/test_trainer.py)
+    tests/test_layouts.py tests/test_attention.py tests/test_cuda.py tests/test_trainer.py)
 if [[ -n "$DRY" ]]; then TESTS=(tests/test_losses.py); fi
 step 80 tests "$PYTHON" -m pytest -q "${TESTS[@]}"
 bench 100 linear_logps bench_linear_logps.py "8B"

@@ -4,7 +4,7 @@
 forward that passes `tree=` then attends along it; any other attends as the model did before.
 
     by segments     scaled_dot_product_attention for each trunk and each branch; any device
-    varlen          two launches of variable-length flash attention; CUDA, 16-bit
+    varlen          two launches of variable-length flash attention; CUDA, 16 bits or autocast to 16
 
 A branch's queries see gathered keys, its trunk's beginning and then itself, aligned at the bottom
 right; autograd of the gather adds the beginning's gradients up.
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -31,6 +32,7 @@ except ImportError:  # not installed, or built for another torch
     flash_attn_varlen_func = None
 
 PREFIX = "fastdpo_"
+HALF = (torch.float16, torch.bfloat16)
 VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)  # they grew with torch
 
 
@@ -78,7 +80,9 @@ def tree_attention(
         raise ValueError("want causal attention, got attention in both directions")
     scaling = settings.get("scaling")
     output = _along_tree(
-        *(_as_autocast_has_it(x) for x in (query, key, value)),
+        query,
+        key,
+        value,
         settings["tree"],
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=settings.get("dropout") or 0.0,
@@ -94,25 +98,33 @@ def _native(module: nn.Module, name: str) -> Callable:
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
-def _as_autocast_has_it(x: Tensor) -> Tensor:
-    """`x` in the dtype that attention has under autocast: rotations leave query and key wider."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
-
-
 @torch.compiler.disable  # each batch has lengths of its own: compiled, it would be so every time
 def _along_tree(query, key, value, tree: Tree, *, scale, dropout, window, softcap) -> Tensor:
-    varlen = _varlen_kernel(query, window, softcap, dropout)
+    query, key, value = _autocast(query, key, value)
+    varlen = _varlen_kernel(query, value, window, softcap, dropout)
     settings = {"scale": scale, "window": window, "softcap": softcap, "dropout": dropout}
     return (_by_segments if varlen is None else varlen)(query, key, value, tree, **settings)
 
 
-def _varlen_kernel(query: Tensor, window, softcap, dropout) -> Callable | None:
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast makes of attention's inputs; varlen kernels are not among those it knows.
+
+    Float32 weights under autocast give values in 16 bits, but queries and keys in float32: the
+    rotation by position, in the embeddings' dtype, widens them.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def _varlen_kernel(query: Tensor, value, window, softcap, dropout) -> Callable | None:
     """The variable-length kernel that can run this attention, None for none."""
-    is_half = query.dtype in (torch.float16, torch.bfloat16)
-    if not (query.is_cuda and is_half and query.shape[-1] <= 256):
+    if not (query.is_cuda and query.dtype in HALF):
+        return None
+    K, is_ampere = query.shape[-1], torch.cuda.get_device_capability(query.device) >= (8, 0)
+    # torch's operator fills no head up to a multiple of 8, and wants one size for all three
+    if K > 256 or K % 8 or value.shape[-1] != K or not is_ampere:
         return None
     if flash_attn_varlen_func is not None:
         return functools.partial(_by_varlen, kernel=_flash_attn)
@@ -150,8 +162,8 @@ def _attend(query, key, value, *, scale, window, softcap, dropout) -> Tensor:
         return _softcapped(query, key, value, mask, scale, softcap, dropout)
     is_causal = n == seen and (window is None or window >= seen)
     mask = None if is_causal else _causal_mask(n, seen, window, query.device)
-    if query.is_cuda and (mask is not None or query.dtype == torch.float32):
-        # grouped heads with either: only the slowest kernel
+    if query.is_cuda and (mask is not None or query.dtype not in HALF):
+        # grouped heads with a mask or in float32: only the slowest kernel
         key, value = _ungrouped(query, key, value)
     return F.scaled_dot_product_attention(
         query,
@@ -224,7 +236,10 @@ def _torch_varlen(query, key, value, *bounds, scale, window_size, softcap, dropo
         settings["enable_gqa"] = query.shape[1] != key.shape[1]
     else:
         key, value = _ungrouped(query, key, value)
-    return varlen_attn(query, key, value, *bounds, **settings)
+    # torch 2.15 would take cuDNN for the trunks: a plan of its own for each batch's lengths, and a
+    # backward that torch.use_deterministic_algorithms does not rule
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return varlen_attn(query, key, value, *bounds, **settings)
 
 
 def _flash_attn(query, key, value, *bounds, scale, window_size, softcap, dropout) -> Tensor:

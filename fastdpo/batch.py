@@ -76,10 +76,10 @@ class PairBatch:
         """The batch that a collator's dictionary describes.
 
         The padded collator pads on the right, where causal attention never looks from a token: the
-        model needs no mask, runs its fastest attention, and does not wait for the device to see
-        whether one is needed. A collator written for TRL gives input_ids, attention_mask and
-        completion_mask alone: the mask is then passed on, and the scored rows are looked up on
-        the device, which makes the CPU wait.
+        model needs no mask and runs its fastest attention. (transformers waits for the device once
+        in such a forward, to see that no row holds several sequences.) A collator written for TRL
+        gives input_ids, attention_mask and completion_mask alone: the mask is then passed on, and
+        the scored rows are looked up on the device, which makes the CPU wait.
         """
         model_inputs = {"input_ids": inputs["input_ids"]}
         if "tree" in inputs:

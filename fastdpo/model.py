@@ -117,8 +117,8 @@ def _score(
     """The forward with `scored_rows`: token_counts ask for aux_loss, and weigh its tokens."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
     outputs = causal_lm.base_model(**inputs)
-    hidden_SLD = outputs.last_hidden_state
-    hidden_RD = hidden_SLD.flatten(0, 1).index_select(0, scored_rows_R)
+    hidden_SLD, device = outputs.last_hidden_state, scored_rows_R.device
+    hidden_RD = hidden_SLD.flatten(0, 1).index_select(0, scored_rows_R.to(hidden_SLD.device))
     token_logps_R, stats_R = head_logps(
         causal_lm, hidden_RD, labels_R, stats, **causal_lm._head_settings
     )
@@ -127,8 +127,9 @@ def _score(
         aux_loss = load_balancing_loss_func(
             outputs.router_logits, *_experts(causal_lm), token_counts
         )
-    stats_R = {f"{name}_C": value_R for name, value_R in stats_R.items()}
-    return ScoredOutput(token_logps_C=token_logps_R, aux_loss=aux_loss, **stats_R)
+    # of a model on several GPUs, the head may be on another than the batch
+    stats_R = {f"{name}_C": value_R.to(device) for name, value_R in stats_R.items()}
+    return ScoredOutput(token_logps_C=token_logps_R.to(device), aux_loss=aux_loss, **stats_R)
 
 
 def _experts(causal_lm: PreTrainedModel) -> tuple[int, int] | None:

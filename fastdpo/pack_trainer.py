@@ -97,10 +97,13 @@ class PackTrainer(Trainer):
     def _run_once(self, inputs: Batch) -> None:
         """A forward and a backward, as a training step has them, that train nothing."""
         self.model.train()
-        with self.compute_loss_context_manager():
-            scored = score(self.model, PairBatch.from_inputs(inputs), stats=self.args.token_stats)
-        scored.token_logps_C.sum().backward()
-        self.model.zero_grad()
+        try:
+            with self.compute_loss_context_manager():
+                batch = PairBatch.from_inputs(inputs)
+                scored = score(self.model, batch, stats=self.args.token_stats)
+            scored.token_logps_C.sum().backward()
+        finally:
+            self.model.zero_grad()  # where memory runs out, some have a gradient already
 
     # The data
 

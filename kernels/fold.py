@@ -174,31 +174,32 @@ def _fold_kernel(
 
 def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
     """As _torch_fold, in one launch: a program a row."""
-    _fold_kernel[(z_NT.shape[0],)](
-        z_NT,
-        p_NT,
-        bias_T,
-        labels_N,
-        rows.peak_N,
-        rows.total_N,
-        rows.target_N,
-        rows.rescale_N,
-        rows.weighted_N,
-        rows.sum_N,
-        rows.squares_N,
-        start,
-        z_NT.shape[1],
-        z_NT.stride(0),
-        p_NT.stride(0),
-        scale,
-        1.0 if softcap is None else softcap,
-        HAS_BIAS=bias_T is not None,
-        CAP=softcap is not None,
-        WEIGHTED=rows.weighted_N is not None,
-        SUM=rows.sum_N is not None,
-        SQUARES=rows.squares_N is not None,
-        BLOCK_V=BLOCK_V,
-    )
+    with torch.cuda.device_of(z_NT):  # Triton launches on the current GPU, wherever tensors are
+        _fold_kernel[(z_NT.shape[0],)](
+            z_NT,
+            p_NT,
+            bias_T,
+            labels_N,
+            rows.peak_N,
+            rows.total_N,
+            rows.target_N,
+            rows.rescale_N,
+            rows.weighted_N,
+            rows.sum_N,
+            rows.squares_N,
+            start,
+            z_NT.shape[1],
+            z_NT.stride(0),
+            p_NT.stride(0),
+            scale,
+            1.0 if softcap is None else softcap,
+            HAS_BIAS=bias_T is not None,
+            CAP=softcap is not None,
+            WEIGHTED=rows.weighted_N is not None,
+            SUM=rows.sum_N is not None,
+            SQUARES=rows.squares_N is not None,
+            BLOCK_V=BLOCK_V,
+        )
 
 
 FOLDS = {"torch": _torch_fold, "triton": _triton_fold}

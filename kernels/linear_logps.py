@@ -148,8 +148,8 @@ def linear_logps(
     grads = [_wants_grad(factor) for factor in factors]
     operand_dtype, rounded_to = _operand_dtypes(hidden_ND)
     settings = Settings(
-        scale=scale,
-        softcap=softcap,
+        scale=float(scale),  # Triton would compile an int 1 into the kernel
+        softcap=None if softcap is None else float(softcap),
         stats=tuple(stats),
         head_cache_bytes=head_cache_bytes,
         skip_below=skip_below,

@@ -150,24 +150,25 @@ class _PairLoss(torch.autograd.Function):
         metrics_MB = torch.empty(6, S // 2, dtype=torch.float32, device=device)
         slope_S = torch.empty_like(reference_logps_S)
         if S:
-            _forward_kernel[(S // 2,)](
-                token_logps_C,
-                cu_seqlens,
-                reference_logps_S,
-                loss_B,
-                metrics_MB,
-                slope_S,
-                S // 2,
-                settings.beta,
-                settings.label_smoothing,
-                settings.f_alpha_divergence_coef,
-                settings.discopop_tau,
-                settings.ld_alpha,
-                LOSS_TYPES=settings.loss_type,
-                LOSS_WEIGHTS=settings.loss_weights,
-                F_DIVERGENCE=settings.f_divergence_type,
-                BLOCK_C=BLOCK_C,
-            )
+            with torch.cuda.device_of(loss_B):  # Triton launches on the current GPU otherwise
+                _forward_kernel[(S // 2,)](
+                    token_logps_C,
+                    cu_seqlens,
+                    reference_logps_S,
+                    loss_B,
+                    metrics_MB,
+                    slope_S,
+                    S // 2,
+                    settings.beta,
+                    settings.label_smoothing,
+                    settings.f_alpha_divergence_coef,
+                    settings.discopop_tau,
+                    settings.ld_alpha,
+                    LOSS_TYPES=settings.loss_type,
+                    LOSS_WEIGHTS=settings.loss_weights,
+                    F_DIVERGENCE=settings.f_divergence_type,
+                    BLOCK_C=BLOCK_C,
+                )
         ctx.save_for_backward(slope_S, cu_seqlens)
         ctx.num_tokens, ctx.ld_alpha = token_logps_C.numel(), settings.ld_alpha
         ctx.mark_non_differentiable(metrics_MB)
@@ -180,9 +181,10 @@ class _PairLoss(torch.autograd.Function):
         dloss_B = dloss_B.contiguous()  # .sum() hands back an expanded gradient, of stride 0
         dtoken_logps_C = torch.empty(ctx.num_tokens, dtype=torch.float32, device=slope_S.device)
         if S:
-            _backward_kernel[(S,)](
-                dloss_B, slope_S, cu_seqlens, dtoken_logps_C, S // 2, ctx.ld_alpha, BLOCK_C
-            )
+            with torch.cuda.device_of(slope_S):
+                _backward_kernel[(S,)](
+                    dloss_B, slope_S, cu_seqlens, dtoken_logps_C, S // 2, ctx.ld_alpha, BLOCK_C
+                )
         return dtoken_logps_C, None, None, None
 
 

@@ -9,6 +9,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("wants a GPU")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty comes filled with NaN, so that a cell that a kernel forgets is seen."""

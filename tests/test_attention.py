@@ -7,6 +7,7 @@ import families
 import pytest
 import torch
 from test_layouts import ROWS
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdpo import attention
 from fastdpo.attention import attend_along_trees
@@ -123,19 +124,16 @@ def by_varlen(monkeypatch, version):
         monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
         monkeypatch.setattr(attention, "varlen_attn", function)
         monkeypatch.setattr(attention, "VARLEN_ARGUMENTS", names)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     choose, chosen = attention._varlen_kernel, []
 
-    def on_a_gpu(query, *settings):
-        chosen.append(choose(on_gpu(K=query.shape[-1]), *settings))
+    def on_a_gpu(query, value, *settings):
+        half = SimpleNamespace(is_cuda=True, device=None, dtype=torch.bfloat16, shape=query.shape)
+        chosen.append(choose(half, half, *settings))
         return chosen[-1]
 
     monkeypatch.setattr(attention, "_varlen_kernel", on_a_gpu)
     return chosen
-
-
-def on_gpu(dtype=torch.bfloat16, K=8):
-    """What is looked at of queries on a GPU."""
-    return SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 4, 7, K))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -154,38 +152,65 @@ def test_the_variable_length_plan_equals_attention_by_segments(family, version, 
     assert [kernel is not None for kernel in chosen] == [version in can] * 2
 
 
-@pytest.mark.parametrize(
-    ("query", "dropout", "kernel"),
-    [
-        (on_gpu(), 0.0, True),
-        (on_gpu(torch.float32), 0.0, False),
-        (on_gpu(K=264), 0.0, False),
-        (on_gpu(), 0.1, False),
-        (torch.zeros(1, 4, 7, 8, dtype=torch.bfloat16), 0.0, False),
-    ],
-    ids=["half", "float32", "wide-heads", "dropout", "cpu"],
-)
-def test_torchs_kernel_runs_what_it_takes_and_nothing_else(query, dropout, kernel, monkeypatch):
-    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
-    assert (attention._varlen_kernel(query, None, None, dropout) is not None) == kernel
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_under_autocast_a_kernel_is_asked_for_in_half(family, monkeypatch):
-    """A float32 model's rotations leave query and key in float32, which no kernel takes."""
-    model, seen = families.model(family, torch.float32), set()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
+def test_autocast_rules_all_three_inputs_of_attention(family, monkeypatch):
+    """Else float32 weights, whose rotated queries are float32, would keep flash attention away."""
+    model = families.model(family, torch.float32)
     attach_scorer(model)
     attend_along_trees(model)
-    attend = attention._by_segments
+    dtypes = set()
 
-    def watched(query, key, value, tree, **settings):
-        seen.update({query.dtype, key.dtype, value.dtype})
-        return attend(query, key, value, tree, **settings)
+    def by_segments(*qkv, **settings):
+        dtypes.update(x.dtype for x in qkv[:3])
+        return run_by_segments(*qkv, **settings)
 
-    monkeypatch.setattr(attention, "_by_segments", watched)
-    with torch.autocast("cpu", torch.bfloat16):
+    run_by_segments = attention._by_segments
+    monkeypatch.setattr(attention, "_by_segments", by_segments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         score(model, PairBatch.from_inputs(PackedCollator(share=True)(ROWS)))
-    assert seen == {torch.bfloat16}
+    assert dtypes == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("changed", "runs"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16, "K": 256}, True),
+        ({"dtype": torch.float32}, False),
+        ({"K": 12}, False),
+        ({"K": 264}, False),
+        ({"value_K": 32}, False),  # latent attention
+        ({"device": "cpu"}, False),
+        ({"capability": (7, 5)}, False),
+        ({"dropout": 0.1}, False),
+        ({"softcap": 50.0}, False),
+    ],
+)
+def test_only_what_flash_attention_can_run_is_handed_to_it(changed, runs, monkeypatch):
+    case = {"dtype": torch.bfloat16, "K": 64, "device": "cuda", "capability": (9, 0), **changed}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    with FakeTensorMode():
+        query, value = (
+            torch.empty(1, 2, 3, K, dtype=case["dtype"], device=case["device"])
+            for K in (case["K"], case.get("value_K", case["K"]))
+        )
+    rest = None, case.get("softcap"), case.get("dropout", 0.0)
+    assert (attention._varlen_kernel(query, value, *rest) is not None) == runs
+
+
+def test_torchs_own_kernel_is_flash_attention_alone(monkeypatch):
+    """cuDNN, which torch 2.15 prefers, would make a plan for the lengths of each batch."""
+    enabled = []
+
+    def varlen(query, *arguments, **settings):
+        enabled.append((torch._C._get_flash_sdp_enabled(), torch._C._get_cudnn_sdp_enabled()))
+        return query
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    x, settings = torch.zeros(3, 2, 8), {"window_size": (-1, 0), "softcap": None, "dropout": 0.0}
+    attention._torch_varlen(x, x, x, scale=1.0, **settings)
+    assert enabled == [(True, False)]
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "capped"])

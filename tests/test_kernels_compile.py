@@ -64,3 +64,82 @@ def test_the_report_sees_spills_shared_memory_and_tensor_cores(tmp_path):
     (tmp_path / "spilling.py").write_text(SPILLING)  # triton reads a kernel's source from its file
     done = python(str(tmp_path / "spilling.py"), cache=tmp_path / "cache")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# The launches themselves, on a GPU that is pretended: Triton binds, specialises and compiles as it
+# would there, and what it then hands to the GPU is counted and left out.
+LAUNCHING = """
+import contextlib, torch, triton
+from triton.backends.compiler import GPUTarget
+from fastdpo.kernels import fold, pair_loss, vocabulary_walk
+from fastdpo.kernels.linear_logps import linear_logps
+
+grids, guarded = [], []
+
+@contextlib.contextmanager
+def device_of(tensor):  # of several GPUs, the tensors' has to be the current one
+    guarded.append(tensor)
+    yield
+    guarded.pop()
+
+def launch(*arguments):
+    assert guarded
+    grids.append(arguments[:3])
+
+class PretendedGPU:
+    utils = property(lambda self: self)
+    launcher_cls = staticmethod(lambda source, metadata: launch)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_device_properties = staticmethod(lambda device: {"max_shared_mem": 227 << 10})
+    load_binary = staticmethod(lambda *arguments: (1, 1, 32, 0, 1024))
+    unload_module = staticmethod(lambda module: None)
+
+triton.runtime.driver.set_active(PretendedGPU())
+torch.cuda.device_of = device_of
+vocabulary_walk.TILE_ROWS["cpu"] = vocabulary_walk.TILE_ROWS["cuda"] // 64
+vocabulary_walk.TILE_COLUMNS["cpu"] = vocabulary_walk.TILE_COLUMNS["cuda"]
+
+def compiled(kernel):
+    return len(next(iter(kernel.device_caches.values()))[0])
+
+def head(N, V, **settings):
+    leaves = [torch.zeros(n, 8, requires_grad=True) for n in (N, V)]
+    labels_N = torch.zeros(N, dtype=torch.int64)
+    settings |= {"fold": "triton", "head_cache_bytes": 1 << 20}
+    linear_logps(*leaves, labels_N, **settings).sum().backward()
+
+def losses(*lengths):
+    token_logps_C = torch.zeros(sum(lengths), requires_grad=True)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    settings = {"beta": 0.1, "loss_type": ("sigmoid", "ipo")}
+    loss_B, _ = pair_loss.pair_loss(
+        token_logps_C, cu_seqlens, torch.zeros(len(lengths)), **settings)
+    loss_B.sum().backward()
+
+head(16, 16384)
+head(500, 16384)
+assert len(grids) > 8 and {grid[1:] for grid in grids} == {(1, 1)}
+for N in range(16, 600, 37):  # every step scores another number of tokens
+    head(N, 16384)
+    head(N, 16384 + 5)
+plain = compiled(fold._fold_kernel)
+head(40, 16384, softcap=30, scale=2)
+assert compiled(fold._fold_kernel) == plain + 1
+head(40, 16384, softcap=20.0, scale=0.5)
+assert compiled(fold._fold_kernel) == plain + 1
+for B in (1, 2, 3, 8, 16, 32, 5, 7):
+    losses(*range(3, 3 + 2 * B))
+# Triton compiles for what is 1, what is a multiple of 16, and what is neither: the calls above had
+# 7 kernels of them when this was written
+assert plain < 10, plain
+for kernel in (pair_loss._forward_kernel, pair_loss._backward_kernel):
+    assert compiled(kernel) == 3, compiled(kernel)
+"""
+
+
+def test_launches_bind_and_a_batch_of_another_size_compiles_nothing_new(tmp_path):
+    (tmp_path / "launching.py").write_text(LAUNCHING)
+    done = python(str(tmp_path / "launching.py"), cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stdout + done.stderr

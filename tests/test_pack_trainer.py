@@ -236,3 +236,12 @@ def test_two_ranks_train_as_one_and_one_that_runs_out_of_memory_stops_no_other(t
         assert gradients["none"] is None
         assert torch.equal(gradients["both"], torch.full((2, 3), 1.5))
         assert torch.equal(gradients["one"], torch.full((2, 3), 2.0))
+
+
+def test_a_probe_that_runs_out_of_memory_leaves_no_gradient(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    RunsOutOfMemory(trainer.model, most=0, in_backward=True)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer._run_once(inputs)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())

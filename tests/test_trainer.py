@@ -103,8 +103,10 @@ def test_metrics_have_trls_names_and_agree_with_each_other(tmp_path, tokenizer):
     assert tokens[-1] == 2 * (2 * pairs.prompt_tokens + pairs.completion_tokens)
 
 
-def test_a_step_makes_the_cpu_wait_for_nothing(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer, gradient_checkpointing=False)
+# padded, transformers looks in each forward whether rows are one sequence each
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_a_step_makes_the_cpu_wait_for_nothing(layout, tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, gradient_checkpointing=False, layout=layout)
     trainer.train()  # the first step's start is checked, with one read
     inputs = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()

@@ -1,0 +1,299 @@
+"""A step's device code on CUDA: traced on fake tensors everywhere, run where there is a GPU."""
+
+import contextlib
+import math
+
+import pytest
+import tiny
+import torch
+from accelerate.utils import send_to_device
+from numerics import assert_as_accurate
+from test_trainer import logged, make_trainer
+from tiny_heads import inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+from watches import Watch
+
+from fastdpo import attention
+from fastdpo.attention import attend_along_trees
+from fastdpo.batch import PairBatch
+from fastdpo.collate import Cut, make_collator
+from fastdpo.kernels import fold, reference, vocabulary_walk
+from fastdpo.kernels import pair_loss as pair_loss_module
+from fastdpo.kernels.linear_logps import linear_logps
+from fastdpo.kernels.products import has_onednn
+from fastdpo.losses import completion_logps, pair_loss, pair_weights
+from fastdpo.metrics import MetricSums, pair_metrics
+from fastdpo.model import TOKEN_STATS, attach_scorer, frozen_token_logps, score
+from fastdpo.token_budget import UNBOUNDED
+
+with_cuda = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="torch without CUDA has no fake GPU either"
+)
+GPU = torch.device("cuda", 0)
+LOSS_TYPES = [("sigmoid", "ipo"), ("sigmoid", "aot", "sft")]  # the kernel's, and its twin's
+STATS = (*TOKEN_STATS, "log_sum_p2")
+ROWS = [
+    {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9, 10, 11], "rejected_ids": [9, 12]},
+    {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [13, 14], "rejected_ids": [9, 10, 11]},
+    {"prompt_ids": [15], "chosen_ids": [16], "rejected_ids": [17, 18, 19, 20]},
+]
+
+
+LAYOUTS = ("shared", "packed", "padded")
+COLLATED = {
+    layout: make_collator(layout, Cut(), pad_token_id=0, pad_to_multiple_of=None)(ROWS)
+    for layout in LAYOUTS
+}
+
+
+class FakeLaunch:
+    """Stands for a Triton kernel: its tensors are on one GPU, and of the types that it reads."""
+
+    def __getitem__(self, grid):
+        assert len(grid) == 1 and grid[0] > 0
+        return self.launched
+
+    def launched(self, *arguments, **constants):
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        assert {x.device for x in tensors} == {tensors[0].device} and tensors[0].is_cuda
+        assert all(x.stride(-1) == 1 for x in tensors if x.ndim)
+        known = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64)
+        assert {x.dtype for x in tensors} <= set(known)
+
+
+def product(a, b, out, *, accumulate):
+    """As torch has it on CUDA: one GPU, one dtype, and float32 the only other that may leave."""
+    assert a.device == b.device == out.device and a.dtype == b.dtype
+    assert out.dtype in (a.dtype, torch.float32) and out.is_contiguous()
+    assert (a.shape[0], b.shape[1]) == out.shape and a.shape[1] == b.shape[0]
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Fake tensors on a GPU: devices that differ and values that are read raise."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(vocabulary_walk, "product", product)
+    monkeypatch.setattr(fold, "_fold_kernel", FakeLaunch())
+    for name in ("_forward_kernel", "_backward_kernel"):
+        monkeypatch.setattr(pair_loss_module, name, FakeLaunch())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+@contextlib.contextmanager
+def autocast(dtype):
+    """torch.autocast without a look at whether there is a GPU."""
+    if dtype is not None:
+        torch.set_autocast_dtype("cuda", dtype)
+        torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.fixture
+def varlen_calls(monkeypatch):
+    """Queries' and keys' lengths of each launch of variable-length attention, which is torch's."""
+    calls, run = [], attention.varlen_attn
+
+    def varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, **settings):
+        assert {x.dtype for x in (query, key, value)} < {torch.float16, torch.bfloat16}
+        assert all(x.stride(-1) == 1 for x in (query, key, value))
+        assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.shape == cu_k.shape
+        assert cu_q.is_contiguous() and {type(max_q), type(max_k)} == {int}
+        assert len({x.device for x in (query, key, value, cu_q, cu_k)}) == 1
+        calls.append((len(query), len(key)))
+        return run(query, key, value, cu_q, cu_k, max_q, max_k, **settings)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    return calls
+
+
+def model_on(body_device, head_device=GPU, trained_head=True):
+    config = tiny.config("llama", 300)
+    with torch.device(body_device):
+        model = AutoModelForCausalLM.from_config(config)
+    with torch.device(head_device):
+        model.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    model.lm_head.requires_grad_(trained_head)
+    attach_scorer(model)
+    attend_along_trees(model)
+    return model.train()
+
+
+def step(model, batch, dtype=None, **settings):
+    """Reference, policy, loss and metrics of a training step; the loss."""
+    with autocast(dtype):
+        reference_logps_S = completion_logps(frozen_token_logps(model, batch), batch.cu_seqlens)
+    with autocast(dtype):
+        scored = score(model, batch, stats=STATS)
+    tokens = scored.token_logps_C, batch.cu_seqlens
+    losses = pair_loss(*tokens, reference_logps_S, beta=0.1, **settings)
+    weight_B = pair_weights(scored.token_logps_C, scored.log_sum_p2_C, batch.cu_seqlens)
+    MetricSums().add(pair_metrics(batch, scored, losses))
+    loss = (losses.loss_B * weight_B).sum() / batch.num_pairs
+    assert batch.num_tokens.device == loss.device
+    return loss
+
+
+@with_cuda
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("trained_head", [False, True], ids=["frozen-head", "trained-head"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_keeps_to_one_gpu_and_reads_nothing_from_it(
+    layout, trained_head, loss_type, fake_cuda, varlen_calls
+):
+    model = model_on(GPU, trained_head=trained_head)
+    batch = PairBatch.from_inputs(send_to_device(COLLATED[layout], GPU))
+    loss = step(model, batch, torch.bfloat16, loss_type=loss_type)
+    assert loss.device == GPU and loss.dtype == torch.float32
+    # flash attention: two forwards of two layers, each the trunks' launch and the branches'
+    launches = {"shared": 2, "packed": 1, "padded": 0}[layout]
+    assert len(varlen_calls) == 2 * 2 * launches
+
+
+@with_cuda
+def test_a_head_on_another_gpu_answers_where_the_batch_is(fake_cuda):
+    model = model_on(GPU, head_device=torch.device("cuda", 1))
+    batch = PairBatch.from_inputs(send_to_device(COLLATED["shared"], GPU))
+    assert step(model, batch, torch.bfloat16).device == GPU
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_makes_no_tensor_where_its_batch_is_not(layout, loss_type):
+    """The batch's device is the CPU, and what is made without a word about its device is not."""
+    has_onednn()  # looks once, at tensors of its own
+    model, batch = model_on("cpu", "cpu"), PairBatch.from_inputs(COLLATED[layout])
+    # transformers looks whether padded rows' positions are of one sequence each
+    with torch.device("meta"), contextlib.nullcontext() if layout == "padded" else Watch():
+        step(model, batch, loss_type=loss_type).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 3, 700])
+def test_flash_attention_along_a_tree_is_as_accurate_as_by_segments(window, dtype):
+    """Values and gradients of both, against float32 on the CPU."""
+    torch.manual_seed(0)
+    lengths = [(400, 290, 310), (1, 5, 600), (33, 1, 128)]  # of prompt, chosen and rejected
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [
+        {name: torch.randint(9, (n,)).tolist() for name, n in zip(names, each, strict=True)}
+        for each in lengths
+    ]
+    tree = make_collator("shared", Cut(), pad_token_id=0, pad_to_multiple_of=None)(rows)["tree"]
+    T = max(segment.stop for segment in (*tree.trunks, *tree.branches))
+    heads = (4, 2, 2)  # of queries, keys and values
+    qkv = [torch.randn(1, H, T, 64, dtype=torch.float64).to(dtype) for H in heads]
+    weights = torch.randn(1, T, 4, 64)
+
+    def run(attend, device, dtype):
+        leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in qkv]
+        settings = {"scale": 0.2, "window": window, "softcap": None, "dropout": 0.0}
+        output = attend(*leaves, tree.to(device), **settings)
+        (output * weights.to(device, dtype)).sum().backward()
+        return [x.detach().float().cpu() for x in (output, *(leaf.grad for leaf in leaves))]
+
+    truth = run(attention._by_segments, "cpu", torch.float32)
+    segments = run(attention._by_segments, GPU, dtype)
+    flash = run(attention._along_tree, GPU, dtype)
+    for ours, theirs, exact in zip(flash, segments, truth, strict=True):
+        assert_as_accurate(ours.to(dtype), theirs.to(dtype), exact, times=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_a_head_of_several_row_blocks_and_tiles_agrees_with_float64(trained, dtype):
+    N, D, V = 8192 + 77, 64, 3 * 4096 + 5
+    hidden_ND, head_VD, labels_N, _ = inputs((N, D, V), dtype, GPU)
+    found = []
+    for function, wide in ((linear_logps, dtype), (reference.linear_logps, torch.float64)):
+        h, w = (x.to(wide).detach().requires_grad_() for x in (hidden_ND / 4, head_VD / 4))
+        w.requires_grad_(trained)
+        logps_N = function(h, w, labels_N)
+        logps_N.sum().backward()
+        found.append([logps_N.detach(), h.grad, *([w.grad] if trained else [])])
+    for name, ours, exact in zip(("logps", "dhidden", "dhead"), *found, strict=False):
+        bound = 1e-4 if name == "logps" else 4 * torch.finfo(dtype).eps * exact.abs().max()
+        assert (ours - exact).abs().max() <= bound, name
+
+
+@pytest.mark.gpu
+def test_a_tile_of_more_than_2_to_the_31_logits_is_addressed():
+    N, V = 16385, 2**17
+    z_NT = torch.zeros(N, V, device=GPU)
+    z_NT[-1, -1] = 7.0
+    rows = fold.RunningSoftmax.start(N, torch.float32, GPU)
+    labels_N = torch.full((N,), V - 1, device=GPU)
+    fold.FOLDS["triton"](z_NT, z_NT, None, labels_N, 0, rows, 1.0, None)
+    assert rows.peak_N[-1] == rows.target_N[-1] == 7.0 and rows.peak_N[:-1].eq(0).all()
+    assert z_NT[-1, -1] == 1.0 and z_NT[-1, 0].item() == pytest.approx(math.exp(-7.0), rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_a_step_on_a_gpu_waits_for_nothing(layout, loss_type):
+    model = model_on(GPU)
+    batch = PairBatch.from_inputs(send_to_device(COLLATED[layout], GPU))
+
+    def run():
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = step(model, batch, loss_type=loss_type)
+        loss.backward()
+        return loss
+
+    torch.use_deterministic_algorithms(False)  # whose index_put looks at its indices
+    run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"layout": "padded"}, {"bf16": False}, {"fp16": True}])
+def test_a_trainer_on_a_gpu_starts_at_ln_2_and_learns(settings, tmp_path):
+    defaults = {"use_cpu": False, "max_steps": 20, "per_device_train_batch_size": 8}
+    budget = {"max_tokens_per_forward": "auto"}
+    trainer = make_trainer(tmp_path, tiny.tokenizer(), **defaults, **budget, **settings)
+    assert trainer.layout.name == settings.get("layout", "shared"), trainer.layout.line
+    assert 0 < trainer.budget.max_tokens < UNBOUNDED
+    trainer.train()
+    losses = logged(trainer)
+    assert losses[0] == pytest.approx(math.log(2), abs=2e-2)
+    assert losses[-1] < 0.5
+
+
+@pytest.mark.gpu
+def test_an_update_that_runs_out_of_a_gpus_memory_is_run_again(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        tiny.tokenizer(),
+        rows=tiny.rows(8),
+        use_cpu=False,
+        per_device_train_batch_size=8,
+        max_tokens_per_forward="auto",
+    )
+    most = max(pack["tokens"].run for pack in next(iter(trainer.get_train_dataloader()))["packs"])
+    embedding = trainer.model.get_input_embeddings()
+
+    def take_too_much(module, inputs, output):
+        if output.requires_grad and output.shape[1] >= most:
+            torch.empty(2**50, dtype=torch.uint8, device=GPU)
+
+    embedding.register_forward_hook(take_too_much)
+    trainer.train()
+    assert trainer.budget.max_tokens < most and len(logged(trainer)) == 4
