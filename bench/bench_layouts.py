@@ -12,7 +12,7 @@ import pytest
 
 from bench.contenders import CONTENDERS, LAYOUTS
 from bench.length_profiles import DATASETS, REAL_PAIRS, TARGETS
-from bench.peak_memory import peak_mib
+from bench.peak_memory import peaks_mib
 from bench.step_race import race, report
 from bench.tasks import task_of
 
@@ -31,5 +31,5 @@ no_real_pairs = pytest.mark.skipif(not REAL_PAIRS.exists(), reason=f"no {REAL_PA
 def test_layouts(benchmark, profile):
     task = task_of(profile, adapters=True)
     taken = race(task, NAMES, benchmark)
-    peaks = {} if profile == "tiny" else {name: peak_mib(name, task) for name in NAMES}
+    peaks = {} if profile == "tiny" else peaks_mib(NAMES, task)
     report(f"Layouts, {profile}, LoRA", task, taken, peaks, benchmark)

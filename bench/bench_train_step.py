@@ -12,7 +12,7 @@ import pytest
 
 from bench.contenders import CONTENDERS
 from bench.length_profiles import REAL_PAIRS, TARGETS
-from bench.peak_memory import peak_mib
+from bench.peak_memory import peaks_mib
 from bench.step_race import LOSS_TOLERANCE, losses, race, report
 from bench.tasks import task_of
 
@@ -32,7 +32,7 @@ def test_train_step(benchmark, profile, adapters):
     names = ["naive", *PEERS, "fastdpo", "fastdpo, fastest"]
     measured = names[-1:] if profile == "tiny" else names  # each starts a process
     taken = race(task, names, benchmark)
-    peaks = {name: peak_mib(name, task) for name in measured}
+    peaks = peaks_mib(measured, task)
     report(f"Training step, {profile}, {_trained(adapters)}", task, taken, peaks, benchmark)
 
 
@@ -53,7 +53,7 @@ def test_precomputed_reference_step(benchmark, profile, adapters):
         )
 
     taken = race(task, names, benchmark, check=same_sequences)
-    peaks = {} if profile == "tiny" else {name: peak_mib(name, task) for name in names}
+    peaks = {} if profile == "tiny" else peaks_mib(names, task)
     title = f"Reference scored before, {profile}, {_trained(adapters)}"
     report(title, task, taken, peaks, benchmark)
 

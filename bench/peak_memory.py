@@ -5,22 +5,33 @@ Counted above what stands when the first step begins: model, reference and rows.
     python -m bench.peak_memory < task.json       prints a number of MiB
 """
 
+import functools
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 from bench.contenders import CONTENDERS
-from bench.measure import PeakMemory
+from bench.measure import CUDA, PeakMemory
 from bench.tasks import Task
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3  # the optimizer's state is there from the second on
 
 
-def peak_mib(name: str, task: Task) -> float:
-    """MiB of contender `name` over the task's first STEPS steps."""
+def peaks_mib(names: list[str], task: Task) -> dict[str, float]:
+    """MiB of each contender over the task's first STEPS steps.
+
+    One after the other on a CPU; all at once on a GPU, of which torch counts what each allocated.
+    """
+    with ThreadPoolExecutor(len(names) if CUDA else 1) as pool:
+        peaks = pool.map(functools.partial(_peak_mib, task=task), names)
+        return dict(zip(names, peaks, strict=True))
+
+
+def _peak_mib(name: str, task: Task) -> float:
     done = subprocess.run(
         [sys.executable, "-m", "bench.peak_memory"],
         input=json.dumps({"name": name, "task": asdict(task)}),
