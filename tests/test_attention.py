@@ -42,62 +42,23 @@ def flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window, causal=Tru
     return torch.cat(outputs)
 
 
-def torch_2_10(query, key, value, cu_q, cu_k, max_q, max_k, is_causal=False, return_aux=None):
+def torch_2_10(query, key, value, *bounds, is_causal=False):
     assert query.shape[1] == key.shape[1]  # it has no grouped heads
-    window = (-1, 0)
-    return flash(query, key, value, cu_q, cu_k, max_q, max_k, None, window, is_causal)
+    return flash(query, key, value, *bounds, None, (-1, 0), is_causal)
 
 
-def torch_2_11(
-    query,
-    key,
-    value,
-    cu_q,
-    cu_k,
-    max_q,
-    max_k,
-    *,
-    return_aux=None,
-    scale=None,
-    window_size=(-1, -1),
-):
+def torch_2_11(query, key, value, *bounds, scale=None, window_size=(-1, -1)):
     assert query.shape[1] == key.shape[1] and window_size[1] == 0
-    return flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window_size)
+    return flash(query, key, value, *bounds, scale, window_size)
 
 
-def torch_2_12(
-    query,
-    key,
-    value,
-    cu_q,
-    cu_k,
-    max_q,
-    max_k,
-    *,
-    scale=None,
-    window_size=(-1, -1),
-    enable_gqa=False,
-):
+def torch_2_12(query, key, value, *bounds, scale=None, window_size=(-1, -1), enable_gqa=False):
     assert enable_gqa == (query.shape[1] != key.shape[1]) and window_size[1] == 0
-    return flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window_size)
+    return flash(query, key, value, *bounds, scale, window_size)
 
 
-def flash_attn(
-    query,
-    key,
-    value,
-    cu_q,
-    cu_k,
-    max_q,
-    max_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-):
+def flash_attn(query, key, value, *bounds, dropout_p, softmax_scale, causal, window_size, softcap):
     assert dropout_p == 0.0
-    bounds = cu_q, cu_k, max_q, max_k
     return flash(query, key, value, *bounds, softmax_scale, window_size, causal, softcap)
 
 
