@@ -77,8 +77,6 @@ def load_datasets(
     """
     if dataset_args.datasets:
         return _load_mixture(dataset_args, with_eval=with_eval, on_bad_rows=on_bad_rows, seed=seed)
-    if script_args.dataset_name is None:
-        raise ValueError("want --dataset_name, or `datasets:` in a YAML file, got neither")
 
     def load(split: str) -> AnyDataset:
         return load_rows(

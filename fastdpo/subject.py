@@ -28,7 +28,7 @@ from fastdpo.mixture import DatasetMixtureConfig, load_datasets
 from fastdpo.model import causal_lm_of
 from fastdpo.policy import load_tokenizer, make_policy, make_ready
 from fastdpo.rows import as_dataset
-from fastdpo.trainer_check import check_token_ids
+from fastdpo.trainer_check import check_pairs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +75,8 @@ def load_subject(
 ) -> Subject:
     """The model and the first max_pairs rows, as `fastdpo train` would load them.
 
-    ValueError for what cannot be compared: a weight that is not finite, a token id outside the
-    vocabulary, nothing to train, a layout that the model cannot run. RowError and OSError as in
+    ValueError for what cannot be compared: a weight that is not finite, a pair that the model cannot
+    embed, nothing to train, a layout that it cannot run. RowError and OSError as in
     training.
     """
     if max_pairs < 1:
@@ -120,7 +120,7 @@ def load_subject(
     )
     check_head_module(causal_lm_of(policy))
     _check_weights(subject)
-    check_token_ids({"train": pairs}, [policy])
+    check_pairs({"train": pairs}, [policy], args.max_length)
     if args.layout not in ("auto", "padded") and (reason := why_padded(policy)) is not None:
         raise ValueError(f"want layout={args.layout!r} for a model that can run it: {reason}")
     if isinstance(policy, PeftModel):

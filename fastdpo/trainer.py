@@ -54,13 +54,7 @@ from fastdpo.reference import (
 )
 from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
-from fastdpo.trainer_check import (
-    check_arguments,
-    check_best_metric,
-    check_models,
-    check_positions,
-    check_token_ids,
-)
+from fastdpo.trainer_check import check_arguments, check_best_metric, check_models, check_pairs
 
 OWN_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
 NOISY = "neftune_noise_alpha scales its noise by the length of a row, padded a sequence's"
@@ -184,8 +178,7 @@ class DPOTrainer(PackTrainer):
             precompute=args.precompute_ref_log_probs,
             device=args.device,
         )
-        check_token_ids(datasets, self._models().values())
-        check_positions(datasets, self._models().values(), args.max_length)
+        check_pairs(datasets, self._models().values(), args.max_length)
         if not self._is_sharded:
             ids = (row["prompt_ids"] + row["chosen_ids"])[:32]
             for name, model in self._models().items():
@@ -222,8 +215,7 @@ class DPOTrainer(PackTrainer):
     def _prepare_new(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
         """As _prepare, of rows that come when the models are there to be held against."""
         pairs = self._prepare(dataset, name)
-        check_token_ids(_by_name(pairs, name), self._models().values())
-        check_positions(_by_name(pairs, name), self._models().values(), self.args.max_length)
+        check_pairs(_by_name(pairs, name), self._models().values(), self.args.max_length)
         return pairs
 
     def _set_signature_columns_if_needed(self):

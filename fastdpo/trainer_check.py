@@ -113,14 +113,24 @@ def _check_collators_settings(args: DPOConfig) -> None:
             )
 
 
-def check_token_ids(
-    datasets: Mapping[str, Dataset | IterableDataset], models: Iterable[PreTrainedModel | PeftModel]
+def check_pairs(
+    datasets: Mapping[str, Dataset | IterableDataset],
+    models: Iterable[PreTrainedModel | PeftModel],
+    max_length: int | None,
 ) -> None:
-    """ValueError for a token of the data sets, here by name, that one of the models cannot embed.
+    """ValueError for a pair of the data sets, here by name, that one of the models cannot embed.
 
-    A stream goes unchecked.
+    Token ids beyond its vocabulary, or a pair longer, cut to max_length, than its table of
+    positions: a GPU would end in an assert of its own. A stream goes unchecked.
     """
-    causal_lms = map(causal_lm_of, models)
+    causal_lms = [causal_lm_of(model) for model in models]
+    _check_token_ids(datasets, causal_lms)
+    _check_positions(datasets, causal_lms, max_length)
+
+
+def _check_token_ids(
+    datasets: Mapping[str, Dataset | IterableDataset], causal_lms: list[PreTrainedModel]
+) -> None:
     V, model = min((m.config.get_text_config().vocab_size, type(m).__name__) for m in causal_lms)
     for name, start, table in _tables(datasets):
         for field in ID_COLUMNS:
@@ -133,16 +143,12 @@ def check_token_ids(
                 )
 
 
-def check_positions(
+def _check_positions(
     datasets: Mapping[str, Dataset | IterableDataset],
-    models: Iterable[PreTrainedModel | PeftModel],
+    causal_lms: list[PreTrainedModel],
     max_length: int | None,
 ) -> None:
-    """ValueError for a pair longer, cut to max_length, than a model's table of positions.
-
-    (A GPU would end in an assert of its own at that pair.) A stream goes unchecked.
-    """
-    with_tables = filter(_has_position_table, map(causal_lm_of, models))
+    with_tables = filter(_has_position_table, causal_lms)
     found = [(m.config.get_text_config().max_position_embeddings, m) for m in with_tables]
     P, model = min(found, default=(sys.maxsize, None), key=lambda each: each[0])
     if (max_length or sys.maxsize) <= P:

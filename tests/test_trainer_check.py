@@ -8,7 +8,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from fastdpo import DPOConfig, DPOTrainer, data, trainer
-from fastdpo.trainer_check import check_token_ids
+from fastdpo.trainer_check import check_pairs
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
 
@@ -150,9 +150,9 @@ def test_a_pair_longer_than_a_models_positions_is_refused(tokenizer, family):
 def test_token_ids_are_looked_at_without_python_lists(tokenizer, monkeypatch):
     pairs, _ = data.prepare_pairs(Dataset.from_list(tiny.rows()), tokenizer)
     monkeypatch.setattr(Dataset, "__getitem__", None)  # what would make them
-    check_token_ids({"train": pairs}, [tiny.model("llama", len(tokenizer))])
+    check_pairs({"train": pairs}, [tiny.model("llama", len(tokenizer))], None)
 
 
 def test_completions_without_a_token_have_none_to_embed():
     pairs = Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": []}])
-    check_token_ids({"train": pairs}, [tiny.model("llama", 3)])
+    check_pairs({"train": pairs}, [tiny.model("llama", 3)], None)
