@@ -75,8 +75,8 @@ def load_subject(
 ) -> Subject:
     """The model and the first max_pairs rows, as `fastdpo train` would load them.
 
-    ValueError for what cannot be compared: a weight that is not finite, a pair that the model cannot
-    embed, nothing to train, a layout that it cannot run. RowError and OSError as in
+    ValueError for what cannot be compared: a weight that is not finite, a pair that the model
+    cannot embed, nothing to train, a layout that it cannot run. RowError and OSError as in
     training.
     """
     if max_pairs < 1:
