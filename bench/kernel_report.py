@@ -20,17 +20,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdpo.kernels import fold, pair_loss
+from fastdpo.kernels import fold, pair_loss, second_product
 from fastdpo.kernels.vocabulary_walk import TILE_COLUMNS
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # a block's, at most
 TENSOR_CORES = re.compile(r"\b(?:wgmma|tcgen05|mma)\.\S*(?:mma|sync)")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-HEADS = {  # vocabulary V, whether the logits are capped
-    "Qwen2.5-0.5B": (151936, False),
-    "Llama-3.2-1B": (128256, False),
-    "Llama-3-8B": (128256, False),
-    "Gemma-2-9B": (256000, True),
+HEADS = {  # vocabulary V, hidden size D, whether the logits are capped
+    "Qwen2.5-0.5B": (151936, 896, False),
+    "Llama-3.2-1B": (128256, 2048, False),
+    "Llama-3-8B": (128256, 4096, False),
+    "Gemma-2-9B": (256000, 3584, True),
 }
 
 
@@ -44,6 +44,7 @@ class Case:
     constants: dict
     divisible: tuple[str, ...] = ()  # arguments that are multiples of 16
     has_product: bool = False
+    num_warps: int = 4
 
 
 def fold_cases():
@@ -52,7 +53,7 @@ def fold_cases():
     integers = ("start", "width", "z_stride", "p_stride")
     optional = {"bias_ptr": "HAS_BIAS", "weighted_ptr": "WEIGHTED", "sum_ptr": "SUM"}
     optional |= {"squares_ptr": "SQUARES"}
-    for head, (V, capped) in HEADS.items():
+    for head, (V, _, capped) in HEADS.items():
         for width in (TILE_COLUMNS["cuda"], V % TILE_COLUMNS["cuda"]):
             for dtype in ("*bf16", "*fp32"):
                 for full in (False, True):
@@ -71,6 +72,45 @@ def fold_cases():
                         constants=constants,
                         divisible=integers if width % 16 == 0 else ("start",),
                     )
+
+
+def second_product_cases():
+    """Rescaling u, and the filter: its look at p and its product, of each head's width."""
+    for head, (_, D, _) in HEADS.items():
+        yield Case(
+            name=f"rescale {head}",
+            kernel=second_product._rescale_kernel,
+            types={"u_ptr": "*fp32", "rescale_ptr": "*fp32", "K": "i32", "u_stride": "i32"},
+            constants={"BLOCK_K": second_product.RESCALED_AT_ONCE},
+            divisible=("K", "u_stride") if D % 16 == 0 else (),
+        )
+        for dtype, operand_bytes in (("*bf16", 2), ("*fp32", 4)):
+            blocks = ("BLOCK_N", "BLOCK_T", "BLOCK_K")
+            constants = dict(zip(blocks, second_product.BLOCKS[operand_bytes], strict=True))
+            pointers = {"p_ptr": dtype, "w_ptr": dtype, "u_ptr": "*fp32"}
+            pointers |= {"order_ptr": "*i64", "counts_ptr": "*i64"}
+            strides = ("p_stride", "w_stride", "u_stride")
+            integers = dict.fromkeys(("N", "T", "K", "blocks", *strides), "i32")
+            yield Case(
+                name=f"likely product {head} {dtype[1:]}",
+                kernel=second_product._likely_product_kernel,
+                types=pointers | integers,
+                constants=constants | {"w_step": 1},
+                divisible=("T", "K", *strides) if D % 16 == 0 else ("T", "p_stride"),
+                has_product=True,
+                num_warps=second_product.NUM_WARPS,
+            )
+            pointers = {"p_ptr": dtype, "total_ptr": "*fp32", "reached_ptr": "*i32"}
+            del constants["BLOCK_K"]
+            yield Case(
+                name=f"likely blocks {head} {dtype[1:]}",
+                kernel=second_product._reached_kernel,
+                types=pointers
+                | dict.fromkeys(("N", "T", "p_stride"), "i32")
+                | {"skip_below": "fp32"},
+                constants=constants,
+                divisible=("T", "p_stride"),
+            )
 
 
 def pair_loss_cases():
@@ -99,7 +139,7 @@ def pair_loss_cases():
     )
 
 
-CASES = (fold_cases, pair_loss_cases)
+CASES = (fold_cases, second_product_cases, pair_loss_cases)
 
 
 def compiled(case: Case, chip: int):
@@ -109,7 +149,8 @@ def compiled(case: Case, chip: int):
     aligned = [n for n in names if n in case.divisible or signature[n].startswith("*")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(case.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options={"num_warps": 4})
+    options = {"num_warps": case.num_warps}
+    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
 
 
 def usage(kernel) -> dict[str, int]:

@@ -121,7 +121,7 @@ def linear_logps(
         row of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12). No logp changes; a row's
         gradient in hidden_ND by at most its own gradient of logp times scale, times the
         probability left out, times the longest head row; those of weights not at all. The label's
-        part is exact, however unlikely it is. Faster for peaked rows alone; fold="torch" only.
+        part is exact, however unlikely it is. Faster for peaked rows alone.
     fold: "triton" (a GPU, or Triton's interpreter) or "torch" takes a tile into the result.
 
     Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles: on
@@ -137,8 +137,8 @@ def linear_logps(
     reference.linear_logps.
     """
     _check(hidden_ND, head_VD, labels_N, bias_V, low_rank, stats, fold)
-    if skip_below and (fold != "torch" or not 0 <= skip_below < 1):
-        raise ValueError(f"want skip_below in [0, 1), 0 in {fold!r}, got {skip_below}")
+    if not 0 <= skip_below < 1:
+        raise ValueError(f"want skip_below in [0, 1), got {skip_below}")
     num_rows, device = len(labels_N), hidden_ND.device
     factors = [hidden_ND, head_VD, *(low_rank or ())]
     if num_rows < MIN_ROWS:
@@ -152,7 +152,7 @@ def linear_logps(
         softcap=None if softcap is None else float(softcap),
         stats=tuple(stats),
         head_cache_bytes=head_cache_bytes,
-        skip_below=skip_below,
+        skip_below=float(skip_below),
         fold=fold,
         operand_dtype=operand_dtype,
         rounded_to=rounded_to,

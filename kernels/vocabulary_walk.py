@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdpo.kernels.fold import FOLDS, RunningSoftmax
 from fastdpo.kernels.products import HeadRows, Term, product
+from fastdpo.kernels.second_product import SECOND_PRODUCTS
 
 # Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
 TILE_ROWS = {"cpu": 512, "cuda": 8192}
@@ -109,6 +110,7 @@ def walk(tiles: Tiles, rows: RunningSoftmax) -> tuple[list[Tensor | None], dict]
     A piece of p is kept under (block, columns) by number, with the peak that it was made with.
     """
     settings, p, us, kept = tiles.settings, tiles.p, [], {}
+    second_product = SECOND_PRODUCTS[settings.fold]
     for term in tiles.terms:
         us.append(torch.zeros_like(term.x_NK, dtype=settings.wide) if term.x_grad else None)
     budget = settings.head_cache_bytes // p.element_size() if settings.trained else 0
@@ -121,15 +123,10 @@ def walk(tiles: Tiles, rows: RunningSoftmax) -> tuple[list[Tensor | None], dict]
             p_NT = tiles.fold(block, columns, at, room if keep else p)
             if keep:
                 kept[r, c], room = (p_NT, at.peak_N.clone()), room[size:]
-            # a slice of all, or the columns where some row's share, so far, is not below
-            likely = slice(None)
-            if settings.skip_below:
-                reached_NT = p_NT >= settings.skip_below * at.total_N[:, None]
-                likely = reached_NT.any(0).nonzero().squeeze(1)
             for term, u_NK in zip(tiles.terms, us, strict=True):
                 if u_NK is not None:
-                    out_NK, w_TK = u_NK[block].mul_(at.rescale_N[:, None]), term.w_pieces[columns]
-                    product(p_NT[:, likely], w_TK[likely], out_NK, accumulate=True)
+                    w_TK = term.w_pieces[columns]
+                    second_product(p_NT, w_TK, u_NK[block], at, settings.skip_below)
     return us, kept
 
 

@@ -1,6 +1,7 @@
 """A step's device code on CUDA: traced on fake tensors everywhere, run where there is a GPU."""
 
 import contextlib
+import functools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ from fastdpo import attention
 from fastdpo.attention import attend_along_trees
 from fastdpo.batch import PairBatch
 from fastdpo.collate import Cut, make_collator
-from fastdpo.kernels import fold, reference, vocabulary_walk
+from fastdpo.kernels import fold, reference, second_product, vocabulary_walk
 from fastdpo.kernels import pair_loss as pair_loss_module
 from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.products import has_onednn
@@ -51,7 +52,7 @@ class FakeLaunch:
     """Stands for a Triton kernel: its tensors are on one GPU, and of the types that it reads."""
 
     def __getitem__(self, grid):
-        assert len(grid) == 1 and grid[0] > 0
+        assert min(grid) > 0
         return self.launched
 
     def launched(self, *arguments, **constants):
@@ -75,10 +76,11 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
     monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
-    monkeypatch.setattr(vocabulary_walk, "product", product)
-    monkeypatch.setattr(fold, "_fold_kernel", FakeLaunch())
-    for name in ("_forward_kernel", "_backward_kernel"):
-        monkeypatch.setattr(pair_loss_module, name, FakeLaunch())
+    for module in (vocabulary_walk, second_product):
+        monkeypatch.setattr(module, "product", product)
+    for module in (fold, second_product, pair_loss_module):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, FakeLaunch())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
@@ -113,14 +115,14 @@ def varlen_calls(monkeypatch):
     return calls
 
 
-def model_on(body_device, head_device=GPU, trained_head=True):
+def model_on(body_device, head_device=GPU, trained_head=True, **head_settings):
     config = tiny.config("llama", 300)
     with torch.device(body_device):
         model = AutoModelForCausalLM.from_config(config)
     with torch.device(head_device):
         model.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     model.lm_head.requires_grad_(trained_head)
-    attach_scorer(model)
+    attach_scorer(model, **head_settings)
     attend_along_trees(model)
     return model.train()
 
@@ -154,6 +156,14 @@ def test_a_step_keeps_to_one_gpu_and_reads_nothing_from_it(
     # flash attention: two forwards of two layers, each the trunks' launch and the branches'
     launches = {"shared": 2, "packed": 1, "padded": 0}[layout]
     assert len(varlen_calls) == 2 * 2 * launches
+
+
+@with_cuda
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_heads_filter_reads_nothing_from_the_gpu(dtype, fake_cuda):
+    model = model_on(GPU, skip_below=2**-12)
+    batch = PairBatch.from_inputs(send_to_device(COLLATED["packed"], GPU))
+    assert step(model, batch, dtype).device == GPU
 
 
 @with_cuda
@@ -213,11 +223,13 @@ def test_flash_attention_along_a_tree_is_as_accurate_as_by_segments(window, dtyp
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_a_head_of_several_row_blocks_and_tiles_agrees_with_float64(trained, dtype):
+@pytest.mark.parametrize("skip_below", [0.0, 1e-30], ids=["whole", "nothing-below"])
+def test_a_head_of_several_row_blocks_and_tiles_agrees_with_float64(skip_below, trained, dtype):
     N, D, V = 8192 + 77, 64, 3 * 4096 + 5
     hidden_ND, head_VD, labels_N, _ = inputs((N, D, V), dtype, GPU)
     found = []
-    for function, wide in ((linear_logps, dtype), (reference.linear_logps, torch.float64)):
+    ours = functools.partial(linear_logps, skip_below=skip_below)
+    for function, wide in ((ours, dtype), (reference.linear_logps, torch.float64)):
         h, w = (x.to(wide).detach().requires_grad_() for x in (hidden_ND / 4, head_VD / 4))
         w.requires_grad_(trained)
         logps_N = function(h, w, labels_N)
@@ -243,8 +255,9 @@ def test_a_tile_of_more_than_2_to_the_31_logits_is_addressed():
 @pytest.mark.gpu
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("layout", ["shared", "packed"])
-def test_a_step_on_a_gpu_waits_for_nothing(layout, loss_type):
-    model = model_on(GPU)
+@pytest.mark.parametrize("skip_below", [0.0, 2**-12])
+def test_a_step_on_a_gpu_waits_for_nothing(skip_below, layout, loss_type):
+    model = model_on(GPU, skip_below=skip_below)
     batch = PairBatch.from_inputs(send_to_device(COLLATED[layout], GPU))
 
     def run():
@@ -264,7 +277,10 @@ def test_a_step_on_a_gpu_waits_for_nothing(layout, loss_type):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("settings", [{}, {"layout": "padded"}, {"bf16": False}, {"fp16": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"layout": "padded"}, {"bf16": False}, {"fp16": True}, {"head_skip_below": 2**-12}],
+)
 def test_a_trainer_on_a_gpu_starts_at_ln_2_and_learns(settings, tmp_path):
     defaults = {"use_cpu": False, "max_steps": 20, "per_device_train_batch_size": 8}
     budget = {"max_tokens_per_forward": "auto"}

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from watches import Live, Watch
 
 from fastdpo.kernels import linear_logps as module
-from fastdpo.kernels import vocabulary_walk
+from fastdpo.kernels import second_product, vocabulary_walk
 from fastdpo.kernels.fold import BLOCK_V
 from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.products import has_onednn
@@ -112,10 +112,21 @@ def test_tiles_are_kept_within_their_budget(dtype):
     assert peak(1 << 45) <= peak(0) + 4 * 64 * 32 * BLOCK_V + 64 * peaks, "no more than there is"
 
 
-def test_a_frozen_heads_workspace_on_a_gpu_is_bounded(monkeypatch):
+class NoLaunch:
+    """Stands for a Triton kernel, and does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: None
+
+
+@pytest.mark.parametrize("skip_below", [0.0, 2**-12], ids=["whole", "filtered"])
+def test_a_frozen_heads_workspace_on_a_gpu_is_bounded(skip_below, monkeypatch):
     """A GPU's tiles and dtypes at a real size, on tensors without memory and by no arithmetic."""
     monkeypatch.setitem(vocabulary_walk.FOLDS, "triton", lambda *args: None)
-    monkeypatch.setattr(vocabulary_walk, "product", lambda *args, **kinds: None)
+    for user in (vocabulary_walk, second_product):
+        monkeypatch.setattr(user, "product", lambda *args, **kinds: None)
+    for kernel in ("_rescale_kernel", "_reached_kernel", "_likely_product_kernel"):
+        monkeypatch.setattr(second_product, kernel, NoLaunch())
     for constants in (vocabulary_walk.TILE_ROWS, vocabulary_walk.TILE_COLUMNS):
         monkeypatch.setitem(constants, "cpu", constants["cuda"])
     monkeypatch.setattr(module, "_operand_dtypes", lambda hidden_ND: (hidden_ND.dtype, None))
@@ -125,7 +136,7 @@ def test_a_frozen_heads_workspace_on_a_gpu_is_bounded(monkeypatch):
         head_VD = torch.empty(V, D, dtype=torch.bfloat16)
         labels_N = torch.empty(N, dtype=torch.int64)
         before = live.live
-        linear_logps(hidden_ND, head_VD, labels_N)
+        linear_logps(hidden_ND, head_VD, labels_N, skip_below=skip_below)
     assert 4 * N * D < live.peak - before <= 4 * N * D + (256 << 20)
 
 

@@ -22,6 +22,7 @@ ORDER = (
 KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "functools", "math", "typing"}
 # what kernel files share or are made of
 PARTS_OF_KERNELS = {"fold", "products", "vocabulary_walk", "row_statistics", "closed_forms"}
+PARTS_OF_KERNELS |= {"second_product"}
 
 
 def python(code, *flags, pythonpath=(), cwd=ROOT):

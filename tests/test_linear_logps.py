@@ -6,7 +6,7 @@ from numerics import assert_as_accurate
 from tiny_heads import inputs
 
 from fastdpo.kernels import linear_logps as module
-from fastdpo.kernels import reference, vocabulary_walk
+from fastdpo.kernels import reference, second_product, vocabulary_walk
 from fastdpo.kernels.fold import BLOCK_V
 from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.row_statistics import STATS
@@ -111,7 +111,8 @@ def test_a_gpus_tiles_of_narrow_operands_are_as_accurate(fold, head_cache_bytes,
         out.copy_(a.float() @ b.float() + (out if accumulate else 0))
 
     monkeypatch.setattr(module, "_operand_dtypes", lambda hidden_ND: (hidden_ND.dtype, None))
-    monkeypatch.setattr(vocabulary_walk, "product", product)
+    for each in (vocabulary_walk, second_product):
+        monkeypatch.setattr(each, "product", product)
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.bfloat16, bias=True)
     settings = {"fold": fold, "head_cache_bytes": head_cache_bytes, "softcap": 5.0}
     ours = run(linear_logps, *args, torch.bfloat16, **settings)
@@ -191,24 +192,36 @@ def test_a_low_rank_term_that_is_not_finite_breaks_its_row_alone(fold, softcap, 
     assert logps_N.isnan().tolist() == [False, False, False, True, False]
 
 
-@pytest.mark.parametrize("peakedness", [1.0, 6.0])
+@pytest.mark.parametrize(
+    ("fold", "peakedness"), [("torch", 1.0), ("torch", 6.0), ("triton", 6.0), ("triton", 12.0)]
+)
 @pytest.mark.parametrize("likely", [True, False], ids=["chosen-like", "rejected-like"])
-def test_skipping_unlikely_tokens_keeps_its_bound(peakedness, likely):
-    hidden_ND, head_VD, labels_N, _ = inputs((11, 16, 3 * BLOCK_V + 7), torch.float32)
+def test_skipping_unlikely_tokens_keeps_its_bound(fold, peakedness, likely, device):
+    hidden_ND, head_VD, labels_N, _ = inputs((11, 16, 3 * BLOCK_V + 7), torch.float32, device)
     p_NV = (peakedness * hidden_ND.double() @ head_VD.double().T / 4).softmax(1)
     labels_N = p_NV.argmax(1) if likely else p_NV.argmin(1)
     args = (hidden_ND, head_VD * peakedness / 4, labels_N, None, torch.float32)
-    whole = run(linear_logps, *args, fold="torch")
-    some = run(linear_logps, *args, fold="torch", skip_below=2**-12)
+    whole = run(linear_logps, *args, fold=fold)
+    some = run(linear_logps, *args, fold=fold, skip_below=2**-12)
     for name in whole.keys() - {"dhidden", "entropy", "mean_logit"}:
         assert torch.equal(some[name], whole[name]), name
     for name in ("entropy", "mean_logit"):
         torch.testing.assert_close(some[name], whole[name], atol=1e-4, rtol=1e-5)
     left_out_N = (p_NV * (p_NV < 2**-12)).sum(1)
-    bound_N = torch.arange(1, 12) * left_out_N * args[1].norm(dim=1).max()
+    weights_N = torch.arange(1, 12, device=device)
+    bound_N = weights_N * left_out_N * args[1].norm(dim=1).max()
     error_N = (some["dhidden"] - whole["dhidden"]).norm(dim=1)
     assert error_N.max() > 1e-4, "nothing was skipped"
     assert (error_N <= bound_N + 1e-4).all()
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_skipping_what_no_token_is_changes_nothing(fold, device):
+    args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.float32, device, bias=True)
+    some = run(linear_logps, *args, torch.float32, fold=fold, skip_below=1e-30)
+    same = run(reference.linear_logps, *args, torch.float32)
+    truth = run(reference.linear_logps, *args, torch.float64)
+    assert_all_as_accurate(some, same, truth, times=4)
 
 
 @pytest.mark.parametrize("fold", FOLDS)
@@ -236,16 +249,12 @@ def test_a_bias_trains_where_it_alone_does(fold, device):
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
 
 
-def test_skipping_is_refused_where_it_would_wait_for_the_gpu():
-    hidden_ND, head_VD, labels_N, _ = inputs((3, 4, 50), torch.float32)
-    with pytest.raises(ValueError, match="want skip_below"):
-        linear_logps(hidden_ND, head_VD, labels_N, skip_below=0.1, fold="triton")
-
-
+@pytest.mark.parametrize("skip_below", [0.0, 2**-12])
 @pytest.mark.parametrize("fold", FOLDS)
-def test_the_same_inputs_give_the_same_bits(fold, device):
+def test_the_same_inputs_give_the_same_bits(fold, skip_below, device):
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.float32, device, bias=True)
-    first, second = (run(linear_logps, *args, torch.float32, fold=fold) for _ in range(2))
+    settings = {"fold": fold, "skip_below": skip_below}
+    first, second = (run(linear_logps, *args, torch.float32, **settings) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
@@ -316,6 +325,7 @@ WRONG = {
     "bias-too-short": ({"bias_V": torch.zeros(5)}, "want bias"),
     "unknown-statistic": ({"stats": ("mode",)}, "want stats"),
     "unknown-fold": ({"fold": "cuda"}, "want stats"),
+    "everything-unlikely": ({"skip_below": 1.0}, "want skip_below in"),
     "float64-in-triton": (
         {"hidden_ND": torch.zeros(3, 5).double(), "fold": "triton"},
         "fold='torch'",

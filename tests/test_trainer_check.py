@@ -95,14 +95,6 @@ def test_machines_that_it_does_not_run_on_are_refused(
         build(tokenizer)
 
 
-def test_a_filter_that_the_gpu_does_not_have_is_refused_by_its_name(
-    tokenizer, nothing_spent, monkeypatch
-):
-    monkeypatch.setattr(DPOConfig, "device", torch.device("cuda"))
-    with pytest.raises(ValueError, match="want head_skip_below=0 on a GPU, got 0.1"):
-        build(tokenizer, settings={"head_skip_below": 0.1})
-
-
 @pytest.mark.parametrize("which", ["model", "ref_model"])
 def test_a_token_outside_a_models_vocabulary_is_refused(tokenizer, which):
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}] * 3
