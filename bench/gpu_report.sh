@@ -67,7 +67,8 @@ bench() {  # LIMIT_S NAME TESTS FILTER: the tables in NAME.txt; a dry run takes 
 
 # limits add up to more than there is: quick steps leave it to the others, the first matter most;
 # a dry run's tests are those of the losses alone
-TESTS=(tests/test_cuda.py tests/test_linear_logps.py tests/test_pair_loss.py tests/test_attention.py)
+TESTS=(tests/test_cuda.py tests/test_linear_logps.py tests/test_second_product.py
+    tests/test_pair_loss.py tests/test_attention.py)
 if [[ -n "$DRY" ]]; then TESTS=(tests/test_losses.py); fi
 step 100 tests "$PYTHON" -m pytest -q "${TESTS[@]}"
 bench 190 linear_logps bench_linear_logps.py "8B"
@@ -76,5 +77,6 @@ step 40 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/tra
 bench 80 layouts bench_layouts.py "long"
 bench 30 attention bench_attention.py "8B and (full or long)"
 bench 40 pair_loss bench_pair_loss.py "64 and not tiny"
+bench 30 gradient_filter bench_gradient_filter.py "8B"
 bench 60 precomputed bench_train_step.py::test_precomputed_reference_step "chat and lora"
 cat "$SUMMARY"

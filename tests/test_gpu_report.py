@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-STEPS = "tests linear_logps train_step profile layouts attention pair_loss precomputed".split()
+STEPS = "tests linear_logps train_step profile layouts attention pair_loss".split()
+STEPS += ["gradient_filter", "precomputed"]
 
 
 def report(tmp_path, script, *flags, **environment):
