@@ -115,7 +115,8 @@ class DPOConfig(TrainingArguments):
         0.0,
         "Leave out of the hidden states' gradient the vocabulary tokens that are less likely than "
         "this at every position of a tile (Cut Cross-Entropy's filter, 2**-12 there). An "
-        "approximation, faster where the model is sure. 0: nothing is left out.",
+        "approximation: close where the model is sure of its tokens, and far off where it is not. "
+        "0: nothing is left out.",
     )
 
     # The reference
