@@ -10,6 +10,8 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from fastdpo.collate import ID_COLUMNS, PackedCollator
 from fastdpo.config import DPOConfig
@@ -58,6 +60,7 @@ def check_arguments(
         got = f"{kind.__module__}.{kind.__qualname__}"
         raise TypeError(f"want a fastdpo.DPOConfig as args, got {got}")
     _check_machine(args)
+    _check_report_to(args.report_to)
     if not isinstance(train_dataset, Dataset | IterableDataset):
         got = "none" if train_dataset is None else type(train_dataset).__name__
         if isinstance(train_dataset, dict):  # load_dataset without split gives a DatasetDict
@@ -99,6 +102,17 @@ def _check_machine(args: DPOConfig) -> None:
         raise ValueError(
             f"want one process per GPU (accelerate launch, torchrun), got {args.n_gpu} GPUs in "
             "one process: launch it so, or show it one GPU with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _check_report_to(names: list[str]) -> None:
+    """ValueError for a service that transformers does not know, or whose package is not here."""
+    get_reporting_integration_callbacks(names)
+    # the two that transformers does not always list where they are
+    installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"}
+    if missing := [name for name in names if name not in installed]:
+        raise ValueError(
+            f"want report_to of packages that are installed, got {missing}, which are not"
         )
 
 

@@ -7,7 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
-from fastdpo import DPOConfig, DPOTrainer, data, trainer
+from fastdpo import DPOConfig, DPOTrainer, data, trainer, trainer_check
 from fastdpo.trainer_check import check_pairs
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
@@ -16,6 +16,12 @@ LORA = LoraConfig(r=2, target_modules="all-linear")
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny.tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """A Trainer makes its output_dir."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -32,7 +38,9 @@ def nothing_spent(monkeypatch):
 def build(tokenizer, settings=None, **arguments):
     defaults = {
         "model": tiny.model("llama", len(tokenizer)),
-        "args": DPOConfig(output_dir="run", report_to="none", use_cpu=True, **(settings or {})),
+        "args": DPOConfig(
+            **{"output_dir": "run", "report_to": "none", "use_cpu": True} | (settings or {})
+        ),
         "train_dataset": Dataset.from_list(tiny.rows()),
         "processing_class": tokenizer,
     }
@@ -66,6 +74,7 @@ def build(tokenizer, settings=None, **arguments):
             "got both",
         ),
         ({"settings": {"router_aux_loss_coef": 0.1}}, ValueError, "without experts, got 0.1"),
+        ({"settings": {"report_to": ["dagger"]}}, ValueError, "dagger is not supported"),
     ],
     ids=lambda value: None if isinstance(value, type) else str(value)[:30],
 )
@@ -93,6 +102,12 @@ def test_machines_that_it_does_not_run_on_are_refused(
     monkeypatch.setattr(DPOConfig, name, value)
     with pytest.raises(ValueError, match=message):
         build(tokenizer)
+
+
+def test_a_report_to_a_package_that_is_not_there_is_refused(tokenizer, nothing_spent, monkeypatch):
+    monkeypatch.setattr(trainer_check, "get_available_reporting_integrations", lambda: ["mlflow"])
+    with pytest.raises(ValueError, match=r"want report_to of .* installed, got \['wandb'\]"):
+        build(tokenizer, settings={"report_to": ["mlflow", "wandb"]})
 
 
 @pytest.mark.parametrize("which", ["model", "ref_model"])
