@@ -36,8 +36,9 @@ SLOW = 10  # products: a way this slow gets one round
 CHECKED_ROWS = 64  # at a time, in float64
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 # of a completion's log-probability in nats, and of a gradient as a share of its largest element;
-# tiles of bfloat16 logits are off by up to a nat in a completion
+# tiles of bfloat16 logits are off by up to a nat in a completion, and ours are not of bfloat16
 NATS, GRADIENT = (2.0, 0.1) if CUDA else (2e-3, 2e-4)
+NATS_OF_OURS, GRADIENT_OF_OURS = (2e-2, 1e-2) if CUDA else (2e-3, 2e-4)
 heads = pytest.mark.parametrize(
     "head", [pytest.param(name, marks=[] if name == "tiny" else pytest.mark.slow) for name in HEADS]
 )
@@ -87,14 +88,16 @@ def step(way, mode, hidden_ND, head_VD, labels_N):
     return logps_S.detach(), hidden_ND.grad, head_VD.grad
 
 
-def errors(made, wanted):
+def errors(way, made, wanted):
     """Largest and rms error of logps_S; fails where they or a gradient are wrong."""
+    is_ours = way.startswith("fastdpo")
+    nats, share = (NATS_OF_OURS, GRADIENT_OF_OURS) if is_ours else (NATS, GRADIENT)
     error_S = made[0] - wanted[0]
-    assert error_S.abs().max() < NATS, f"off by {error_S.abs().max():.1e} nats"
+    assert error_S.abs().max() < nats, f"off by {error_S.abs().max():.1e} nats"
     for gradient, wanted_gradient in zip(made[1:], wanted[1:], strict=True):
         if gradient is not None:
             error = (gradient - wanted_gradient).abs().max() / wanted_gradient.abs().max()
-            assert error < GRADIENT, f"a gradient is off by {error:.1e} of its largest element"
+            assert error < share, f"a gradient is off by {error:.1e} of its largest element"
     return error_S.abs().max().item(), error_S.square().mean().sqrt().item()
 
 
@@ -124,7 +127,7 @@ def test_linear_logps(benchmark, head, mode, way):
     args = inputs(head)
     out_NV = torch.zeros(*HEADS[head][::2], device=DEVICE, dtype=DTYPE)
 
-    largest, rms = errors(step(way, mode, *args), truth(head))
+    largest, rms = errors(way, step(way, mode, *args), truth(head))
     bare_product(*args[:2], out_NV)  # the first one finds its pages
     peak_mib, cost = peak_and_cost(way, mode, args)
     is_slow = cost > SLOW * bare_product(*args[:2], out_NV)

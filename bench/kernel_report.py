@@ -31,6 +31,7 @@ HEADS = {  # vocabulary V, hidden size D, whether the logits are capped
     "Llama-3.2-1B": (128256, 2048, False),
     "Llama-3-8B": (128256, 4096, False),
     "Gemma-2-9B": (256000, 3584, True),
+    "GPT-2": (50257, 768, False),  # its last tile has an odd width
 }
 
 
@@ -50,7 +51,7 @@ class Case:
 def fold_cases():
     """The fold of a tile: each head's full and last tile, alone and with every statistic."""
     pointers = ("z", "labels", "peak", "total", "target", "rescale")
-    integers = ("start", "width", "z_stride", "p_stride")
+    integers = ("width", "start", "z_stride", "p_stride")
     optional = {"bias_ptr": "HAS_BIAS", "weighted_ptr": "WEIGHTED", "sum_ptr": "SUM"}
     optional |= {"squares_ptr": "SQUARES"}
     for head, (V, _, capped) in HEADS.items():
@@ -70,19 +71,20 @@ def fold_cases():
                         kernel=fold._fold_kernel,
                         types=types,
                         constants=constants,
-                        divisible=integers if width % 16 == 0 else ("start",),
+                        divisible=integers if width % 16 == 0 else integers[1:],
                     )
 
 
 def second_product_cases():
-    """Rescaling u, and the filter: its look at p and its product, of each head's width."""
-    for head, (_, D, _) in HEADS.items():
+    """Rescaling u, and the filter: its look at p and its product, of each head's last tile."""
+    for head, (V, _, _) in HEADS.items():
+        width = () if V % TILE_COLUMNS["cuda"] % 16 else ("T",)
         yield Case(
             name=f"rescale {head}",
             kernel=second_product._rescale_kernel,
             types={"u_ptr": "*fp32", "rescale_ptr": "*fp32", "K": "i32", "u_stride": "i32"},
             constants={"BLOCK_K": second_product.RESCALED_AT_ONCE},
-            divisible=("K", "u_stride") if D % 16 == 0 else (),
+            divisible=("K", "u_stride"),
         )
         for dtype, operand_bytes in (("*bf16", 2), ("*fp32", 4)):
             blocks = ("BLOCK_N", "BLOCK_T", "BLOCK_K")
@@ -96,7 +98,7 @@ def second_product_cases():
                 kernel=second_product._likely_product_kernel,
                 types=pointers | integers,
                 constants=constants | {"w_step": 1},
-                divisible=("T", "K", *strides) if D % 16 == 0 else ("T", "p_stride"),
+                divisible=(*width, "K", *strides),
                 has_product=True,
                 num_warps=second_product.NUM_WARPS,
             )
@@ -109,7 +111,8 @@ def second_product_cases():
                 | dict.fromkeys(("N", "T", "p_stride"), "i32")
                 | {"skip_below": "fp32"},
                 constants=constants,
-                divisible=("T", "p_stride"),
+                divisible=(*width, "p_stride"),
+                num_warps=second_product.NUM_WARPS,
             )
 
 

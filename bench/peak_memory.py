@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from bench.contenders import CONTENDERS
 from bench.measure import CUDA, PeakMemory
 from bench.tasks import Task
@@ -26,6 +28,8 @@ def peaks_mib(names: list[str], task: Task) -> dict[str, float]:
 
     One after the other on a CPU; all at once on a GPU, of which torch counts what each allocated.
     """
+    if CUDA:
+        torch.cuda.empty_cache()  # what a race before has left
     with ThreadPoolExecutor(len(names) if CUDA else 1) as pool:
         peaks = pool.map(functools.partial(_peak_mib, task=task), names)
         return dict(zip(names, peaks, strict=True))

@@ -36,19 +36,26 @@ class _LinearLogps(torch.autograd.Function):
         )
         us, kept = walk(tiles, rows)
 
-        lse_N, c_target_N = rows.peak_N + rows.total_N.log(), torch.ones_like(rows.total_N)
+        log_total_N = rows.total_N.log()
         if settings.softcap is not None:
-            c_target_N -= (rows.target_N / settings.softcap).square()
             for term in tiles.terms:  # tanh makes a finite logit of an infinite hidden state
-                lse_N += 0 * torch.linalg.vector_norm(term.x_NK, torch.inf, 1, dtype=lse_N.dtype)
-        token_logps_N = rows.target_N - lse_N
-        c_target_N += 0 * token_logps_N  # where that is NaN, so are all gradients
+                norm_N = torch.linalg.vector_norm(term.x_NK, torch.inf, 1, dtype=settings.wide)
+                log_total_N += 0 * norm_N
+        # the peak first: lse has the rounding of a logit, which may be larger than logp
+        token_logps_N = rows.target_N - rows.peak_N - log_total_N
+        lse_N = rows.peak_N + log_total_N
+        label_share_N = -token_logps_N.expm1()  # c (1 - p) of the label; NaN as token_logps
+        if settings.softcap is not None:
+            label_share_N *= 1 - (rows.target_N / settings.softcap).square()
         found = statistics(tiles, rows, lse_N, us)
-        _finish_directions(us, tiles, rows.total_N, c_target_N)
+        _finish_directions(us, tiles, rows.total_N, label_share_N)
 
-        inputs = (labels_N, bias_V, lse_N, c_target_N, *factors) if settings.trained else ()
-        ctx.head_rows = None if isinstance(factors[1], Tensor) else factors[1]
-        ctx.save_for_backward(*us, *(None if x is ctx.head_rows else x for x in inputs))
+        saved = us
+        if settings.trained:
+            ctx.head_rows = None if isinstance(factors[1], Tensor) else factors[1]
+            tensors = [x if isinstance(x, Tensor) else None for x in factors]
+            saved = [*us, labels_N, bias_V, lse_N, label_share_N, *tensors]
+        ctx.save_for_backward(*saved)
         ctx.settings, ctx.kept, ctx.x_dtypes = settings, kept, [x.dtype for x in factors[::2]]
         ctx.mark_non_differentiable(*found)
         return (token_logps_N, *found)
@@ -56,25 +63,26 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogps_N, *_):
         settings, num_terms = ctx.settings, len(ctx.x_dtypes)
-        directions, inputs = ctx.saved_tensors[:num_terms], ctx.saved_tensors[num_terms:]
+        directions, saved = ctx.saved_tensors[:num_terms], ctx.saved_tensors[num_terms:]
         dfactors, dbias_V = [None] * 2 * num_terms, None
         with torch.autocast(dlogps_N.device.type, enabled=False):
             for k, direction_NK in enumerate(directions):
                 if direction_NK is not None:
                     dx_NK = torch.empty_like(direction_NK, dtype=ctx.x_dtypes[k])
                     dfactors[2 * k] = torch.mul(direction_NK, dlogps_N[:, None], out=dx_NK)
-            if inputs:
-                labels_N, bias_V, lse_N, c_target_N, *factors = inputs
+            if settings.trained:
+                labels_N, bias_V, lse_N, label_share_N, *factors = saved
                 factors[1] = factors[1] if ctx.head_rows is None else ctx.head_rows
                 tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
-                dz_N = dlogps_N.to(settings.wide) * -settings.scale + 0 * c_target_N
-                found = weight_gradients(tiles, dz_N, lse_N, c_target_N, ctx.kept)
+                # where a row's answer is NaN, so are all gradients
+                dz_N = dlogps_N.to(settings.wide) * -settings.scale + 0 * label_share_N
+                found = weight_gradients(tiles, dz_N, lse_N, label_share_N, ctx.kept)
                 dfactors[1::2], dbias_V = found  # autograd narrows the bias's
         return None, None, dbias_V, *dfactors
 
 
-def _finish_directions(us: list[Tensor | None], tiles: Tiles, total_N, c_target_N) -> None:
-    """Make scale * (c[label] w[label] - u / total) of each u: dx is a row scale of it."""
+def _finish_directions(us: list[Tensor | None], tiles: Tiles, total_N, label_share_N) -> None:
+    """Make scale * (label_share w[label] - u / total) of each u: dx is a row scale of it."""
     for term, u_NK in zip(tiles.terms, us, strict=True):
         if u_NK is None:
             continue
@@ -82,7 +90,7 @@ def _finish_directions(us: list[Tensor | None], tiles: Tiles, total_N, c_target_
         for some in tiles.few_rows(term):
             u_NK[some].div_(-total_N[some, None]).addcmul_(
                 term.w_VK[tiles.labels_N[some].clamp(0, last)].to(u_NK.dtype),
-                c_target_N[some, None],
+                label_share_N[some, None],
             ).mul_(tiles.settings.scale)
 
 
@@ -103,7 +111,8 @@ def linear_logps(
     """Log-probability of each row's label: float32 (N,), from float32 logits.
 
     hidden_ND, head_VD: float16, bfloat16 or float32 (float64 with fold="torch", which then
-    returns it). head_VD may be a HeadRows, dequantised a tile at a time and twice at the end.
+    returns it). head_VD may be a HeadRows, dequantised a tile at a time, the labels' rows once
+    more at the end. On a GPU it is taken in hidden_ND's dtype, or autocast's.
     labels_N: int64 in [0, V), unchecked: looking would make the CPU wait for the GPU. A label
     outside, or a hidden state that is not finite, makes its row's answer NaN, its gradient too,
     and those of head and bias. Gradients flow to hidden_ND, head_VD, bias_V and low_rank, summed
@@ -117,8 +126,8 @@ def linear_logps(
         then (token_logps_N, {name: (N,)}).
     head_cache_bytes: tiles of p kept for a trained weight's gradient; the others cost a product
         more. No setting changes the result by more than rounding.
-    skip_below: leave tokens out of the second product that are less likely than this in every
-        row of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12). No logp changes; a row's
+    skip_below: leave tokens out of the second product whose p c is less than this in every row
+        of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12). No logp changes; a row's
         gradient in hidden_ND by at most its own gradient of logp times scale, times the
         probability left out, times the longest head row; those of weights not at all. The label's
         part is exact, however unlikely it is. Faster for peaked rows alone.
@@ -126,8 +135,8 @@ def linear_logps(
 
     Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles: on
     a CPU 4 MiB or 2 MiB and 2048 D bytes, for operands of another dtype than float32 also 4 D
-    (512 + 1024) bytes; on a GPU 192 MiB. A trained weight keeps its inputs and the cache as
-    well, and sums a narrow gradient in a tile of float32.
+    (512 + 1024) bytes; on a GPU at most 256 MiB, 272 for a head of another dtype or that trains.
+    A trained weight keeps its inputs and the cache as well, until the backward has used it.
 
     The same inputs give the same bits. On a CPU a row's answer does not depend on the other rows
     either, not in one bit, as far as its matrix product sums a row alike in 16 rows and in 512
@@ -140,6 +149,7 @@ def linear_logps(
     if not 0 <= skip_below < 1:
         raise ValueError(f"want skip_below in [0, 1), got {skip_below}")
     num_rows, device = len(labels_N), hidden_ND.device
+    labels_N = labels_N.contiguous()
     factors = [hidden_ND, head_VD, *(low_rank or ())]
     if num_rows < MIN_ROWS:
         fill = (0, MIN_ROWS - num_rows)

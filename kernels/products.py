@@ -18,19 +18,15 @@ class HeadRows(Protocol):
 
 
 class Operand:
-    """Pieces of rows in the products' dtype, perhaps weighted; the last one is kept.
+    """Pieces of rows in the products' dtype; the last one is kept.
 
     rounded_to: what autocast would narrow them to; they keep its values in the wider dtype.
     """
 
     def __init__(
-        self,
-        of: Tensor | HeadRows,
-        dtype: torch.dtype,
-        weight_N: Tensor | None = None,
-        rounded_to: torch.dtype | None = None,
+        self, of: Tensor | HeadRows, dtype: torch.dtype, rounded_to: torch.dtype | None = None
     ):
-        self._of, self._dtype, self._weight_N, self._rounded_to = of, dtype, weight_N, rounded_to
+        self._of, self._dtype, self._rounded_to = of, dtype, rounded_to
         self._rows = self._piece = self._memory = None
 
     def __getitem__(self, rows: slice) -> Tensor:
@@ -38,9 +34,7 @@ class Operand:
             self._rows, piece = rows, self._of[rows]
             if self._rounded_to is not None:
                 piece = piece.to(self._rounded_to)
-            if self._weight_N is not None:
-                piece = torch.mul(piece, self._weight_N[rows, None], out=self._room_for(piece))
-            elif piece.dtype != self._dtype:
+            if piece.dtype != self._dtype:
                 piece = self._room_for(piece).copy_(piece)
             self._piece = piece
         return self._piece
@@ -56,12 +50,8 @@ class Term:
 
     def __init__(self, x_NK, w_VK: Tensor | HeadRows, grads, dtype, rounded_to):
         self.x_NK, self.w_VK, self.x_grad, self.w_grad = x_NK, w_VK, *grads
-        self._dtypes = {"dtype": dtype, "rounded_to": rounded_to}
-        self.x_pieces = Operand(x_NK, **self._dtypes)
-        self.w_pieces = Operand(w_VK, **self._dtypes)
-
-    def weighted_x(self, weight_N: Tensor) -> Operand:
-        return Operand(self.x_NK, weight_N=weight_N, **self._dtypes)
+        self.x_pieces = Operand(x_NK, dtype, rounded_to)
+        self.w_pieces = Operand(w_VK, dtype, rounded_to)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:

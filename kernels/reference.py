@@ -1,6 +1,7 @@
-"""Every kernel in plain PyTorch, by the same name and signature: what each must equal.
+"""Every kernel in plain PyTorch, by the same name: what each must equal.
 
-Full logits, autograd, no tricks. Inputs are promoted to float32, or stay float64.
+Full logits, autograd, no tricks. Inputs are promoted to float32, or stay float64. The arguments
+are the kernel's own, but for those that only decide how it computes.
 """
 
 import math

@@ -14,12 +14,13 @@ def sums_needed(tiles: Tiles) -> tuple[str, ...]:
     """The sums over the vocabulary that the statistics need and nothing else yields."""
     by_products = _is_plain(tiles) and all(term.x_grad for term in tiles.terms)
     by_products &= not tiles.settings.skip_below  # u is then not whole
+    by_products &= tiles.settings.operand_dtype == tiles.settings.wide  # in 16 bits p is rounded
     stats = {"log_sum_p2"} if by_products else {"entropy", "mean_logit", "log_sum_p2"}
     return tuple(stats & set(tiles.settings.stats))
 
 
 def statistics(tiles: Tiles, rows: RunningSoftmax, lse_N, us: list[Tensor | None]) -> list[Tensor]:
-    """The statistics asked for, in order."""
+    """The statistics asked for, in order; us as the walk leaves them, without the labels' parts."""
     scale, num_tokens = tiles.settings.scale, tiles.terms[0].w_VK.shape[0]
     found = []
     for name in tiles.settings.stats:
@@ -35,7 +36,8 @@ def statistics(tiles: Tiles, rows: RunningSoftmax, lse_N, us: list[Tensor | None
             dots = [
                 _row_dots(tiles, term, u_NK) for term, u_NK in zip(tiles.terms, us, strict=True)
             ]
-            found.append(lse_N - scale * sum(dots) / rows.total_N)
+            label_N = (rows.target_N - lse_N).exp() * rows.target_N
+            found.append(lse_N - scale * sum(dots) / rows.total_N - label_N)
         elif rows.sum_N is not None:
             found.append(rows.sum_N / num_tokens)
         else:

@@ -18,7 +18,7 @@ from fastdpo.kernels.products import product
 
 # BLOCK_N, BLOCK_T, BLOCK_K by the bytes of an operand: no spill where more of each had; not timed
 BLOCKS = {2: (128, 64, 128), 4: (64, 32, 128)}
-NUM_WARPS = 8  # of a block of the product
+NUM_WARPS = 8  # of such a block
 RESCALED_AT_ONCE = 1024  # columns of u
 
 
@@ -82,13 +82,14 @@ def _likely_product_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    # the programs that run at once share rows of p; what they read of w stays in the L2 cache
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     p_ptrs = p_ptr + n.to(tl.int64)[:, None] * p_stride
     w_ptrs = w_ptr + k.to(tl.int64)[None, :] * w_step
-    order_ptr += tl.program_id(0) * blocks
+    order_ptr += tl.program_id(1) * blocks
     sum_NK = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for i in range(0, tl.load(counts_ptr + tl.program_id(0))):
+    for i in range(0, tl.load(counts_ptr + tl.program_id(1))):
         t = tl.load(order_ptr + i).to(tl.int32) * BLOCK_T + tl.arange(0, BLOCK_T)
         is_p, is_w = (n < N)[:, None] & (t < T)[None, :], (t < T)[:, None] & (k < K)[None, :]
         p_NT = tl.load(p_ptrs + t[None, :], mask=is_p, other=0.0)
@@ -116,9 +117,18 @@ def _add_likely(p_NT: Tensor, w_TK: Tensor, u_NK: Tensor, total_N: Tensor, skip_
     grid = triton.cdiv(N, BLOCK_N), triton.cdiv(T, BLOCK_T)
     reached = torch.empty(grid, dtype=torch.int32, device=p_NT.device)
     _reached_kernel[grid](
-        p_NT, total_N, reached, N, T, p_NT.stride(0), skip_below, BLOCK_N, BLOCK_T
+        p_NT,
+        total_N,
+        reached,
+        N,
+        T,
+        p_NT.stride(0),
+        skip_below,
+        BLOCK_N,
+        BLOCK_T,
+        num_warps=NUM_WARPS,
     )
-    _likely_product_kernel[grid[0], triton.cdiv(K, BLOCK_K)](
+    _likely_product_kernel[triton.cdiv(K, BLOCK_K), grid[0]](
         p_NT,
         w_TK,
         u_NK,

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.kernels.fold import FOLDS, RunningSoftmax
+from fastdpo.kernels.fold import FOLDS, RunningSoftmax, label_columns
 from fastdpo.kernels.products import HeadRows, Term, product
 from fastdpo.kernels.second_product import SECOND_PRODUCTS
 
 # Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
 TILE_ROWS = {"cpu": 512, "cuda": 8192}
 TILE_COLUMNS = {"cpu": 1024, "cuda": 4096}
+ROW_MULTIPLE = {"cpu": 1, "cuda": 16}  # logits from one row to the next: cuBLAS wants them aligned
 
 
 class Settings(NamedTuple):
@@ -51,19 +52,23 @@ class Tiles:
     """The (row block, vocabulary tile) pieces of one call, and how p of each is made."""
 
     def __init__(self, terms: list[Term], bias_V: Tensor | None, labels_N: Tensor, settings):
-        device, N, V = labels_N.device, len(labels_N), terms[0].w_VK.shape[0]
-        rows, columns = _tile_shape(device, N, V)
-        self.blocks, self.columns = slices(N, rows), slices(V, columns)
-        self.terms, self.settings, self.labels_N, self.bias_V = terms, settings, labels_N, bias_V
-        self.z = torch.empty(rows * columns, dtype=settings.wide, device=device)
+        device, kind = labels_N.device, labels_N.device.type
+        kind = kind if kind in TILE_ROWS else "cuda"
+        rows, columns = _tile_shape(kind, len(labels_N), *terms[0].w_VK.shape)
+        self._row_multiple = ROW_MULTIPLE[kind]
+        self.blocks = slices(len(labels_N), rows)
+        self.columns = slices(terms[0].w_VK.shape[0], columns)
+        self.terms, self.settings, self.labels_N = terms, settings, labels_N
+        self.bias_V = None if bias_V is None else bias_V.contiguous()
+        self.z = torch.empty(rows * self._stride(columns), dtype=settings.wide, device=device)
         self.p, dtype = self.z, settings.operand_dtype
         if dtype != settings.wide:
             self.p = torch.empty_like(self.z, dtype=dtype)
 
     def fold(self, block: slice, columns: slice, rows: RunningSoftmax, memory: Tensor) -> Tensor:
         """Take one piece into `rows` and return its p, at the beginning of `memory`."""
-        p_NT = _view(memory, block, columns)
-        z_NT = p_NT if self.z.dtype == self.p.dtype else _view(self.z, block, columns)
+        p_NT = self._piece(memory, block, columns)
+        z_NT = p_NT if self.z.dtype == self.p.dtype else self._piece(self.z, block, columns)
         for k, term in enumerate(self.terms):
             product(term.x_pieces[block], term.w_pieces[columns].T, z_NT, accumulate=k > 0)
         bias_T = None if self.bias_V is None else self.bias_V[columns].to(z_NT.dtype)
@@ -71,37 +76,47 @@ class Tiles:
         FOLDS[self.settings.fold](z_NT, p_NT, bias_T, labels_N, columns.start, rows, scale, softcap)
         return p_NT
 
-    def dlogits(self, p_NT, log_rescale_N, block: slice, columns: slice, c_target_N) -> Tensor:
-        """p brought from its tile's peak to lse, less c in the label's column where it is here."""
-        out_NT = _view(self.p, block, columns)
-        torch.mul(p_NT, log_rescale_N.exp()[:, None], out=out_NT)
-        column_N = self.labels_N[block] - columns.start
-        is_here_N = (column_N >= 0) & (column_N < out_NT.shape[1])
-        onehot_N = -(c_target_N[block] * is_here_N).to(out_NT.dtype)
-        column_N = column_N.clamp(0, out_NT.shape[1] - 1)
-        return out_NT.scatter_add_(1, column_N[:, None], onehot_N[:, None])
+    def dlogits(self, p_NT, scale_N, label_N, block: slice, columns: slice) -> Tensor:
+        """scale_N p_NT, and label_N in the label's column where it is here."""
+        out_NT = self._piece(self.p, block, columns)
+        torch.mul(p_NT, scale_N[:, None], out=out_NT)
+        width = columns.stop - columns.start
+        is_here_N, column_N1 = label_columns(self.labels_N[block], columns.start, width)
+        label_N = (label_N * is_here_N).to(out_NT.dtype)
+        return out_NT.scatter_add_(1, column_N1, label_N[:, None])  # what p left out, or 0
 
     def few_rows(self, term: Term) -> list[slice]:
         """All rows, in pieces whose float32 copy takes a quarter of a tile's memory."""
         return slices(len(self.labels_N), max(1, len(self.z) // (4 * term.x_NK.shape[1])))
 
+    def size(self, rows: slice, columns: slice) -> int:
+        """Logits that one piece's memory has room for."""
+        return (rows.stop - rows.start) * self._stride(columns.stop - columns.start)
 
-def _tile_shape(device: torch.device, N: int, V: int) -> tuple[int, int]:
-    """Rows and columns of a tile: all with as many rows; on a GPU the fewer, the more columns."""
-    kind = device.type if device.type in TILE_ROWS else "cuda"
+    def _stride(self, columns: int) -> int:
+        return -(-columns // self._row_multiple) * self._row_multiple
+
+    def _piece(self, memory: Tensor, rows: slice, columns: slice) -> Tensor:
+        width = columns.stop - columns.start
+        piece = memory[: self.size(rows, columns)].view(-1, self._stride(width))
+        return piece[:, :width]
+
+
+def _tile_shape(kind: str, N: int, V: int, D: int) -> tuple[int, int]:
+    """Rows and columns of a tile: all with as many rows; on a GPU the fewer, the more columns.
+
+    But no more than leave the rows of the head that they need, which may have to be widened,
+    narrowed or dequantised, as few elements as a tile of logits has.
+    """
     rows, columns = -(-N // -(-N // TILE_ROWS[kind])), TILE_COLUMNS[kind]
     if kind == "cuda":
-        columns *= TILE_ROWS[kind] // rows
+        columns = TILE_ROWS[kind] * columns // max(rows, D)
+        columns = max(1, columns // ROW_MULTIPLE[kind]) * ROW_MULTIPLE[kind]
     return rows, min(V, columns)
 
 
 def slices(total: int, step: int) -> list[slice]:
     return [slice(first, min(first + step, total)) for first in range(0, total, step)]
-
-
-def _view(memory: Tensor, block: slice, columns: slice) -> Tensor:
-    shape = (block.stop - block.start, columns.stop - columns.start)
-    return memory[: shape[0] * shape[1]].view(shape)
 
 
 def walk(tiles: Tiles, rows: RunningSoftmax) -> tuple[list[Tensor | None], dict]:
@@ -112,14 +127,16 @@ def walk(tiles: Tiles, rows: RunningSoftmax) -> tuple[list[Tensor | None], dict]
     settings, p, us, kept = tiles.settings, tiles.p, [], {}
     second_product = SECOND_PRODUCTS[settings.fold]
     for term in tiles.terms:
-        us.append(torch.zeros_like(term.x_NK, dtype=settings.wide) if term.x_grad else None)
+        u_NK = torch.zeros(term.x_NK.shape, dtype=settings.wide, device=p.device)
+        us.append(u_NK if term.x_grad else None)
     budget = settings.head_cache_bytes // p.element_size() if settings.trained else 0
-    num_logits = len(tiles.labels_N) * tiles.terms[0].w_VK.shape[0]
-    room = torch.empty(min(budget, num_logits), dtype=p.dtype, device=p.device)
+    all_rows = slice(0, len(tiles.labels_N))
+    most = sum(tiles.size(all_rows, columns) for columns in tiles.columns)
+    room = torch.empty(min(budget, most), dtype=p.dtype, device=p.device)
     for c, columns in enumerate(tiles.columns):
         for r, block in enumerate(tiles.blocks):
-            size = (block.stop - block.start) * (columns.stop - columns.start)
-            keep, at = size <= len(room), rows.block(block)
+            size, at = tiles.size(block, columns), rows.block(block)
+            keep = size <= len(room)
             p_NT = tiles.fold(block, columns, at, room if keep else p)
             if keep:
                 kept[r, c], room = (p_NT, at.peak_N.clone()), room[size:]
@@ -131,23 +148,28 @@ def walk(tiles: Tiles, rows: RunningSoftmax) -> tuple[list[Tensor | None], dict]
 
 
 def weight_gradients(
-    tiles: Tiles, dz_N: Tensor, lse_N: Tensor, c_target_N: Tensor, kept: dict
+    tiles: Tiles, dz_N: Tensor, lse_N: Tensor, label_share_N: Tensor, kept: dict
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    """dw_VK = (p - onehot)ᵀ (dz_N * x_NK) of each term that wants it, and dbias_V in float32."""
+    """dw_VK = dlogits_NVᵀ x_NK of each term that wants it, and dbias_V in float32.
+
+    dlogits are dz_N p_NV, and -dz_N label_share_N for the label. What `kept` holds goes from it.
+    """
     settings, wide, device = tiles.settings, lse_N.dtype, lse_N.device
-    trained = [_Trained(term, dz_N, tiles) for term in tiles.terms if term.w_grad]
+    trained = [_Trained(term, tiles) for term in tiles.terms if term.w_grad]
+    label_N = -dz_N * label_share_N
     dbias_V = torch.zeros_like(tiles.bias_V, dtype=wide) if settings.bias_grad else None
     for c, columns in enumerate(tiles.columns):
         for r, block in enumerate(tiles.blocks):
-            p_NT, peak_N = kept.get((r, c), (None, None))
+            p_NT, peak_N = kept.pop((r, c), (None, None))
             if p_NT is None:
                 fresh = RunningSoftmax.start(block.stop - block.start, wide, device)
                 p_NT, peak_N = tiles.fold(block, columns, fresh, tiles.p), fresh.peak_N
-            dlogits_NT = tiles.dlogits(p_NT, peak_N - lse_N[block], block, columns, c_target_N)
+            scale_N = (peak_N - lse_N[block]).exp_() * dz_N[block]
+            dlogits_NT = tiles.dlogits(p_NT, scale_N, label_N[block], block, columns)
             for weight in trained:
                 weight.add(dlogits_NT, block, columns)
             if dbias_V is not None:
-                dbias_V[columns].addmv_(dlogits_NT.T.to(wide), dz_N[block])
+                dbias_V[columns] += dlogits_NT.sum(0, dtype=wide)
         for weight in trained:
             weight.finish(columns)
     dws = iter(weight.dw_VK for weight in trained)
@@ -157,8 +179,8 @@ def weight_gradients(
 class _Trained:
     """The gradient of one term's weight: summed in place, or beside it if that is narrow."""
 
-    def __init__(self, term: Term, dz_N: Tensor, tiles: Tiles):
-        self._x = term.weighted_x(dz_N)
+    def __init__(self, term: Term, tiles: Tiles):
+        self._x = term.x_pieces
         self.dw_VK, self._sum_TK, wide = torch.empty_like(term.w_VK), None, tiles.settings.wide
         if self.dw_VK.dtype != wide:
             self._sum_TK = torch.empty_like(self.dw_VK[tiles.columns[0]], dtype=wide)

@@ -48,25 +48,38 @@ COLLATED = {
 }
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+TYPES_READ = {  # by a kernel, of its arguments by name; of all others float32
+    **dict.fromkeys(("p_ptr", "w_ptr", "bias_ptr"), FLOATS),
+    **dict.fromkeys(("labels_ptr", "order_ptr", "counts_ptr"), (torch.int64,)),
+    **dict.fromkeys(("cu_seqlens_ptr", "reached_ptr"), (torch.int32,)),
+}
+
+
 class FakeLaunch:
     """Stands for a Triton kernel: its tensors are on one GPU, and of the types that it reads."""
+
+    def __init__(self, kernel):
+        self.names = kernel.arg_names
 
     def __getitem__(self, grid):
         assert min(grid) > 0
         return self.launched
 
     def launched(self, *arguments, **constants):
-        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        named = zip(self.names, arguments, strict=False)
+        tensors = {name: x for name, x in named if isinstance(x, torch.Tensor)}
+        for name, x in tensors.items():
+            assert x.dtype in TYPES_READ.get(name, (torch.float32,)), (name, x.dtype)
+        tensors = [*tensors.values()]
         assert {x.device for x in tensors} == {tensors[0].device} and tensors[0].is_cuda
         assert all(x.stride(-1) == 1 for x in tensors if x.ndim)
-        known = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64)
-        assert {x.dtype for x in tensors} <= set(known)
 
 
 def product(a, b, out, *, accumulate):
     """As torch has it on CUDA: one GPU, one dtype, and float32 the only other that may leave."""
     assert a.device == b.device == out.device and a.dtype == b.dtype
-    assert out.dtype in (a.dtype, torch.float32) and out.is_contiguous()
+    assert out.dtype in (a.dtype, torch.float32) and out.stride(1) == 1 and out.stride(0) % 16 == 0
     assert (a.shape[0], b.shape[1]) == out.shape and a.shape[1] == b.shape[0]
 
 
@@ -80,7 +93,7 @@ def fake_cuda(monkeypatch):
         monkeypatch.setattr(module, "product", product)
     for module in (fold, second_product, pair_loss_module):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, FakeLaunch())
+            monkeypatch.setattr(module, name, FakeLaunch(getattr(module, name)))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 

@@ -119,25 +119,50 @@ class NoLaunch:
         return lambda *arguments, **constants: None
 
 
-@pytest.mark.parametrize("skip_below", [0.0, 2**-12], ids=["whole", "filtered"])
-def test_a_frozen_heads_workspace_on_a_gpu_is_bounded(skip_below, monkeypatch):
+GPU_HEADS = {  # dtype of the head, whether it trains, settings, MiB beside u and the gradients
+    "frozen": (torch.bfloat16, False, {}, 256),
+    "filtered": (torch.bfloat16, False, {"skip_below": 2**-12}, 256),
+    "wide": (torch.float32, False, {}, 272),
+    "trained": (torch.bfloat16, True, {"head_cache_bytes": 0}, 272),
+}
+
+
+@pytest.mark.parametrize("N", [128, 512, 2048, 8192, 20000])
+@pytest.mark.parametrize(("dtype", "trained", "settings", "mib"), GPU_HEADS.values(), ids=GPU_HEADS)
+def test_a_heads_workspace_on_a_gpu_is_bounded(N, dtype, trained, settings, mib, monkeypatch):
     """A GPU's tiles and dtypes at a real size, on tensors without memory and by no arithmetic."""
     monkeypatch.setitem(vocabulary_walk.FOLDS, "triton", lambda *args: None)
     for user in (vocabulary_walk, second_product):
         monkeypatch.setattr(user, "product", lambda *args, **kinds: None)
     for kernel in ("_rescale_kernel", "_reached_kernel", "_likely_product_kernel"):
         monkeypatch.setattr(second_product, kernel, NoLaunch())
-    for constants in (vocabulary_walk.TILE_ROWS, vocabulary_walk.TILE_COLUMNS):
-        monkeypatch.setitem(constants, "cpu", constants["cuda"])
-    monkeypatch.setattr(module, "_operand_dtypes", lambda hidden_ND: (hidden_ND.dtype, None))
-    N, D, V = 8192, 4096, 151936
+    tile_shape = vocabulary_walk._tile_shape
+    monkeypatch.setattr(vocabulary_walk, "_tile_shape", lambda _, *args: tile_shape("cuda", *args))
+    monkeypatch.setattr(module, "_operand_dtypes", lambda hidden_ND: (torch.bfloat16, None))
+    D, V = 4096, 151937
     with FakeTensorMode(), Live() as live:
         hidden_ND = torch.empty(N, D, dtype=torch.bfloat16, requires_grad=True)
-        head_VD = torch.empty(V, D, dtype=torch.bfloat16)
+        head_VD = torch.empty(V, D, dtype=dtype, requires_grad=trained)
         labels_N = torch.empty(N, dtype=torch.int64)
         before = live.live
-        linear_logps(hidden_ND, head_VD, labels_N, skip_below=skip_below)
-    assert 4 * N * D < live.peak - before <= 4 * N * D + (256 << 20)
+        logps_N = linear_logps(hidden_ND, head_VD, labels_N, **settings)
+        logps_N.backward(torch.empty_like(logps_N))
+    gradients = hidden_ND.nbytes + trained * head_VD.nbytes
+    assert 4 * N * D < live.peak - before <= 4 * N * D + gradients + (mib << 20)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_tiles_that_were_kept_go_with_the_backward():
+    hidden_ND, head_VD, labels_N, _ = inputs((64, 8, 32 * BLOCK_V), torch.float32)
+    head_VD.requires_grad_()
+    with Live() as live:
+        loss = linear_logps(hidden_ND, head_VD, labels_N, fold="torch").sum()
+        held = live.live
+        loss.backward(retain_graph=True)
+        assert held - live.live > 64 * 32 * BLOCK_V * 4 - head_VD.nbytes, "a loss is often kept"
+    first = head_VD.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(head_VD.grad, 2 * first)
 
 
 @pytest.fixture(params=[1, 2])

@@ -101,19 +101,29 @@ def test_half_inputs_keep_float32_logits(fold, dtype, device):
         assert (grads[name] - wide[name]).abs().max() <= bound, name
 
 
-@pytest.mark.parametrize("fold", FOLDS)
-@pytest.mark.parametrize("head_cache_bytes", [0, 1 << 30])
-def test_a_gpus_tiles_of_narrow_operands_are_as_accurate(fold, head_cache_bytes, monkeypatch):
-    """Operands and p in bfloat16 as they are on a GPU, their products done here in float32."""
+@pytest.fixture
+def narrow_operands(monkeypatch):
+    """Operands and p in bfloat16 as they are on a GPU, their products done here in float32.
+
+    (The interpreter of Triton cuts off what a GPU would round.)
+    """
 
     def product(a, b, out, *, accumulate):
         assert (a.dtype, b.dtype) == (torch.bfloat16,) * 2 and out.dtype == torch.float32
+        assert out.stride(1) == 1 and out.stride(0) % 16 == 0
         out.copy_(a.float() @ b.float() + (out if accumulate else 0))
 
     monkeypatch.setattr(module, "_operand_dtypes", lambda hidden_ND: (hidden_ND.dtype, None))
+    monkeypatch.setitem(vocabulary_walk.ROW_MULTIPLE, "cpu", 16)
     for each in (vocabulary_walk, second_product):
         monkeypatch.setattr(each, "product", product)
-    args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.bfloat16, bias=True)
+
+
+@pytest.mark.usefixtures("narrow_operands")
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("head_cache_bytes", [0, 1 << 30])
+def test_a_gpus_tiles_of_narrow_operands_are_as_accurate(fold, head_cache_bytes, device):
+    args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.bfloat16, device, bias=True)
     settings = {"fold": fold, "head_cache_bytes": head_cache_bytes, "softcap": 5.0}
     ours = run(linear_logps, *args, torch.bfloat16, **settings)
     truth = run(reference.linear_logps, *args, torch.float64, softcap=5.0)
@@ -121,6 +131,52 @@ def test_a_gpus_tiles_of_narrow_operands_are_as_accurate(fold, head_cache_bytes,
     for name in ("dhidden", "dhead", "dbias"):
         bound = 4 * torch.finfo(torch.bfloat16).eps * truth[name].abs().max()  # p, and the answer
         assert (ours[name] - truth[name]).abs().max() <= bound, name
+
+
+@pytest.mark.usefixtures("narrow_operands")
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "capped"])
+def test_a_sure_models_gradients_are_not_rounded_away(fold, softcap, device):
+    """Where p of the label is 0.99, its part in the gradient is 1 - p: in 16 bits 0 or 1 / 128."""
+    N, D, V = 11, 64, 5 * BLOCK_V + 1
+    _, head_VD, labels_N, _ = inputs((N, D, V), torch.float32, device)
+    head_VD = (head_VD / 8).bfloat16()
+    hidden_ND = 22 * head_VD[labels_N]
+    args = (hidden_ND, head_VD, labels_N, None)
+    ours = run(linear_logps, *args, torch.bfloat16, fold=fold, softcap=softcap)
+    truth = run(reference.linear_logps, *args, torch.float64, softcap=softcap)
+    assert truth["token_logps"].exp().mean() > 0.98
+    for name in ("dhidden", "dhead"):
+        error = (ours[name] - truth[name]).norm() / truth[name].norm()
+        assert error < 0.01, f"{name} is off by {error:.1%}"
+
+
+@pytest.mark.usefixtures("narrow_operands")
+@pytest.mark.parametrize("fold", FOLDS)
+def test_statistics_of_narrow_operands_are_exact(fold, device):
+    hidden_ND, head_VD, labels_N, _ = inputs((5, 16, 100), torch.bfloat16, device)
+    hidden_ND.requires_grad_()
+    _, stats = linear_logps(hidden_ND, head_VD, labels_N, stats=STATS, fold=fold)
+    _, exact = reference.linear_logps(hidden_ND.double(), head_VD.double(), labels_N, stats=STATS)
+    for name in STATS:
+        torch.testing.assert_close(
+            stats[name].double(), exact[name].double(), atol=1e-4, rtol=1e-5, msg=name
+        )
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_inputs_may_lie_any_way_in_memory(fold, device):
+    args = inputs((17, 24, BLOCK_V + 7), torch.float32, device, bias=True)
+    strided = [args[0].T.contiguous().T, args[1].T.contiguous().T]
+    strided += [torch.stack([x, x], 1).flatten()[::2] for x in args[2:]]
+    assert not any(x.is_contiguous() for x in strided)
+    straight = run(linear_logps, *args, torch.float32, fold=fold)
+    leaves = [strided[0].requires_grad_(), strided[1].requires_grad_()]
+    logps_N = linear_logps(*leaves, strided[2], bias_V=strided[3], fold=fold)
+    (logps_N * torch.arange(1.0, 18.0, device=device)).sum().backward()
+    found = {"token_logps": logps_N, "dhidden": leaves[0].grad, "dhead": leaves[1].grad}
+    for name, ours in found.items():
+        torch.testing.assert_close(ours, straight[name], atol=1e-4, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("fold", FOLDS)
