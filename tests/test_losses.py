@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdpo.losses import LOSS_TYPES, PAIR_METRICS, completion_logps, pair_loss, pair_weights
+from fastdpo.losses import (
+    LOSS_TYPES,
+    PAIR_METRICS,
+    SMOOTHED,
+    WITH_F_DIVERGENCE,
+    completion_logps,
+    pair_loss,
+    pair_weights,
+)
 
 # Two pairs. Token log-probabilities, end to end: chosen 0, chosen 1, rejected 0, rejected 1.
 TOKEN_LOGPS = [-1.0, -0.5, -2.0, -0.5, -0.5, -1.0, -3.0]
@@ -96,6 +104,26 @@ def test_a_loss_by_hand(loss_type):
             loss_B = loss_of(TOKEN_LOGPS, loss_type, label_smoothing=label_smoothing).loss_B
             assert loss_B.tolist() == pytest.approx(table[loss_type], abs=2e-6)
     assert loss_type in {**BY_HAND, **BY_HAND_SMOOTHED}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_label_smoothing_is_read_by_those_that_are_said_to(loss_type):
+    less, more = (
+        loss_of(TOKEN_LOGPS, loss_type, label_smoothing=label_smoothing).loss_B
+        for label_smoothing in (0.1, 0.2)
+    )
+    assert torch.equal(less, more) == (loss_type not in SMOOTHED)
+
+
+@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if "aot" not in name])
+def test_an_f_divergence_goes_with_a_loss_in_which_a_constant_of_both_rewards_cancels(loss_type):
+    # of one token each: ipo and sigmoid_norm divide rewards by their completions' lengths
+    settings = {"beta": BETA, "loss_type": (loss_type,), "label_smoothing": 0.1}
+    here, shifted = (
+        pair_loss(THREE, torch.arange(7).int(), THREE_REFERENCE + constant, **settings).loss_B
+        for constant in (0.0, 1.0)
+    )
+    assert torch.allclose(here, shifted) == (loss_type in WITH_F_DIVERGENCE)
 
 
 # Three pairs of one token each. Chosen minus rejected: 1, 2, 0; the reference's: 3, 0, 1.

@@ -6,17 +6,38 @@ from fastdpo.kernels import pair_loss as kernel
 
 
 @pytest.mark.parametrize(
-    ("broken", "message"),
-    [("label", r"labels in \[0, 7\), got -100 in row 2"), ("hidden", "NaN or Inf in row 1")],
+    ("device", "name"),
+    [("cuda", "triton"), ("cuda:1", "triton"), ("cpu", "torch"), ("mps", "torch")],
 )
-def test_the_debug_flag_names_the_row(monkeypatch, broken, message):
-    hidden_ND, head_VD = torch.ones(3, 5), torch.ones(7, 5)
-    labels_N = torch.zeros(3, dtype=torch.int64)
-    if broken == "label":
-        labels_N[2] = -100
+def test_triton_runs_on_cuda_and_torch_on_all_else(device, name):
+    assert ops.implementation(torch.device(device)) == name
+
+
+def test_a_cpu_scores_in_float64():
+    hidden_ND, head_VD = torch.randn(3, 5).double(), torch.randn(7, 5).double()
+    labels_N = torch.tensor([0, 6, 3])
+    expected = (hidden_ND @ head_VD.T).log_softmax(1).gather(1, labels_N[:, None]).squeeze(1)
+    torch.testing.assert_close(ops.linear_logps(hidden_ND, head_VD, labels_N), expected)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (-100, r"labels in \[0, 7\), got -100 in row 1"),
+        (7, r"labels in \[0, 7\), got 7 in row 1"),
+        ("hidden", "NaN or Inf in row 1"),
+    ],
+)
+def test_the_debug_flag_names_the_first_row(monkeypatch, broken, message):
+    hidden_ND, head_VD = torch.ones(4, 5), torch.ones(7, 5)
+    labels_N = torch.tensor([0, 0, 6, 0])
+    if broken == "hidden":
+        hidden_ND[[1, 3], 3] = torch.inf
     else:
-        hidden_ND[1, 3] = torch.inf
-    assert ops.linear_logps(hidden_ND, head_VD, labels_N).isnan().sum() == 1
+        labels_N[[1, 3]] = broken
+    for flag in ("", "0"):
+        monkeypatch.setenv("FASTDPO_DEBUG", flag)
+        assert ops.linear_logps(hidden_ND, head_VD, labels_N).isnan().sum() == 2
     monkeypatch.setenv("FASTDPO_DEBUG", "1")
     with pytest.raises(ValueError, match=message):
         ops.linear_logps(hidden_ND, head_VD, labels_N)
@@ -48,6 +69,7 @@ def test_both_losses_refuse_the_same_tensors(twin):
     for arguments in (
         (torch.zeros(5), LENGTHS, torch.zeros(4)),
         (torch.zeros(5), LENGTHS.long(), torch.zeros(2)),
+        (torch.zeros(5).bfloat16(), LENGTHS, torch.zeros(2)),
     ):
         with pytest.raises(ValueError, match="want"):
             twin(*arguments, beta=0.1)
@@ -56,7 +78,7 @@ def test_both_losses_refuse_the_same_tensors(twin):
 def test_the_debug_flag_looks_at_the_lengths(monkeypatch):
     monkeypatch.setenv("FASTDPO_DEBUG", "1")
     ops.pair_loss(torch.zeros(5), LENGTHS, torch.zeros(2), beta=0.1)
-    for wrong in ([0, 2, 4], [1, 2, 5], [0, 6, 5]):
+    for wrong in ([0, 2, 4], [0, 2, 6], [1, 2, 5], [0, 6, 5]):
         lengths = torch.tensor(wrong, dtype=torch.int32)
         with pytest.raises(ValueError, match="want cu_seqlens that rise from 0 to 5"):
             ops.pair_loss(torch.zeros(5), lengths, torch.zeros(2), beta=0.1)
