@@ -330,7 +330,7 @@ class DPOTrainer(PackTrainer):
         if self.aux_loss_weight:
             loss = loss + batch.num_pairs * self.aux_loss_weight * scored.aux_loss
         loss = loss / (num_items_in_batch or batch.num_pairs)
-        if "is_filler" in inputs:  # it runs for FSDP's and DDP's count of forwards
+        if "is_filler" in inputs:  # it runs for FSDP's count of forwards
             return 0.0 * loss
         self._count(batch, scored, losses, "train" if model.training else "eval")
         if model.training:

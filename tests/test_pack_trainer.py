@@ -31,6 +31,36 @@ def test_packs_train_as_whole_batches_do(tmp_path, tokenizer, layout, loss_type)
         torch.testing.assert_close(weights(packed.model)[name], weight, rtol=0, atol=1e-6)
 
 
+def test_a_rank_with_fewer_packs_fills_up_and_trains_alike(tmp_path, tokenizer, monkeypatch):
+    """As under FSDP: another rank has a pack more than there are pairs in a batch here."""
+    settings = {"max_tokens_per_forward": 120, "gradient_accumulation_steps": 2}
+    plain, evened = (make_trainer(tmp_path, tokenizer, **settings) for _ in range(2))
+    plain.train()
+    most = 1 + evened.args.per_device_train_batch_size
+    gather, laid_out = evened.accelerator.gather, []
+
+    def with_another_rank(of_this_rank):
+        is_counts = not of_this_rank.is_floating_point() and of_this_rank.ndim == 1
+        laid_out.extend([most] * len(of_this_rank) if is_counts else [])
+        other = torch.full_like(of_this_rank, most)
+        return torch.cat([of_this_rank, other]) if is_counts else gather(of_this_rank)
+
+    forwards, compute_loss = [], evened.compute_loss
+    monkeypatch.setattr(evened, "forwards_are_collective", lambda: True)
+    monkeypatch.setattr(evened.accelerator, "gather", with_another_rank)
+    monkeypatch.setattr(
+        evened,
+        "compute_loss",
+        lambda *args, **more: forwards.append(1) or compute_loss(*args, **more),
+    )
+    evened.train()
+    assert len(forwards) == sum(laid_out) > 0
+    for name in ("loss", "grad_norm", "rewards/margins", "num_tokens", "entropy"):
+        assert logged(evened, name) == pytest.approx(logged(plain, name), rel=1e-5, abs=1e-6), name
+    for name, weight in weights(plain.model).items():
+        torch.testing.assert_close(weights(evened.model)[name], weight, rtol=0, atol=1e-6)
+
+
 class RunsOutOfMemory:
     """Raises CUDA's error where a forward has more tokens than fit, in forward or in backward."""
 
