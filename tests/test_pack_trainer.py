@@ -4,9 +4,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
 from ranks import run_ranks
 from test_trainer import logged, make_trainer, weights
+from transformers import TrainerCallback
 
+from fastdpo import pack_trainer
+from fastdpo.batch import count_pairs
 from fastdpo.token_budget import UNBOUNDED
 
 
@@ -113,6 +117,53 @@ def test_an_update_that_runs_out_of_memory_is_run_again_in_smaller_packs(
         assert logged(trainer, name) == pytest.approx(logged(plain, name), rel=1e-4, abs=1e-5), name
     for name, weight in weights(plain.model).items():
         torch.testing.assert_close(weights(trainer.model)[name], weight, rtol=0, atol=1e-5)
+
+
+def test_an_update_that_is_run_again_logs_the_loss_of_its_own_batches(tmp_path, tokenizer):
+    common = {**SECOND_BATCH_LARGER, "rows": rows_with_a_longer_one(), "learning_rate": 1e-2}
+    plain = make_trainer(tmp_path, tokenizer, max_steps=3, **common)
+    plain.train()
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=3, max_tokens_per_forward="auto", **common
+    )
+    memory = RunsOutOfMemory(trainer.model, UNBOUNDED, in_backward=False)
+
+    class ShortFromTheSecondOn(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            memory.most = 230
+
+    trainer.add_callback(ShortFromTheSecondOn())
+    trainer.train()
+    assert memory.raised
+    assert logged(trainer) == pytest.approx(logged(plain), rel=1e-4)
+
+
+def test_auto_looks_at_training_steps_of_one_pair_and_of_two(tmp_path, tokenizer, monkeypatch):
+    found, was_training = {}, []
+
+    def tokens_that_fit(run, smaller, larger, device, *, kept_bytes):
+        found.update(pairs=(count_pairs(smaller), count_pairs(larger)), kept_bytes=kept_bytes)
+        was_training.clear()
+        run(larger)
+        return 77
+
+    monkeypatch.setattr(pack_trainer, "tokens_that_fit", tokens_that_fit)
+    model = tiny.model("llama", len(tokenizer)).eval()
+    model.register_forward_hook(lambda module, *_: was_training.append(module.training))
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        model=model,
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+        max_tokens_per_forward="auto",
+    )
+    num_trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    # a gradient and Adam's two moments, and under DDP the bucket that the gradient is sent in
+    assert trainer.budget.max_tokens == 77 and was_training == [True]
+    assert found == {"pairs": (1, 2), "kept_bytes": 12 * num_trained}
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    trainer.choose_budget()
+    assert found["kept_bytes"] == 16 * num_trained
 
 
 def test_an_update_that_starts_again_draws_the_dropout_of_its_first_start(tmp_path, tokenizer):
