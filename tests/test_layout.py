@@ -48,10 +48,29 @@ def test_what_cannot_run_packed_says_so_in_a_line(family):
     settings, reason = PADDED_ONLY[family]
     model = families.model(family, torch.float32, **settings)
     assert any(each in why_padded(model) for each in reason.split("|"))
-    layout = choose_layout("auto", [model], None, strict=False)
-    assert layout.name == "padded" and why_padded(model) in layout.line
+    for strict in (False, True):  # no difference that a check has found
+        layout = choose_layout("auto", [model], None, strict=strict)
+        assert layout.name == "padded" and why_padded(model) in layout.line
+    assert choose_layout("padded", [model], None, strict=False).name == "padded"
     with pytest.raises(ValueError, match="want layout='shared' for a model that can run it"):
         choose_layout("shared", [model], None, strict=False)
+
+
+@pytest.mark.parametrize("kind", ["chunked_attention", "conv", "linear_attention"])
+def test_layers_of_another_kind_than_attention_stay_padded(kind):
+    model = families.model("llama", torch.float32)
+    model.config.layer_types = ["full_attention", "sliding_attention", "attention"]
+    assert why_padded(model) is None
+    model.config.layer_types = ["full_attention", kind]
+    assert why_padded(model) == f"LlamaForCausalLM has layers of type {kind}"
+
+
+def test_encoder_decoders_and_sinks_by_any_name_stay_padded():
+    model = families.model("llama", torch.float32)
+    model.model.layers[0].self_attn.sink = torch.nn.Parameter(torch.zeros(2))
+    assert "has attention sinks" in why_padded(model)
+    model.config.is_encoder_decoder = True
+    assert "is an encoder-decoder" in why_padded(model)
 
 
 def test_attention_without_its_soft_capping_stays_padded_and_says_what_to_do():
@@ -149,15 +168,18 @@ def test_a_difference_ends_a_run_that_asked_for_more(tmp_path, tokenizer, leaky_
         make_trainer(tmp_path, tokenizer, model=model, **settings)
 
 
-def test_a_model_that_keeps_its_tree_to_itself_is_found_out(tmp_path, tokenizer, caplog):
-    model = tiny.model("llama", len(tokenizer))
-    for layer in model.model.layers:
+@pytest.mark.parametrize("which", ["model", "ref_model"])
+def test_a_model_that_keeps_its_tree_to_itself_is_found_out(tmp_path, tokenizer, caplog, which):
+    models = {name: tiny.model("llama", len(tokenizer)) for name in ("model", "ref_model")}
+    for layer in models[which].model.layers:
         own = layer.self_attn.forward
         layer.self_attn.forward = lambda *args, tree=None, own=own, **kwargs: own(*args, **kwargs)
     with caplog.at_level(logging.WARNING):
-        trainer = make_trainer(tmp_path, tokenizer, model=model)
+        trainer = make_trainer(tmp_path, tokenizer, **models)
     assert trainer.layout.name == "padded"
     assert "LlamaForCausalLM cannot run it" in caplog.text
+    for model in models.values():
+        assert model.config._attn_implementation == "sdpa"  # as it came
 
 
 def test_a_reference_that_cannot_run_packed_pads_both(tmp_path, tokenizer):

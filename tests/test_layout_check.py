@@ -1,0 +1,92 @@
+"""One pair in two layouts: what is looked at, what counts as a difference, what is left behind."""
+
+import contextlib
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+
+from fastdpo import layout_check
+from fastdpo.attention import attend_along_trees
+from fastdpo.collate import Cut, make_collator
+from fastdpo.layout_check import LOOKED_AT, LayoutCheck, longest_rows
+from fastdpo.model import attach_scorer, causal_lm_of
+
+ROW = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 10, 11], "rejected_ids": [12, 13, 14]}
+PACKED = make_collator("packed", Cut(), pad_token_id=0, pad_to_multiple_of=None)
+
+
+def check(autocast=contextlib.nullcontext):
+    padded = make_collator("padded", Cut(), pad_token_id=0, pad_to_multiple_of=None)
+    return LayoutCheck(row=ROW, padded=padded, device=torch.device("cpu"), autocast=autocast)
+
+
+def model():
+    made = tiny.model("llama", 300)
+    attach_scorer(made)
+    attend_along_trees(causal_lm_of(made))
+    return made
+
+
+def bfloat16():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def test_the_longest_of_the_first_rows_is_looked_at_and_a_stream_not_read_on():
+    def stream():
+        for i in itertools.count():
+            assert i < LOOKED_AT, "read too far"
+            is_long = i == 7  # as a whole: others have longer prompts
+            yield {
+                "prompt_ids": [i] * (2 if is_long else 9),
+                "chosen_ids": [i] * (30 if is_long else 4),
+                "rejected_ids": [i],
+            }
+
+    rows = longest_rows(stream())
+    assert len(rows) == LOOKED_AT and rows[0]["prompt_ids"] == [7, 7]
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+def test_a_model_is_scored_in_eval_without_gradients_and_left_as_it_was(was_training):
+    scored, policy = [], model().train(was_training)
+    policy.register_forward_hook(
+        lambda module, *_: scored.append((module.training, torch.is_grad_enabled()))
+    )
+    assert check().difference(policy, PACKED) is None
+    assert scored == 2 * [(False, False)] and policy.training is was_training
+
+
+@pytest.mark.parametrize(
+    ("autocast", "off_by", "differs"),
+    [
+        (contextlib.nullcontext, 0.9e-3, False),
+        (contextlib.nullcontext, 1.1e-3, True),
+        (contextlib.nullcontext, float("nan"), True),
+        (bfloat16, 0.08, False),
+        (bfloat16, 0.12, True),
+    ],
+)
+def test_a_difference_is_more_than_rounding_on_average(monkeypatch, autocast, off_by, differs):
+    def score(policy, batch):
+        sign_C = 1 - 2 * (torch.arange(7) % 2)  # as much too high as too low
+        return SimpleNamespace(token_logps_C=off_by * sign_C * ("tree" in batch.model_inputs))
+
+    monkeypatch.setattr(layout_check, "score", score)
+    monkeypatch.setattr(LayoutCheck, "_where", lambda *_: "the head")
+    reason = check(autocast).difference(model(), PACKED)
+    assert (reason is not None) == differs
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError])
+def test_a_model_that_fails_in_the_layout_alone_cannot_run_it(error):
+    def fail_along_trees(module, args, kwargs):
+        if "tree" in kwargs:
+            raise error("no trees here")
+
+    policy = model()
+    policy.model.register_forward_pre_hook(fail_along_trees, with_kwargs=True)
+    reason = check().difference(policy, PACKED)
+    assert reason == "LlamaForCausalLM cannot run it: no trees here"
