@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdpo.layout import why_padded
-from fastdpo.policy import disable_dropout, load_policy, load_tokenizer
+from fastdpo.policy import disable_dropout, load_policy, load_tokenizer, make_ready
 
 DROPPING = {  # where each keeps its rates
     "llama": {"attention_dropout": 0.3},  # on the attention modules
@@ -80,3 +80,38 @@ def test_a_model_without_a_tokenizer_is_named(tmp_path):
 def test_soft_capped_attention_is_loaded_as_one_that_caps(tmp_path):
     families.model("gemma2", torch.float32).save_pretrained(tmp_path)
     assert why_padded(load_policy(str(tmp_path), attn_implementation=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        ({}, torch.float32),
+        ({"dtype": None}, torch.float32),
+        ({"dtype": "auto"}, torch.bfloat16),  # as the file has it
+        ({"dtype": "float16"}, torch.float16),
+        ({"dtype": torch.float16}, torch.float16),
+    ],
+    ids=str,
+)
+def test_a_policy_is_loaded_in_the_dtype_that_is_asked_for(tmp_path, asked, made):
+    families.model("llama", torch.bfloat16).save_pretrained(tmp_path)
+    assert {p.dtype for p in load_policy(str(tmp_path), **asked).parameters()} == {made}
+
+
+@pytest.mark.parametrize("dtype", ["float23", "Tensor"])
+def test_a_dtype_that_torch_lacks_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"want dtype auto or .* torch.dtype, got '{dtype}'"):
+        load_policy("a-name", dtype=dtype)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    AutoConfig.for_model("t5", d_model=8, num_layers=1, vocab_size=40).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"want a decoder-only .* got .* \(t5\)"):
+        load_policy(str(tmp_path))
+
+
+def test_both_configs_learn_the_pad_token_and_a_reference_drops_nothing():
+    models = [families.model("gpt2", torch.float32, attn_pdrop=0.3) for _ in range(2)]
+    make_ready(*models, pad_token_id=7, without_dropout=True, reentrant_checkpoints=False)
+    assert models[0].config.pad_token_id == models[0].generation_config.pad_token_id == 7
+    assert not any(rates(module) for model in models for module in model.modules())

@@ -1,0 +1,52 @@
+"""A run that does not start at its reference is told so, and why that may be."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+
+from fastdpo.start_check import check_start
+
+REFERENCE_S = torch.tensor([-10.0, -20.0, -30.0, -40.0])
+PLAIN = {"disable_dropout": True, "neftune_noise_alpha": None, "fp16": False, "bf16": False}
+
+
+def warning(caplog, off_by_S, policy=None, **settings):
+    losses = SimpleNamespace(logps_S=REFERENCE_S + torch.tensor(off_by_S))
+    args = SimpleNamespace(**(PLAIN | settings))
+    with caplog.at_level(logging.WARNING):
+        check_start(losses, REFERENCE_S, policy or torch.nn.Linear(1, 1), args, "a frozen copy")
+    return caplog.text
+
+
+@pytest.mark.parametrize("off_by_S", [[0.0] * 4, [0.009, 0.0, -0.009, 0.0]])
+def test_a_start_at_the_reference_needs_no_word(caplog, off_by_S):
+    assert warning(caplog, off_by_S) == ""
+
+
+@pytest.mark.parametrize("off_by", [0.02, -0.02, float("nan")])
+def test_one_completion_that_is_off_is_enough(caplog, off_by):
+    text = warning(caplog, [0.0, 0.0, off_by, 0.0])
+    assert "does not start at its reference" in text and "(a frozen copy)" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({}, "another model or was scored elsewhere, this is expected."),
+        ({"disable_dropout": False}, "set disable_dropout=True"),
+        ({"neftune_noise_alpha": 5}, "NEFTune adds noise"),
+        ({"fp16": True}, "this is the rounding"),
+        ({"bf16": True}, "this is the rounding"),
+    ],
+)
+def test_the_likeliest_cause_is_named(caplog, settings, why):
+    assert why in warning(caplog, [1.0] * 4, **settings)
+
+
+def test_adapters_that_change_the_model_are_named(caplog):
+    policy = get_peft_model(tiny.model("llama", 300), LoraConfig(target_modules="all-linear"))
+    assert "The adapters change the model from the start" in warning(caplog, [1.0] * 4, policy)
