@@ -126,9 +126,9 @@ def walk(tiles: Tiles, rows: RunningSoftmax) -> tuple[list[Tensor | None], dict]
     """
     settings, p, us, kept = tiles.settings, tiles.p, [], {}
     second_product = SECOND_PRODUCTS[settings.fold]
+    like_u = {"dtype": settings.wide, "device": p.device}
     for term in tiles.terms:
-        u_NK = torch.zeros(term.x_NK.shape, dtype=settings.wide, device=p.device)
-        us.append(u_NK if term.x_grad else None)
+        us.append(torch.zeros(term.x_NK.shape, **like_u) if term.x_grad else None)
     budget = settings.head_cache_bytes // p.element_size() if settings.trained else 0
     all_rows = slice(0, len(tiles.labels_N))
     most = sum(tiles.size(all_rows, columns) for columns in tiles.columns)

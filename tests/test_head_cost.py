@@ -95,6 +95,13 @@ def test_a_frozen_heads_workspace_is_bounded(dtype):
     assert live.peak <= 4 * N * D + max(32 << 20, hidden_ND.nbytes + (1 << 20))
 
 
+def test_without_a_gradient_there_is_no_sum_of_head_rows():
+    hidden_ND, head_VD, labels_N, _ = inputs((1100, 4096, 1500), torch.float32)
+    with Live() as live, torch.no_grad():
+        linear_logps(hidden_ND.requires_grad_(), head_VD, labels_N, fold="torch")
+    assert live.peak <= 4 << 20 < hidden_ND.nbytes
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_are_kept_within_their_budget(dtype):
