@@ -11,9 +11,10 @@ from peft import LoraConfig, get_peft_model
 from ranks import logged_by
 from test_pack_trainer import RunsOutOfMemory
 from test_trainer import LORA, logged, make_trainer, weights
+from torch._subclasses.fake_tensor import FakeTensorMode
 from watches import Watch
 
-from fastdpo.batch_loss import PackLogps, pack_losses
+from fastdpo.batch_loss import PackLogps, pack_losses, with_parts
 from fastdpo.losses import LOSS_TYPES, completion_logps, pair_loss
 
 SETTINGS = {"beta": 0.3, "label_smoothing": 0.1, "discopop_tau": 0.4}
@@ -82,12 +83,28 @@ def test_packs_have_the_loss_and_the_slopes_of_their_batch(lengths, places, loss
         assert part.reference_logps_S.equal(mine.reference_logps_S)
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device_or_is_made_elsewhere():
     packs = [made([(3, 2), (0, 4)], dtype=torch.float32), made([(1, 5)], 1, torch.float32)]
     mix = {name: tuple(value) for name, value in MIX.items()}
-    with Watch():
+    # fake tensors have no values to ask for; what is made without a word is on another device
+    with FakeTensorMode() as fake, torch.device("meta"), Watch():
+        packs = [PackLogps(*map(fake.from_tensor, pack)) for pack in packs]
         for pack, part in zip(packs, pack_losses(packs, **SETTINGS | mix), strict=True):
             part.of(pack.token_logps_C.requires_grad_(), pack.cu_seqlens).loss_B.sum().backward()
+
+
+def test_a_filler_is_the_last_pack_again_and_mixes_with_none():
+    packs = [made([(3, 2), (1, 4)]), made([(1, 5)], seed=1)]
+    mix = {name: tuple(value) for name, value in MIX.items()}
+    parts = pack_losses(packs, **SETTINGS | mix)
+    inputs = [{"logps": pack} for pack in packs]
+    inputs += [inputs[-1] | {"is_filler": True}] * 2
+    run = []
+    found = with_parts(inputs, lambda pack: run.append(pack) or pack["logps"], **SETTINGS | mix)
+    assert run == inputs  # a rank runs as many forwards as any
+    for pack, part, made_of in zip(found, [*parts, parts[-1], parts[-1]], inputs, strict=True):
+        torch.testing.assert_close(pack["part"].pairs.loss_B, part.pairs.loss_B)
+        assert {**pack, "part": None} == {**made_of, "part": None}
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
