@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -94,6 +94,20 @@ def with_adapters(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def load_adapters(policy: PeftModel, checkpoint: str) -> None:
+    """Load all adapters from `checkpoint`: active, trained and frozen ones stay what they are.
+
+    PEFT writes the one called "default" into the folder itself, others into folders of their name,
+    of which transformers resumes the first active one alone, or takes none as the best. ValueError
+    where an adapter is not there.
+    """
+    for name in policy.peft_config:
+        folder = Path(checkpoint, "" if name == "default" else name)
+        if not any(folder.glob("adapter_model.*")):
+            raise ValueError(f"want adapter {name!r} in checkpoint {checkpoint}, got none")
+        set_peft_model_state_dict(policy, load_peft_weights(str(folder)), adapter_name=name)
 
 
 def _is_quantized(model: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """Whose log-probabilities the policy's are held against, in order of cost.
 
     RowLogps        they stand in the rows: nothing runs
-    AdaptersOff     the policy without its adapters, or with a frozen copy of them
-    FrozenModel     a second model
+    AdaptersOff     the policy without its new adapters
+    FrozenModel     a second model, or a copy of what trains in the policy
 
 `choose_reference` picks one. Each answers `logps(policy, batch, ld_alpha) -> (S,)` and says in
 `source` what it is. ld_alpha weighs tokens as losses.completion_logps says, None for all alike;
@@ -27,29 +27,17 @@ from fastdpo.collate import REFERENCE_COLUMNS
 from fastdpo.losses import completion_logps
 from fastdpo.model import attach_scorer, frozen_token_logps
 
-REFERENCE_ADAPTER = "fastdpo_reference"  # a name that no adapter of the user's will have
-
 
 @dataclass(frozen=True, slots=True)
 class AdaptersOff:
-    """`peft_model`, which is or is inside the policy, as it was before training."""
+    """`peft_model`, which is or is inside the policy, without its adapters."""
 
     peft_model: PeftModel
-
-    @property
-    def source(self) -> str:
-        if REFERENCE_ADAPTER in self.peft_model.peft_config:
-            return "a frozen copy of the policy's adapters"
-        return "the policy with its adapters switched off"
+    source: str = "the policy with its adapters switched off"
 
     def logps(self, policy: nn.Module, batch: PairBatch, ld_alpha: float | None = None) -> Tensor:
-        with self._as_before():
+        with _adapters_off(self.peft_model):
             return _frozen_logps(policy, batch, ld_alpha)
-
-    def _as_before(self) -> contextlib.AbstractContextManager:
-        if REFERENCE_ADAPTER not in self.peft_model.peft_config:
-            return _adapters_off(self.peft_model)
-        return _reference_adapter_on(self.peft_model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,41 +81,6 @@ def _frozen_logps(model: nn.Module, batch: PairBatch, ld_alpha: float | None) ->
     return completion_logps(frozen_token_logps(model, batch), batch.cu_seqlens, ld_alpha)
 
 
-def frozen_copy(policy: nn.Module) -> nn.Module:
-    """A copy of `policy` as it is now, in evaluation mode, that no optimizer will change."""
-    return copy.deepcopy(policy).requires_grad_(False).eval()
-
-
-def _copy_trained_adapter(policy: PeftModel) -> None:
-    """Keep the policy's trained adapter, as it is now, as a second one that is not trained.
-
-    It takes the place of an earlier trainer's on the same model, and is saved beside the trained
-    one, as checkpoints need it.
-    """
-    trained = policy.active_adapter
-    with _as_trained(policy):
-        if REFERENCE_ADAPTER not in policy.peft_config:
-            policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[trained])
-    parameters = dict(policy.named_parameters())
-    for name, parameter in parameters.items():
-        if f".{trained}." in name:
-            twin = parameters[name.replace(f".{trained}.", f".{REFERENCE_ADAPTER}.")]
-            twin.data.copy_(parameter.data)
-            twin.requires_grad_(False)
-
-
-def load_trained_adapter(policy: nn.Module, checkpoint: str) -> None:
-    """Load what `checkpoint` has of the trained adapter, if the policy has a reference adapter too.
-
-    PEFT writes an adapter called "default" into the checkpoint's folder, any other into one of its
-    own; transformers 5.17 resumes from either the one or the others, 5.23 from both.
-    """
-    names = policy.peft_config if isinstance(policy, PeftModel) else ()
-    if REFERENCE_ADAPTER in names and "default" in names:
-        with _as_trained(policy):
-            policy.load_adapter(checkpoint, "default", is_trainable=True)
-
-
 @contextlib.contextmanager
 def _adapters_off(policy: PeftModel) -> Iterator[None]:
     """As PeftModel.disable_adapter, without its report on each layer: 11 of 26 ms, at 24 layers."""
@@ -138,24 +91,25 @@ def _adapters_off(policy: PeftModel) -> Iterator[None]:
         policy.base_model.enable_adapter_layers()
 
 
-@contextlib.contextmanager
-def _reference_adapter_on(policy: PeftModel) -> Iterator[None]:
-    with _as_trained(policy):
-        policy.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
-        yield
+def _adapters_alone_train(policy: PeftModel) -> bool:
+    """Whether nothing trains that stays on when the adapters are off (LoRA's `bias` does)."""
+    with _adapters_off(policy):
+        return not any(parameter.requires_grad for parameter in policy.parameters())
 
 
-@contextlib.contextmanager
-def _as_trained(policy: PeftModel) -> Iterator[None]:
-    """Afterwards the same adapter is active as before, and the same parameters are trained."""
-    active = policy.active_adapter
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    try:
-        yield
-    finally:
-        policy.set_adapter(active, inference_mode=True)  # else what its owner froze would train
-        for parameter in trained:
-            parameter.requires_grad_(True)
+def frozen_copy(policy: nn.Module, *, in_common: bool = True) -> nn.Module:
+    """A copy of `policy` as it is now, in evaluation mode, that no optimizer will change.
+
+    in_common: the two have the same tensors where nothing trains, and not a copy each.
+    """
+    tensors = []
+    if in_common:
+        tensors += (parameter for parameter in policy.parameters() if not parameter.requires_grad)
+        tensors += policy.buffers()
+        # a bitsandbytes layer moves its weight's scales there in its first forward
+        states = (getattr(module, "state", None) for module in policy.modules())
+        tensors += (state for state in states if hasattr(state, "SCB"))
+    return copy.deepcopy(policy, {id(each): each for each in tensors}).requires_grad_(False).eval()
 
 
 def choose_reference(
@@ -165,12 +119,14 @@ def choose_reference(
     in_rows: bool,
     has_new_adapters: bool,
     precompute: bool,
+    is_sharded: bool,
     device: torch.device,
 ) -> Reference:
     """The cheapest reference that these rows, models and adapters have, on `device`.
 
     in_rows: whether the rows have log-probabilities. has_new_adapters: that change nothing yet, so
     that the policy without them is the reference. precompute: it is asked before training alone.
+    is_sharded: the policy's weights will be cut up, so that none can be its reference's too.
     ValueError where the rows and ref_model are two.
     """
     if in_rows and ref_model is not None:
@@ -179,13 +135,12 @@ def choose_reference(
         return RowLogps()
     if ref_model is not None:
         return _placed(ref_model.requires_grad_(False).eval(), "ref_model", device)
-    if isinstance(policy, PeftModel):
-        if not has_new_adapters:
-            _copy_trained_adapter(policy)
+    if has_new_adapters and _adapters_alone_train(policy):
         return AdaptersOff(policy)
     if precompute:
         return FrozenModel(policy, "the policy before training")
-    return _placed(frozen_copy(policy), "a frozen copy of the policy", device)
+    copied = frozen_copy(policy, in_common=not is_sharded)
+    return _placed(copied, "a frozen copy of the policy", device)
 
 
 def _placed(model: nn.Module, source: str, device: torch.device) -> FrozenModel:

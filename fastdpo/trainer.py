@@ -42,13 +42,12 @@ from fastdpo.model import (
     score,
 )
 from fastdpo.pack_trainer import PackTrainer
-from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
+from fastdpo.policy import load_adapters, load_tokenizer, make_policy, make_ready, model_name
 from fastdpo.reference import (
     FrozenModel,
     RowLogps,
     are_scored,
     choose_reference,
-    load_trained_adapter,
     once_precomputed,
     with_reference_logps,
 )
@@ -68,8 +67,8 @@ class DPOTrainer(PackTrainer):
     The arguments are TRL 1.16's:
 
     model: the policy, a transformers or PEFT model, or the name `from_pretrained` takes.
-    ref_model: the reference; None for the policy as it is now: its new adapters switched off, a
-        frozen copy of adapters that were trained before, or a frozen copy of all of it.
+    ref_model: the reference; None for the policy as it is now: its new adapters switched off, or a
+        frozen copy of what trains in it.
     args: DPOConfig; None for the defaults and a folder named after the model.
     data_collator: None for what args.layout asks for (collate.py); one of your own pads: it returns
         what PaddedCollator does, or input_ids, attention_mask and completion_mask, chosen first.
@@ -176,6 +175,7 @@ class DPOTrainer(PackTrainer):
             in_rows=are_scored(datasets),
             has_new_adapters=has_new_adapters,
             precompute=args.precompute_ref_log_probs,
+            is_sharded=self._is_sharded,
             device=args.device,
         )
         check_pairs(datasets, self._models().values(), args.max_length)
@@ -382,9 +382,20 @@ class DPOTrainer(PackTrainer):
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self._is_sharded:
-            load_trained_adapter(self.model, resume_from_checkpoint)
+        if self._has_whole_adapters:
+            load_adapters(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if self._has_whole_adapters:
+            load_adapters(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    @property
+    def _has_whole_adapters(self) -> bool:
+        return isinstance(self.model, PeftModel) and not self._is_sharded
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add an interval's metrics to training's `logs`: the moment that waits for the device."""

@@ -1,17 +1,28 @@
 """Whose log-probabilities the policy's are held against, and that they stay what they were."""
 
 import math
+import operator
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from test_trainer import LORA, logged, make_trainer, weights
+from transformers import TrainerCallback
 
 import fastdpo
 from fastdpo import DPOTrainer
 from fastdpo.batch import PairBatch
+from fastdpo.reference import frozen_copy
 
 SCORED = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -30.0}
 
@@ -23,12 +34,6 @@ def tokenizer():
 
 def scored_rows():
     return [row | SCORED for row in tiny.rows()]
-
-
-def with_trained_adapters(tokenizer):
-    torch.manual_seed(0)
-    lora = LoraConfig(**LORA, init_lora_weights=False)
-    return get_peft_model(tiny.model("llama", len(tokenizer)), lora)
 
 
 def stream(rows):
@@ -102,12 +107,82 @@ def test_an_explicit_reference_is_used_and_not_trained(tmp_path, tokenizer):
         assert torch.equal(parameter, start[name]), name
 
 
-def test_a_trained_adapter_is_held_against_a_copy_of_itself(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer, model=with_trained_adapters(tokenizer))
+Q_AND_V = ["q_proj", "v_proj"]
+BEFORE = {  # what adapters can have been trained before, and where they keep it
+    "lora": LoraConfig(**LORA),
+    "lora of the embedding": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
+    "lora with biases": LoraConfig(r=4, target_modules=Q_AND_V, bias="lora_only"),
+    "whole modules": LoraConfig(r=4, target_modules=Q_AND_V, modules_to_save=["lm_head"]),
+    "tokens": LoraConfig(r=4, target_modules=Q_AND_V, trainable_token_indices=[20, 50, 90]),
+    "ia3": IA3Config(target_modules=["v_proj", "up_proj"], feedforward_modules=["up_proj"]),
+    "loha": LoHaConfig(r=4, target_modules=Q_AND_V),
+    "lokr": LoKrConfig(r=4, target_modules=Q_AND_V),
+    "vera": VeraConfig(r=4, target_modules=["q_proj"]),
+}
+
+
+def trained_before(tokenizer, peft_config, name="default"):
+    model = get_peft_model(tiny.model("qwen2", len(tokenizer)), peft_config, adapter_name=name)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def assert_it_stays(trainer):
+    """Training starts at the reference, and leaves it where it is."""
+    batch = PairBatch.from_inputs(next(iter(trainer.get_train_dataloader())))
+    before = trainer.reference.logps(trainer.model, batch)
     trainer.train()
     assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert logged(trainer)[-1] < 0.69
-    assert trainer.model.active_adapter == "default"
+    assert abs(logged(trainer)[-1] - math.log(2)) > 1e-4
+    assert torch.equal(before, trainer.reference.logps(trainer.model, batch))
+
+
+@pytest.mark.parametrize("name", ["default", "model"])  # "model" is in every parameter's name
+@pytest.mark.parametrize("kind", BEFORE)
+def test_trained_adapters_are_held_against_themselves(tmp_path, tokenizer, kind, name):
+    model = trained_before(tokenizer, BEFORE[kind], name)
+    trainer = make_trainer(tmp_path, tokenizer, model=model, learning_rate=1e-2)
+    assert_it_stays(trainer)
+    assert [*model.peft_config] == model.active_adapters == [name]
+
+
+def test_an_adapter_on_top_of_another_is_trained_and_both_stay_active(tmp_path, tokenizer):
+    model = trained_before(tokenizer, LoraConfig(**LORA), "sft")
+    model.add_adapter("dpo", LoraConfig(**LORA))
+    model.base_model.set_adapter(["sft", "dpo"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".dpo." in name)
+    assert_it_stays(make_trainer(tmp_path, tokenizer, model=model, learning_rate=1e-2))
+    assert model.active_adapters == ["sft", "dpo"]
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_what_trains_beside_new_adapters_is_not_in_the_reference(tmp_path, tokenizer, bias):
+    lora = LoraConfig(r=4, target_modules=Q_AND_V, bias=bias)
+    model = tiny.model("qwen2", len(tokenizer))
+    assert_it_stays(
+        make_trainer(tmp_path, tokenizer, model=model, peft_config=lora, learning_rate=1e-2)
+    )
+
+
+def test_a_copy_has_in_common_with_the_policy_what_does_not_train(tokenizer):
+    policy = trained_before(tokenizer, LoraConfig(**LORA))
+    policy.get_input_embeddings().weight.requires_grad_(True)
+    int8 = policy.base_model.model.model.layers[0].mlp.up_proj
+    int8.state = SimpleNamespace(SCB=None)  # as bitsandbytes has it before the first forward
+    copied = frozen_copy(policy)
+    for (name, ours), theirs in zip(policy.named_parameters(), copied.parameters(), strict=True):
+        assert (ours is theirs) == (not ours.requires_grad), name
+        assert not theirs.requires_grad
+    assert all(map(operator.is_, policy.buffers(), copied.buffers()))
+    assert copied.base_model.model.model.layers[0].mlp.up_proj.state is int8.state
+    assert policy.training and not copied.training
+    apart = frozen_copy(policy, in_common=False)
+    assert not any(map(operator.is_, policy.parameters(), apart.parameters()))
 
 
 def test_reference_logps_of_the_rows_are_used_without_a_second_model(tmp_path, tokenizer):
@@ -162,7 +237,7 @@ def test_rows_that_bring_another_reference_to_an_evaluation_are_refused(tmp_path
 
 
 def test_a_second_trainer_on_adapters_starts_where_the_first_ended(tmp_path, tokenizer):
-    first = make_trainer(tmp_path, tokenizer, model=with_trained_adapters(tokenizer))
+    first = make_trainer(tmp_path, tokenizer, model=trained_before(tokenizer, LoraConfig(**LORA)))
     first.train()
     second = make_trainer(tmp_path, tokenizer, model=first.model)
     second.train()
@@ -170,12 +245,19 @@ def test_a_second_trainer_on_adapters_starts_where_the_first_ended(tmp_path, tok
     assert logged(second)[-1] < 0.69
 
 
-def test_trained_adapters_resume_exactly(tmp_path, tokenizer):
+def test_several_adapters_resume_exactly(tmp_path, tokenizer):
     def trainer(folder):
+        model = trained_before(tokenizer, LoraConfig(**LORA))
+        model.add_adapter("more", LoraConfig(**LORA))
+        model.base_model.set_adapter(["more", "default"])
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
         return make_trainer(
             tmp_path / folder,
             tokenizer,
-            model=with_trained_adapters(tokenizer),
+            model=model,
+            learning_rate=1e-2,
             max_steps=6,
             save_strategy="steps",
             save_steps=3,
@@ -186,26 +268,50 @@ def test_trained_adapters_resume_exactly(tmp_path, tokenizer):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
     assert logged(resumed) == logged(whole)
     assert logged(resumed, "rewards/margins") == logged(whole, "rewards/margins")
+    ours, theirs = (
+        {name: (p.requires_grad, p.tolist()) for name, p in each.model.named_parameters()}
+        for each in (whole, resumed)
+    )
+    assert ours == theirs and resumed.model.active_adapters == ["more", "default"]
 
 
-def test_an_adapter_called_ref_by_its_owner_is_not_overwritten(tmp_path, tokenizer):
-    model = with_trained_adapters(tokenizer)
-    model.add_adapter("ref", LoraConfig(**LORA, init_lora_weights=False))
-    before = {n: p.clone() for n, p in model.named_parameters() if ".ref." in n}
-    make_trainer(tmp_path, tokenizer, model=model).train()
-    for name, parameter in model.named_parameters():
-        if name in before:
-            assert torch.equal(parameter, before[name]), name
+def test_the_best_model_is_loaded_whatever_its_adapter_is_called(tmp_path, tokenizer):
+    class Remember(TrainerCallback):
+        saved = {}
+
+        def on_save(self, args, state, control, model, **kwargs):
+            self.saved[state.global_step] = weights(model)
+
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        model=trained_before(tokenizer, LoraConfig(**LORA), "mine"),
+        eval_dataset=Dataset.from_list(tiny.rows(5)),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        greater_is_better=True,  # of the loss: the first is the best
+        callbacks=[Remember()],
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    best = Remember.saved[1]
+    assert all(torch.equal(best[name], each) for name, each in weights(trainer.model).items())
 
 
-def test_no_adapter_is_copied_that_no_one_asks(tmp_path, tokenizer):
-    model = with_trained_adapters(tokenizer)
-    make_trainer(tmp_path, tokenizer, model=model, rows=scored_rows())
-    assert list(model.peft_config) == ["default"]
+def test_a_checkpoint_without_the_policys_adapter_is_refused(tmp_path, tokenizer):
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(**LORA), **settings).train()
+    model = trained_before(tokenizer, LoraConfig(**LORA), "mine")
+    trainer = make_trainer(tmp_path / "other", tokenizer, model=model)
+    with pytest.raises(ValueError, match="want adapter 'mine' in checkpoint .*checkpoint-4, got"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_what_the_user_froze_of_an_adapter_stays_frozen(tmp_path, tokenizer):
-    model = with_trained_adapters(tokenizer)
+    model = trained_before(tokenizer, LoraConfig(**LORA))
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
