@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -60,7 +60,7 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
 
 
 def attach_scorer(model: nn.Module, **head_settings: Any) -> None:
-    """Let `model(..., scored_rows=..., labels=..., stats=...)` answer with a ScoredOutput.
+    """Let `model(..., scored_rows=..., scored_labels=..., stats=...)` answer with a ScoredOutput.
 
     head_settings: head_cache_bytes and skip_below, as kernels.linear_logps has them; a second call
     changes these alone. ValueError for a head that head.py does not know.
@@ -68,20 +68,27 @@ def attach_scorer(model: nn.Module, **head_settings: Any) -> None:
     causal_lm = causal_lm_of(model)
     check_head_module(causal_lm)
     causal_lm._head_settings = head_settings
+    causal_lm._virtual_tokens = _virtual_tokens(model)
     if hasattr(causal_lm, "_unscored_forward"):
         return
     # an attribute, not a closure: a deep copy of the model then calls the copy
     causal_lm._unscored_forward = causal_lm.forward
 
     @functools.wraps(type(causal_lm).forward)  # generate() reads the signature
-    def forward(self, *args, scored_rows=None, labels=None, stats=(), **kwargs):
+    def forward(self, *args, scored_rows=None, scored_labels=None, stats=(), **kwargs):
         if scored_rows is None:
-            if labels is not None:
-                kwargs["labels"] = labels
             return self._unscored_forward(*args, **kwargs)
-        return _score(self, scored_rows, labels, stats, **kwargs)
+        return _score(self, scored_rows, scored_labels, stats, **kwargs)
 
     causal_lm.forward = types.MethodType(forward, causal_lm)
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    """How many tokens of its own the model puts before each row; 0 for those it keeps as keys."""
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return 0
+    config = model.active_peft_config
+    return 0 if config.peft_type == PeftType.PREFIX_TUNING else config.num_virtual_tokens
 
 
 def score(
@@ -92,7 +99,7 @@ def score(
     scored = model(
         **batch.model_inputs,
         scored_rows=batch.scored_rows_R,
-        labels=batch.labels_R,
+        scored_labels=batch.labels_R,
         stats=stats,
         use_cache=False,
         **router,
@@ -117,16 +124,16 @@ def _score(
     """The forward with `scored_rows`: token_counts ask for aux_loss, and weigh its tokens."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
     outputs = causal_lm.base_model(**inputs)
-    hidden_SLD, device = outputs.last_hidden_state, scored_rows_R.device
+    hidden_SLD = outputs.last_hidden_state[:, causal_lm._virtual_tokens :]
+    device = scored_rows_R.device
     hidden_RD = hidden_SLD.flatten(0, 1).index_select(0, scored_rows_R.to(hidden_SLD.device))
     token_logps_R, stats_R = head_logps(
         causal_lm, hidden_RD, labels_R, stats, **causal_lm._head_settings
     )
     aux_loss = None
     if token_counts is not None:
-        aux_loss = load_balancing_loss_func(
-            outputs.router_logits, *_experts(causal_lm), token_counts
-        )
+        counts = nn.functional.pad(token_counts, (causal_lm._virtual_tokens, 0), value=1)
+        aux_loss = load_balancing_loss_func(outputs.router_logits, *_experts(causal_lm), counts)
     # of a model on several GPUs, the head may be on another than the batch
     stats_R = {f"{name}_C": value_R.to(device) for name, value_R in stats_R.items()}
     return ScoredOutput(token_logps_C=token_logps_R.to(device), aux_loss=aux_loss, **stats_R)
@@ -186,9 +193,9 @@ def check_head(
     own = model(**inputs)
     inputs |= {"token_counts": torch.ones_like(ids_L)[None]} if aux_loss else {}
     rows = torch.arange(len(input_ids) - 1, device=model.device)
-    scored = model(**inputs, scored_rows=rows, labels=ids_L[1:])
+    scored = model(**inputs, scored_rows=rows, scored_labels=ids_L[1:])
     model.train(was_training)
-    logits_LV = own.logits[0, :-1]
+    logits_LV = own.logits[0, -len(input_ids) : -1]  # behind tokens of its own, if it has any
     own_L = logits_LV.float().log_softmax(-1).gather(1, ids_L[1:, None]).squeeze(1)
     difference = (own_L - scored.token_logps_C.to(own_L.device)).abs().max().item()
     if math.isnan(difference):

@@ -360,7 +360,8 @@ class DPOTrainer(PackTrainer):
             if prediction_loss_only:
                 return loss, None, None
             logits = model(**batch.model_inputs, use_cache=False).logits
-        return loss, logits, inputs["input_ids"]
+        ids_SL = inputs["input_ids"]
+        return loss, logits[:, -ids_SL.shape[1] :], ids_SL
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As transformers.Trainer's; rows passed here are prepared as those of the constructor."""

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
@@ -20,6 +20,7 @@ from fastdpo.metrics import TOKEN_METRICS
 from fastdpo.model import aux_loss_weight, causal_lm_of
 
 CHUNK = 1000
+PROMPT_LEARNING = (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")  # GPT-2, OPT, BERT
 EVAL_METRICS = (
     *("loss", "aux_loss", *TOKEN_METRICS, *PAIR_METRICS),
@@ -33,9 +34,23 @@ def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
         raise TypeError(f"want model as a name or a loaded model, got {type(model).__name__}")
     if not isinstance(ref_model, PreTrainedModel | PeftModel | None):
         raise TypeError(f"want ref_model as a loaded model, got {type(ref_model).__name__}")
-    if ref_model is model:
-        raise ValueError("want ref_model apart from model; leave it out for a frozen copy")
+    for name, each in {"model": model, "ref_model": ref_model}.items():
+        if isinstance(each, PeftModel):
+            _check_adapters(each.active_peft_config, name)
+    trained = (
+        set() if isinstance(model, str) else {p for p in model.parameters() if p.requires_grad}
+    )
+    if ref_model is not None and not trained.isdisjoint(ref_model.parameters()):
+        raise ValueError(
+            "want ref_model apart from model, got one with weights that train in both; leave it "
+            "out for the model as it is now"
+        )
     if peft_config is None:
+        if not trained and not isinstance(model, str):
+            raise ValueError(
+                "want a model with something to train, got none of its parameters with "
+                "requires_grad (PeftModel.from_pretrained wants is_trainable=True)"
+            )
         return
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"want a peft.PeftConfig as peft_config, got {type(peft_config).__name__}")
@@ -46,6 +61,14 @@ def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
         )
     if peft_config.is_prompt_learning:
         raise ValueError(f"want adapters on layers, got {peft_config.peft_type} (not there yet)")
+
+
+def _check_adapters(config: PeftConfig, name: str) -> None:
+    if config.is_prompt_learning and config.peft_type not in PROMPT_LEARNING:
+        names = ", ".join(kind.value for kind in PROMPT_LEARNING)
+        raise ValueError(
+            f"want {name} with adapters on layers or {names}, got {config.peft_type.value}"
+        )
 
 
 def check_arguments(
@@ -59,7 +82,7 @@ def check_arguments(
         kind = type(args)
         got = f"{kind.__module__}.{kind.__qualname__}"
         raise TypeError(f"want a fastdpo.DPOConfig as args, got {got}")
-    _check_machine(args)
+    _check_machine(args, model)
     _check_report_to(args.report_to)
     if not isinstance(train_dataset, Dataset | IterableDataset):
         got = "none" if train_dataset is None else type(train_dataset).__name__
@@ -72,12 +95,23 @@ def check_arguments(
         _check_collators_settings(args)
     if isinstance(model, str):
         return
+    if args.gradient_checkpointing and _has_prefix(model):
+        raise ValueError(
+            "want gradient_checkpointing=False with PREFIX_TUNING (transformers' checkpoints leave "
+            "keys that come with the model out), got True"
+        )
     aux_loss_weight(model, args.router_aux_loss_coef)
     if args.model_init_kwargs is not None or quantization_config is not None:
         raise ValueError(
             "want model as a name with model_init_kwargs or quantization_config, got a "
             f"{type(model).__name__} that is already loaded"
         )
+
+
+def _has_prefix(model: PreTrainedModel | PeftModel) -> bool:
+    return isinstance(model, PeftModel) and model.active_peft_config.peft_type == (
+        PeftType.PREFIX_TUNING
+    )
 
 
 def check_best_metric(args: DPOConfig, eval_dataset: Any, compute_metrics: Any) -> None:
@@ -94,11 +128,12 @@ def check_best_metric(args: DPOConfig, eval_dataset: Any, compute_metrics: Any) 
         raise ValueError(f"want metric_for_best_model of {names}, got {wanted!r}")
 
 
-def _check_machine(args: DPOConfig) -> None:
+def _check_machine(args: DPOConfig, model: Any) -> None:
     device = args.device.type
     if device not in ("cuda", "cpu"):  # MPS has neither float64 nor segment_reduce
         raise ValueError(f"want a CUDA GPU, or use_cpu=True, got device {device!r}")
-    if args.n_gpu > 1:
+    placed_on = set((getattr(model, "hf_device_map", None) or {}).values())
+    if args.n_gpu > 1 and len(placed_on) < 2:
         raise ValueError(
             f"want one process per GPU (accelerate launch, torchrun), got {args.n_gpu} GPUs in "
             "one process: launch it so, or show it one GPU with CUDA_VISIBLE_DEVICES"

@@ -8,7 +8,14 @@ import families
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from datasets import Dataset
+from peft import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from test_trainer import LORA, logged, make_trainer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -117,10 +124,34 @@ def test_noise_that_reads_the_length_of_a_row_needs_padding(tmp_path, tokenizer)
         make_trainer(tmp_path, tokenizer, neftune_noise_alpha=5, layout="shared")
 
 
-def test_a_prompt_learning_adapter_cannot_run_packed():
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    model = get_peft_model(families.model("llama", torch.float32), config)
-    assert "PROMPT_TUNING puts tokens of its own" in why_padded(model)
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_adapters_with_tokens_of_their_own_train_padded(tmp_path, tokenizer, family, kind):
+    torch.manual_seed(0)
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(tiny.model(family, len(tokenizer)), config)
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        model=model,
+        learning_rate=1e-2,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=8,
+    )
+    assert "puts tokens of its own before each row" in trainer.layout.line
+    trainer.train()
+    balance = logged(trainer, "aux_loss") or [0.0] * 4
+    losses = [
+        a - trainer.aux_loss_weight * b for a, b in zip(logged(trainer), balance, strict=True)
+    ]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < losses[0] - 1e-4
+
+    found = trainer.predict(Dataset.from_list(tiny.rows(3)))
+    for logits_LV, ids_L in zip(found.predictions, found.label_ids, strict=True):
+        ids_L = torch.tensor(ids_L[ids_L != 0])
+        with torch.no_grad():
+            own_LV = trainer.model.eval()(ids_L[None]).logits[0, -len(ids_L) :]
+        torch.testing.assert_close(torch.tensor(logits_LV[: len(ids_L)]), own_LV, atol=1e-4, rtol=0)
 
 
 def test_a_model_that_cannot_run_packed_trains_padded(tmp_path, tokenizer, caplog):

@@ -1,10 +1,19 @@
 """What DPOTrainer refuses, and that it does so before it has spent anything."""
 
+import copy
+
 import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    CPTConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from fastdpo import DPOConfig, DPOTrainer, data, trainer, trainer_check
@@ -83,10 +92,57 @@ def test_arguments_that_do_not_fit_are_refused(tokenizer, nothing_spent, wrong, 
         build(tokenizer, **wrong)
 
 
-def test_a_reference_that_is_the_policy_is_refused(tokenizer, nothing_spent):
-    model = tiny.model("llama", len(tokenizer))
-    with pytest.raises(ValueError, match="want ref_model apart from model"):
-        build(tokenizer, model=model, ref_model=model)
+@pytest.mark.parametrize("kind", ["the policy", "under its adapters", "one tensor"])
+def test_a_reference_that_would_train_is_refused(tokenizer, nothing_spent, kind):
+    model = ref_model = tiny.model("llama", len(tokenizer))
+    if kind == "under its adapters":
+        model = get_peft_model(ref_model, LORA)
+    if kind == "one tensor":
+        ref_model = tiny.model("llama", len(tokenizer), seed=1)
+        ref_model.lm_head.weight = model.lm_head.weight
+    with pytest.raises(ValueError, match="want ref_model apart from model, got one with weights"):
+        build(tokenizer, model=model, ref_model=ref_model)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_reference_may_share_what_does_not_train(tokenizer):
+    model = tiny.model("llama", len(tokenizer)).requires_grad_(False)
+    other = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    build(tokenizer, model=model, ref_model=other)
+
+
+def test_a_policy_with_nothing_to_train_is_refused(tokenizer, nothing_spent, tmp_path):
+    get_peft_model(tiny.model("llama", len(tokenizer)), LORA).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.model("llama", len(tokenizer)), tmp_path)
+    with pytest.raises(ValueError, match="want a model with something to train.*is_trainable"):
+        build(tokenizer, model=loaded)
+
+
+@pytest.mark.parametrize("name", ["model", "ref_model"])
+def test_virtual_tokens_of_another_kind_are_refused(tokenizer, nothing_spent, name):
+    ids = {"cpt_token_ids": [5, 6], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]}
+    model = get_peft_model(tiny.model("llama", len(tokenizer)), CPTConfig("CAUSAL_LM", **ids))
+    with pytest.raises(ValueError, match=f"want {name} with adapters on layers or .* got CPT"):
+        build(tokenizer, **{name: model})
+
+
+def test_prefixes_under_gradient_checkpointing_are_refused(tokenizer, nothing_spent):
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = get_peft_model(tiny.model("llama", len(tokenizer)), config)
+    with pytest.raises(ValueError, match="want gradient_checkpointing=False with PREFIX_TUNING"):
+        build(tokenizer, model=model)
+
+
+def test_a_model_that_lies_on_several_gpus_is_let_by(tokenizer, monkeypatch):
+    monkeypatch.setattr(DPOConfig, "n_gpu", 2)
+    args = DPOConfig(output_dir="run", report_to="none", use_cpu=True)
+    model, rows = tiny.model("llama", len(tokenizer)), Dataset.from_list(tiny.rows())
+    model.hf_device_map = {"model": 0, "lm_head": 0}
+    with pytest.raises(ValueError, match="want one process per GPU"):
+        trainer_check.check_arguments(args, model, rows, None, None)
+    model.hf_device_map["lm_head"] = 1
+    trainer_check.check_arguments(args, model, rows, None, None)
 
 
 @pytest.mark.parametrize(
