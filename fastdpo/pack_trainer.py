@@ -65,7 +65,7 @@ class PackTrainer(Trainer):
         return packs
 
     def choose_budget(self) -> TokenBudget | None:
-        """What max_tokens_per_forward asks for; `auto` runs the longest pairs to see.
+        """What max_tokens_per_forward asks for; how much `auto` is, shows when training starts.
 
         ValueError, before any compute, where a pack's backward cannot leave gradients unreduced
         (DeepSpeed), or a forward has collectives, which one rank cannot leave (auto with FSDP).
@@ -80,10 +80,18 @@ class PackTrainer(Trainer):
             return TokenBudget(wanted)
         if self.is_fsdp_enabled:
             raise ValueError("want max_tokens_per_forward as a number under FSDP, got 'auto'")
-        most = least_of_ranks(self._tokens_that_fit(), self.accelerator)
-        return TokenBudget(most, may_shrink=True)
+        return TokenBudget(may_shrink=True)
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """As transformers', which by now has set the model up to checkpoint its activations."""
+        if self.budget is not None and self.budget.may_shrink:
+            most = least_of_ranks(self._tokens_that_fit(), self.accelerator)
+            self.budget.max_tokens = most
+            logger.info(f"max_tokens_per_forward: at most {most:,} tokens in a forward")
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _tokens_that_fit(self) -> int:
+        """As far as the longest pairs show."""
         rows = longest_rows(self.train_dataset)
         one, two = (self.to_device(self.data_collator(each)) for each in (rows[:1], rows[:2]))
         gradients = 1 if self.accelerator.num_processes == 1 else 2  # DDP's buckets are as large

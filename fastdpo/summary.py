@@ -6,7 +6,6 @@ from transformers import Trainer
 from fastdpo import ops
 from fastdpo.data import PairCounts
 from fastdpo.model import causal_lm_of
-from fastdpo.token_budget import UNBOUNDED
 
 
 def describe_run(trainer: Trainer) -> str:
@@ -59,10 +58,9 @@ def _layout_line(trainer: Trainer) -> str:
     line = f"{trainer.layout.name}: {trainer.layout.line}"
     if trainer.budget is None:
         return line
-    most = trainer.budget.max_tokens
-    if most == UNBOUNDED:
-        return f"{line}; in smaller packs once memory runs out"
-    return f"{line}; packs of {most:,} tokens"
+    if trainer.budget.may_shrink:
+        return f"{line}; packs as large as memory has room for"
+    return f"{line}; packs of {trainer.budget.max_tokens:,} tokens"
 
 
 def _kernels_line(trainer: Trainer) -> str:

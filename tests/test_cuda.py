@@ -299,8 +299,8 @@ def test_a_trainer_on_a_gpu_starts_at_ln_2_and_learns(settings, tmp_path):
     budget = {"max_tokens_per_forward": "auto"}
     trainer = make_trainer(tmp_path, tiny.tokenizer(), **defaults, **budget, **settings)
     assert trainer.layout.name == settings.get("layout", "shared"), trainer.layout.line
-    assert 0 < trainer.budget.max_tokens < UNBOUNDED
     trainer.train()
+    assert 0 < trainer.budget.max_tokens < UNBOUNDED
     losses = logged(trainer)
     assert losses[0] == pytest.approx(math.log(2), abs=2e-2)
     assert losses[-1] < 0.5

@@ -138,31 +138,41 @@ def test_an_update_that_is_run_again_logs_the_loss_of_its_own_batches(tmp_path, 
     assert logged(trainer) == pytest.approx(logged(plain), rel=1e-4)
 
 
-def test_auto_looks_at_training_steps_of_one_pair_and_of_two(tmp_path, tokenizer, monkeypatch):
-    found, was_training = {}, []
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_auto_looks_at_training_steps_of_one_pair_and_of_two(
+    tmp_path, tokenizer, monkeypatch, gradient_checkpointing
+):
+    found, layers = {}, []
 
     def tokens_that_fit(run, smaller, larger, device, *, kept_bytes):
         found.update(pairs=(count_pairs(smaller), count_pairs(larger)), kept_bytes=kept_bytes)
-        was_training.clear()
+        layers.clear()
         run(larger)
+        found.update(were_training=list(layers))
         return 77
 
     monkeypatch.setattr(pack_trainer, "tokens_that_fit", tokens_that_fit)
     model = tiny.model("llama", len(tokenizer)).eval()
-    model.register_forward_hook(lambda module, *_: was_training.append(module.training))
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda mlp, _: layers.append(mlp.training))
     trainer = make_trainer(
         tmp_path,
         tokenizer,
         model=model,
         peft_config=LoraConfig(r=2, target_modules="all-linear"),
         max_tokens_per_forward="auto",
+        gradient_checkpointing=gradient_checkpointing,
     )
+    assert "packs as large as memory has room for" in trainer.summary() and not found
+    trainer.train()
     num_trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     # a gradient and Adam's two moments, and under DDP the bucket that the gradient is sent in
-    assert trainer.budget.max_tokens == 77 and was_training == [True]
-    assert found == {"pairs": (1, 2), "kept_bytes": 12 * num_trained}
+    assert found["kept_bytes"] == 12 * num_trained and found["pairs"] == (1, 2)
+    # each layer once more where its activations are not kept
+    assert found["were_training"] == [True] * len(model.model.layers) * (1 + gradient_checkpointing)
+    assert trainer.budget.max_tokens == 77
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
-    trainer.choose_budget()
+    trainer._tokens_that_fit()
     assert found["kept_bytes"] == 16 * num_trained
 
 

@@ -25,7 +25,7 @@ class ShortOfMemory(DPOTrainer):
     even: as many packs on each rank, as FSDP has them, which does not run on a CPU.
     """
 
-    fails, even = None, False
+    fails, even, start_with = None, False, None
     batches = raised = packs = 0
     forwards = ()  # of each batch
 
@@ -62,6 +62,9 @@ class ShortOfMemory(DPOTrainer):
         self.hook.remove()
         raise torch.OutOfMemoryError("pretended")
 
+    def _tokens_that_fit(self):
+        return self.start_with or super()._tokens_that_fit()
+
     def forwards_are_collective(self):
         return self.even or super().forwards_are_collective()
 
@@ -70,9 +73,7 @@ def run(folder, *, settings, start_with=None, fails=None, even=False):
     """What came of a training: its weights and log, or its error."""
     try:
         trainer = make_trainer(folder, settings)
-        trainer.fails, trainer.even = fails, even
-        if start_with is not None:
-            trainer.budget.max_tokens = start_with
+        trainer.fails, trainer.even, trainer.start_with = fails, even, start_with
         trainer.train()
     except torch.OutOfMemoryError as error:
         return {"error": str(error)}
