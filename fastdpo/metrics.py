@@ -1,16 +1,18 @@
 """What a run logs: TRL's metric names, sums kept on the device, one read per logging interval."""
 
 import itertools
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastdpo.batch import PairBatch
+from fastdpo.batch import PairBatch, TokensRun
 from fastdpo.losses import PAIR_METRICS, PairLoss, completion_logps
 from fastdpo.model import ScoredOutput
 
 TOKEN_METRICS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+Sums = dict[tuple[str, ...], tuple[Tensor, Tensor | int]]
 
 
 class MetricSums:
@@ -19,7 +21,7 @@ class MetricSums:
     def __init__(self):
         self._sums: dict[tuple[str, ...], Tensor] = {}
 
-    def add(self, sums: dict[tuple[str, ...], tuple[Tensor, Tensor | int]]) -> None:
+    def add(self, sums: Sums) -> None:
         """Add `names: (sums_M, weights_M or one weight for all)`, a group of M metrics at a time.
 
         Nothing here makes the CPU wait for the device.
@@ -42,10 +44,63 @@ class MetricSums:
         }
 
 
+class RunCounts:
+    """What one training counts: metrics since the last log, and tokens since its start.
+
+    num_train_tokens: of this rank, on the device. tokens: of this rank. num_evaluated: pairs of
+    the evaluation that runs, on this rank.
+    """
+
+    def __init__(self, device: torch.device):
+        self.train = MetricSums()
+        self.num_train_tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.tokens = TokensRun()
+        self.start_evaluation()
+
+    def start_evaluation(self) -> None:
+        self.eval, self.num_evaluated = MetricSums(), 0
+
+    def read(self, sums: MetricSums, accelerator: Accelerator) -> dict[str, float]:
+        """`sums` and num_tokens over all ranks; nothing where nothing was added since a read."""
+        metrics = sums.read(accelerator)
+        if not metrics:
+            return {}
+        tokens = accelerator.reduce(self.num_train_tokens.clone(), "sum")
+        return metrics | {"num_tokens": tokens.item()}
+
+
 @torch.no_grad()
-def pair_metrics(
-    batch: PairBatch, scored: ScoredOutput, losses: PairLoss
-) -> dict[tuple[str, ...], tuple[Tensor, Tensor | int]]:
+def evaluation_metrics(
+    batch: PairBatch, scored: ScoredOutput, losses: PairLoss, count: int
+) -> Sums:
+    """pair_metrics and the loss of the first `count` pairs; 0, of weight 0, for none."""
+    if count < batch.num_pairs:
+        batch, scored, losses = _first_pairs(batch, scored, losses, max(count, 1))
+    metrics = pair_metrics(batch, scored, losses)
+    metrics["loss",] = (losses.loss_B.sum(dtype=torch.float64)[None], batch.num_pairs)
+    if count == 0:
+        return {names: (0 * sums, 0 * weights) for names, (sums, weights) in metrics.items()}
+    return metrics
+
+
+def _first_pairs(
+    batch: PairBatch, scored: ScoredOutput, losses: PairLoss, count: int
+) -> tuple[PairBatch, ScoredOutput, PairLoss]:
+    """What the metrics of the first `count` pairs are made of. Waits for the device"""
+    lengths_2B = batch.cu_seqlens.diff().view(2, -1)
+    is_first_2B = torch.arange(batch.num_pairs, device=lengths_2B.device).expand(2, -1) < count
+    tokens_C = is_first_2B.flatten().repeat_interleave(lengths_2B.flatten()).nonzero().squeeze(1)
+    lengths_S = lengths_2B[:, :count].flatten()
+    cu_seqlens = nn.functional.pad(lengths_S.cumsum(0), (1, 0)).int()
+    return (
+        replace(batch, cu_seqlens=cu_seqlens),
+        scored.of_rows(tokens_C),
+        PairLoss(losses.loss_B[:count], losses.metrics_MB[:, :count]),
+    )
+
+
+@torch.no_grad()
+def pair_metrics(batch: PairBatch, scored: ScoredOutput, losses: PairLoss) -> Sums:
     """TRL's metrics of one batch as `names: (sums, weights)`.
 
     Rewards and logps weigh pairs alike; entropy, logits and mean_token_accuracy weigh tokens

@@ -16,6 +16,18 @@ def least_of_ranks(count: int, accelerator: Accelerator) -> int:
     return accelerator.gather(torch.tensor([count], device=accelerator.device)).min().item()
 
 
+def pairs_not_repeated(num_pairs: int, accelerator: Accelerator) -> int:
+    """How many of this rank's pairs, the first of its batch, come for the first time.
+
+    At the end of a data set accelerate begins again at its start, until every rank has a batch as
+    large. Counted as its gather_for_metrics does: a stream, of no known length, seems to have none.
+    """
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0:
+        return num_pairs
+    return min(max(state.remainder - accelerator.process_index * num_pairs, 0), num_pairs)
+
+
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
     """Make each gradient its mean over the ranks, as DDP does in a backward that it reduces.

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -31,17 +30,15 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import PairCounts, prepare_pairs
 from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck, longest_rows
-from fastdpo.losses import PairLoss, pair_loss, pair_weights
-from fastdpo.metrics import MetricSums, pair_metrics
+from fastdpo.losses import pair_loss, pair_weights
+from fastdpo.measuring_trainer import MeasuringTrainer
 from fastdpo.model import (
-    ScoredOutput,
     attach_scorer,
     aux_loss_weight,
     check_head,
     frozen_token_logps,
     score,
 )
-from fastdpo.pack_trainer import PackTrainer
 from fastdpo.policy import load_adapters, load_tokenizer, make_policy, make_ready, model_name
 from fastdpo.reference import (
     FrozenModel,
@@ -61,7 +58,7 @@ NOISY = "neftune_noise_alpha scales its noise by the length of a row, padded a s
 Rows = Dataset | IterableDataset
 
 
-class DPOTrainer(PackTrainer):
+class DPOTrainer(MeasuringTrainer):
     """Direct Preference Optimization (arXiv:2305.18290) of a decoder-only language model.
 
     The arguments are TRL 1.16's:
@@ -85,7 +82,6 @@ class DPOTrainer(PackTrainer):
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
-    counted = ("metric_sums", "num_train_tokens", "tokens")
 
     def __init__(
         self,
@@ -146,9 +142,6 @@ class DPOTrainer(PackTrainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # what loss_is_scaled_for_ga says, before 5.18
-        self.metric_sums = {"train": MetricSums(), "eval": MetricSums()}
-        self.num_train_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
-        self.tokens = TokensRun()
         self._start_checked = False
         row = longest_rows(train_dataset)[0]
         self._set_up_models(ref_model, row, has_new_adapters=peft_config is not None)
@@ -326,61 +319,25 @@ class DPOTrainer(PackTrainer):
         if self.args.use_weighting:
             weight_B = pair_weights(scored.token_logps_C, scored.log_sum_p2_C, batch.cu_seqlens)
             losses = losses._replace(loss_B=losses.loss_B * weight_B)
-        loss = losses.loss_B.sum()
         if self.aux_loss_weight:
-            loss = loss + batch.num_pairs * self.aux_loss_weight * scored.aux_loss
-        loss = loss / (num_items_in_batch or batch.num_pairs)
+            losses = losses._replace(loss_B=losses.loss_B + self.aux_loss_weight * scored.aux_loss)
+        loss = losses.loss_B.sum() / (num_items_in_batch or batch.num_pairs)
         if "is_filler" in inputs:  # it runs for FSDP's count of forwards
             return 0.0 * loss
-        self._count(batch, scored, losses, "train" if model.training else "eval")
+        tokens = None
         if model.training:
-            self.tokens = self.tokens + inputs.get("tokens", TokensRun(batch.token_counts.numel()))
+            tokens = inputs.get("tokens", TokensRun(batch.token_counts.numel()))
             if not self._start_checked and self.state.global_step == 0:
                 check_start(losses, reference_logps_S, self.model, self.args, self.reference.source)
             self._start_checked = True
+        self.count(batch, scored, losses, aux_loss=scored.aux_loss, tokens=tokens)
         return (loss, scored) if return_outputs else loss
-
-    def _count(self, batch: PairBatch, scored: ScoredOutput, losses: PairLoss, mode: str) -> None:
-        """Add a forward's metrics to those of this logging interval, on the device."""
-        metrics = pair_metrics(batch, scored, losses)
-        if self.aux_loss_weight:
-            metrics["aux_loss",] = (scored.aux_loss.detach(), 1)
-        self.metric_sums[mode].add(metrics)
-        if mode == "train":
-            self.num_train_tokens += batch.num_tokens
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss, and, where compute_metrics wants them, logits and token ids of every sequence."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-            batch = PairBatch.from_inputs(inputs)
-            B = batch.num_pairs
-            self.metric_sums["eval"].add({("loss",): (B * loss[None], B)})
-            if prediction_loss_only:
-                return loss, None, None
-            logits = model(**batch.model_inputs, use_cache=False).logits
-        ids_SL = inputs["input_ids"]
-        return loss, logits[:, -ids_SL.shape[1] :], ids_SL
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As transformers.Trainer's; rows passed here are prepared as those of the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepare_new(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """As transformers.Trainer's, of evaluations and predictions, with DPO's metrics.
-
-        The loss is the pairs' mean: transformers weighs the batches of a stream alike. And it would
-        cut the last batch's sequences to the number of its pairs.
-        """
-        gather = self.gather_function
-        self.gather_function = lambda x_S: torch.cat([gather(half) for half in x_S.chunk(2)])
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = self.metric_sums["eval"].read(self.accelerator) | self._tokens_so_far()
-        output.metrics.update({f"{metric_key_prefix}_{name}": sums[name] for name in sums})
-        return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self._has_whole_adapters:
@@ -397,20 +354,6 @@ class DPOTrainer(PackTrainer):
     @property
     def _has_whole_adapters(self) -> bool:
         return isinstance(self.model, PeftModel) and not self._is_sharded
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add an interval's metrics to training's `logs`: the moment that waits for the device."""
-        if "loss" in logs or "train_runtime" in logs:
-            sums = self.metric_sums["train"].read(self.accelerator)
-            logs |= sums and sums | self._tokens_so_far()
-        if "train_runtime" in logs:
-            logs |= self.tokens.over_ranks(self.accelerator)
-        super().log(logs, start_time)
-
-    def _tokens_so_far(self) -> dict[str, int]:
-        """Of all ranks' training, as they are logged."""
-        tokens = self.accelerator.reduce(self.num_train_tokens.clone(), "sum")
-        return {"num_tokens": tokens.item()}
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs):
         """As transformers.Trainer's; dataset_name is what TRL's scripts call `dataset`."""

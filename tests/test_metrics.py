@@ -6,26 +6,37 @@ import pytest
 import torch
 from watches import Watch
 
+from fastdpo.batch import PairBatch
 from fastdpo.losses import pair_loss
-from fastdpo.metrics import MetricSums, pair_metrics
+from fastdpo.metrics import MetricSums, evaluation_metrics, pair_metrics
+from fastdpo.model import ScoredOutput
 
 ONE_RANK = SimpleNamespace(reduce=lambda sums, how: sums)
 
 
-def measured(lengths, mean_logit):
-    """Metrics of one batch whose tokens all have log-probability -1 and this mean logit."""
+def scored_batch(lengths, mean_logit):
+    """One batch whose tokens all have log-probability -1 and this mean logit."""
     token_logps_C = -torch.ones(sum(lengths))
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     losses = pair_loss(token_logps_C, cu_seqlens, torch.zeros(len(lengths)), beta=0.5)
-    scored = SimpleNamespace(
+    scored = ScoredOutput(
         entropy_C=torch.full_like(token_logps_C, 2.0),
         mean_logit_C=torch.full_like(token_logps_C, mean_logit),
         is_top1_C=torch.arange(sum(lengths)) % 2 == 0,
     )
-    batch = SimpleNamespace(
-        num_pairs=len(lengths) // 2, cu_seqlens=cu_seqlens, labels_C=token_logps_C.long()
+    batch = PairBatch(
+        model_inputs={},
+        token_counts=torch.ones(1, sum(lengths), dtype=torch.int64),
+        scored_rows_R=torch.arange(sum(lengths)),
+        labels_R=torch.zeros(sum(lengths), dtype=torch.int64),
+        completion_rows_C=None,
+        cu_seqlens=cu_seqlens,
     )
-    return pair_metrics(batch, scored, losses)
+    return batch, scored, losses
+
+
+def measured(lengths, mean_logit):
+    return pair_metrics(*scored_batch(lengths, mean_logit))
 
 
 def test_pairs_and_tokens_weigh_alike_however_they_are_batched():
@@ -82,3 +93,24 @@ def test_no_token_of_chosen_completions_counts_as_none_right():
     sums.add(measured([0, 2], mean_logit=1.0))
     metrics = sums.read(ONE_RANK)
     assert metrics["mean_token_accuracy"] == metrics["logits/chosen"] == 0.0
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_an_evaluation_measures_the_first_pairs_as_if_they_were_alone(count):
+    lengths = [4, 0, 3, 2, 5, 1]  # three chosen, then three rejected
+    first = [*lengths[:count], *lengths[3 : 3 + count]]
+    batch, scored, losses = scored_batch(lengths, mean_logit=1.0)
+    scored.entropy_C = torch.arange(15.0)
+    sums = MetricSums()
+    sums.add(evaluation_metrics(batch, scored, losses, count))
+    found = sums.read(ONE_RANK)
+    if count == 0:
+        assert set(found.values()) == {0.0}
+        return
+    alone = MetricSums()
+    _, alone_scored, alone_losses = only = scored_batch(first, mean_logit=1.0)
+    kept = [*range(sum(first[:count])), *range(7, 7 + sum(first[count:]))]  # 7 chosen tokens
+    alone_scored.entropy_C = torch.arange(15.0)[kept]
+    alone_scored.is_top1_C = scored.is_top1_C[kept]
+    alone.add(pair_metrics(*only) | {("loss",): (alone_losses.loss_B.sum()[None], count)})
+    assert found == pytest.approx(alone.read(ONE_RANK))

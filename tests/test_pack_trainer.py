@@ -111,7 +111,7 @@ def test_an_update_that_runs_out_of_memory_is_run_again_in_smaller_packs(
     memory = RunsOutOfMemory(trainer.model, 230, in_backward)
     trainer.train()
     assert memory.raised and memory.tokens[0] == 221 and trainer.budget.max_tokens <= 230
-    run, once = trainer.tokens, plain.tokens  # a pack may share less than its batch
+    run, once = trainer.counts.tokens, plain.counts.tokens  # a pack may share less than its batch
     assert run.run + run.shared == once.run + once.shared
     for name in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
         assert logged(trainer, name) == pytest.approx(logged(plain, name), rel=1e-4, abs=1e-5), name

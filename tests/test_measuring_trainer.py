@@ -1,12 +1,15 @@
-"""What evaluate() and predict() measure: what training does, of every pair alike."""
+"""What training logs, and evaluate() and predict() measure: of every pair once, and all alike."""
 
 import copy
+import json
 import math
 
 import pytest
 import tiny
+import torch
 from datasets import Dataset, IterableDataset
-from test_trainer import make_trainer
+from ranks import run_ranks
+from test_trainer import logged, make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +150,89 @@ def test_no_logits_are_made_that_no_one_asks_for(tmp_path, tokenizer):
     trainer.compute_metrics = lambda prediction: {}
     with pytest.raises(AssertionError, match="logits were made"):
         trainer.evaluate()
+
+
+EVALUATE = """
+import json, sys
+from pathlib import Path
+import tiny
+from datasets import Dataset
+from test_trainer import make_trainer
+
+tokenizer = tiny.tokenizer()
+reference = tiny.model("llama", len(tokenizer), seed=1)
+trainer = make_trainer(
+    Path(sys.argv[1]), tokenizer, ref_model=reference, per_device_eval_batch_size=2
+)
+metrics = [trainer.evaluate(Dataset.from_list(tiny.rows(count))) for count in (1, 5, 7, 8)]
+if trainer.is_world_process_zero():
+    print("METRICS", json.dumps(metrics))
+trainer.accelerator.wait_for_everyone()
+"""
+
+
+def test_two_ranks_measure_what_one_does_of_any_number_of_pairs(tmp_path):
+    def metrics(world_size):
+        printed = run_ranks(tmp_path, EVALUATE, str(tmp_path), world_size=world_size)
+        line = next(line for line in printed.splitlines() if line.startswith("METRICS"))
+        return json.loads(line.removeprefix("METRICS"))
+
+    for alone, together in zip(metrics(1), metrics(2), strict=True):
+        speeds = [name for name in alone if name.endswith(("time", "per_second"))]
+        counts = [m["eval_samples_per_second"] * m["eval_runtime"] for m in (alone, together)]
+        assert counts[0] == pytest.approx(counts[1], rel=2e-2)  # they are rounded
+        for name in set(alone) - set(speeds):
+            assert together[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
+def test_an_evaluation_that_fails_leaves_nothing_to_the_next(tmp_path, tokenizer):
+    rows = Dataset.from_list(tiny.rows(6))
+    reference = tiny.model("llama", len(tokenizer), seed=1)
+    trainer = make_trainer(
+        tmp_path, tokenizer, ref_model=reference, eval_dataset=rows, per_device_eval_batch_size=2
+    )
+    own, gather = trainer.evaluate(), trainer.gather_function
+    batches = []
+
+    def fail_in_the_second(*_):
+        batches.append(1)
+        if len(batches) == 2:
+            raise RuntimeError("pretended")
+
+    hook = trainer.model.register_forward_hook(fail_in_the_second)
+    with pytest.raises(RuntimeError, match="pretended"):
+        trainer.evaluate()
+    hook.remove()
+    again = trainer.evaluate()
+    assert again["eval_loss"] == own["eval_loss"] and trainer.gather_function == gather
+
+
+def test_what_a_failed_start_or_an_earlier_training_counted_is_not_counted_again(
+    tmp_path, tokenizer
+):
+    settings = {"max_steps": 2, "per_device_train_batch_size": 4, "disable_tqdm": True}
+    plain = make_trainer(tmp_path, tokenizer, **settings)
+    output = plain.train()
+    assert plain.train().metrics["tokens/run"] == output.metrics["tokens/run"]
+
+    settings |= {"per_device_train_batch_size": 8, "auto_find_batch_size": True}
+    trainer = make_trainer(tmp_path, tokenizer, **settings)
+    layer, forwards = trainer.model.model.layers[-1], []
+
+    def fail_in_the_second(*_):
+        if trainer.model.training:
+            forwards.append(1)
+            if len(forwards) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    layer.register_forward_hook(fail_in_the_second)
+    trainer.train()
+    assert len(forwards) > 2
+    assert logged(trainer, "num_tokens")[-1] == logged(plain, "num_tokens")[-1]
+
+
+def test_a_streamed_evaluations_speed_is_in_pairs(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, per_device_eval_batch_size=2)
+    metrics = trainer.evaluate(IterableDataset.from_generator(lambda: iter(tiny.rows(7))))
+    pairs = metrics["eval_samples_per_second"] * metrics["eval_runtime"]
+    assert pairs == pytest.approx(7, rel=2e-2)  # both are rounded

@@ -1,0 +1,105 @@
+"""MeasuringTrainer: transformers.Trainer whose log and evaluations have DPO's metrics.
+
+Sums stay on the device. A log reads those of training since the log before, an evaluation its own,
+of every pair once and all alike, whatever batches, packs and ranks it ran in.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.batch import PairBatch, TokensRun
+from fastdpo.losses import PairLoss
+from fastdpo.metrics import RunCounts, evaluation_metrics, pair_metrics
+from fastdpo.model import ScoredOutput
+from fastdpo.pack_trainer import PackTrainer
+from fastdpo.ranks import pairs_not_repeated
+
+
+class MeasuringTrainer(PackTrainer):
+    """Subclasses call `count` in compute_loss, once for each forward.
+
+    counts: of the training that runs or ran last; a new one starts with new ones.
+    """
+
+    counted = ("counts",)
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.counts = RunCounts(self.args.device)
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """As transformers', which runs it again where it tries smaller batches."""
+        self.counts = RunCounts(self.args.device)
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def count(
+        self,
+        batch: PairBatch,
+        scored: ScoredOutput,
+        losses: PairLoss,
+        *,
+        aux_loss: Tensor | None = None,
+        tokens: TokensRun | None = None,
+    ) -> None:
+        """Add a forward to what this logging interval, or this evaluation, has measured.
+
+        tokens: that the body ran for a training forward; None for an evaluation's. Training's waits
+        for nothing.
+        """
+        counts = self.counts
+        if tokens is not None:
+            sums, metrics = counts.train, pair_metrics(batch, scored, losses)
+            counts.num_train_tokens += batch.num_tokens
+            counts.tokens += tokens
+        else:
+            num_new = pairs_not_repeated(batch.num_pairs, self.accelerator)
+            sums, metrics = counts.eval, evaluation_metrics(batch, scored, losses, num_new)
+            counts.num_evaluated += num_new
+        if aux_loss is not None:
+            metrics["aux_loss",] = (aux_loss.detach(), 1)
+        sums.add(metrics)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add an interval's metrics to training's `logs`: the moment that waits for the device."""
+        if "loss" in logs or "train_runtime" in logs:
+            logs |= self.counts.read(self.counts.train, self.accelerator)
+        if "train_runtime" in logs:
+            logs |= self.counts.tokens.over_ranks(self.accelerator)
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss, and, where compute_metrics wants them, logits and token ids of every sequence."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+            if prediction_loss_only:
+                return loss, None, None
+            batch = PairBatch.from_inputs(inputs)
+            logits = model(**batch.model_inputs, use_cache=False).logits
+        ids_SL = inputs["input_ids"]
+        return loss, logits[:, -ids_SL.shape[1] :], ids_SL  # behind tokens of the model's own
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As transformers.Trainer's, of evaluations and predictions, with DPO's metrics.
+
+        The loss is the pairs' mean: transformers weighs the batches of a stream alike, and counts
+        rows of tokens. And it would cut the last batch's sequences to the number of its pairs.
+        """
+        gather, counts = self.gather_function, self.counts
+        self.gather_function = lambda x_S: torch.cat([gather(half) for half in x_S.chunk(2)])
+        counts.start_evaluation()  # an earlier one may have failed
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.gather_function = gather
+        metrics = counts.read(counts.eval, self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": metrics[name] for name in metrics})
+        num_evaluated = torch.tensor(counts.num_evaluated, device=self.args.device)
+        num_samples = self.accelerator.reduce(num_evaluated, "sum").item()
+        return output._replace(num_samples=num_samples)
