@@ -82,7 +82,9 @@ class DPOConfig(TrainingArguments):
     )
     padding_free: bool = _setting(False, "Accepted for TRL's sake: `layout` decides.")
     pad_to_multiple_of: int | str | None = _setting(
-        "auto", "Pad to a multiple of this many tokens; auto: no further than the longest."
+        "auto",
+        "Where the layout pads, pad to a multiple of this many tokens; auto: no further than the "
+        "longest.",
     )
     layout: str = _setting(
         "auto",
@@ -321,10 +323,11 @@ class DPOConfig(TrainingArguments):
             "a loss of its own to weigh)",
             self.use_weighting,
         )
+        is_noisy = not self.disable_dropout or self.neftune_noise_alpha is not None
         _want(
-            not self.mixes_pairs or self.disable_dropout or self.max_tokens_per_forward is None,
-            f"max_tokens_per_forward unset with loss_type {self.loss_type} and "
-            "disable_dropout=False (a pack is run twice, and two forwards drop different things)",
+            not (self.mixes_pairs and is_noisy) or self.max_tokens_per_forward is None,
+            f"max_tokens_per_forward unset with loss_type {self.loss_type} and noise, of dropout "
+            "or neftune_noise_alpha (a pack is run twice, and two forwards have different noise)",
             self.max_tokens_per_forward,
         )
 

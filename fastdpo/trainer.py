@@ -67,8 +67,9 @@ class DPOTrainer(MeasuringTrainer):
     ref_model: the reference; None for the policy as it is now: its new adapters switched off, or a
         frozen copy of what trains in it.
     args: DPOConfig; None for the defaults and a folder named after the model.
-    data_collator: None for what args.layout asks for (collate.py); one of your own pads: it returns
-        what PaddedCollator does, or input_ids, attention_mask and completion_mask, chosen first.
+    data_collator: None for what args.layout asks for (collate.py); one of your own cuts and pads as
+        it likes: it returns what PaddedCollator does, or input_ids, attention_mask and
+        completion_mask, chosen first.
     train_dataset, eval_dataset: preference rows as data.prepare_pairs reads them; several
         evaluation sets as a dictionary.
     processing_class: the tokenizer; None for the one beside the model.
@@ -171,7 +172,7 @@ class DPOTrainer(MeasuringTrainer):
             is_sharded=self._is_sharded,
             device=args.device,
         )
-        check_pairs(datasets, self._models().values(), args.max_length)
+        check_pairs(datasets, self._models().values(), args)
         if not self._is_sharded:
             ids = (row["prompt_ids"] + row["chosen_ids"])[:32]
             for name, model in self._models().items():
@@ -208,7 +209,7 @@ class DPOTrainer(MeasuringTrainer):
     def _prepare_new(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
         """As _prepare, of rows that come when the models are there to be held against."""
         pairs = self._prepare(dataset, name)
-        check_pairs(_by_name(pairs, name), self._models().values(), self.args.max_length)
+        check_pairs(_by_name(pairs, name), self._models().values(), self.args)
         return pairs
 
     def _set_signature_columns_if_needed(self):

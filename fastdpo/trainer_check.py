@@ -163,16 +163,16 @@ def _check_collators_settings(args: DPOConfig) -> None:
 def check_pairs(
     datasets: Mapping[str, Dataset | IterableDataset],
     models: Iterable[PreTrainedModel | PeftModel],
-    max_length: int | None,
+    args: DPOConfig,
 ) -> None:
     """ValueError for a pair of the data sets, here by name, that one of the models cannot embed.
 
-    Token ids beyond its vocabulary, or a pair longer, cut to max_length, than its table of
+    Token ids beyond its vocabulary, or a pair longer, cut and padded as args say, than its table of
     positions: a GPU would end in an assert of its own. A stream goes unchecked.
     """
     causal_lms = [causal_lm_of(model) for model in models]
     _check_token_ids(datasets, causal_lms)
-    _check_positions(datasets, causal_lms, max_length)
+    _check_positions(datasets, causal_lms, args.max_length, args.pad_to_multiple_of or 1)
 
 
 def _check_token_ids(
@@ -194,10 +194,13 @@ def _check_positions(
     datasets: Mapping[str, Dataset | IterableDataset],
     causal_lms: list[PreTrainedModel],
     max_length: int | None,
+    multiple: int,
 ) -> None:
     with_tables = filter(_has_position_table, causal_lms)
     found = [(m.config.get_text_config().max_position_embeddings, m) for m in with_tables]
     P, model = min(found, default=(sys.maxsize, None), key=lambda each: each[0])
+    P -= P % multiple
+    padded = f" padded to multiples of {multiple}" if multiple > 1 else ""
     if (max_length or sys.maxsize) <= P:
         return
     for name, start, table in _tables(datasets):
@@ -206,7 +209,8 @@ def _check_positions(
         if lengths.max() > P:
             raise ValueError(
                 f"{name} dataset, pair {start + lengths.argmax()}: want at most {P} tokens, the "
-                f"positions of {type(model).__name__}, got {lengths.max()}: set max_length={P}"
+                f"positions of {type(model).__name__}{padded}, got {lengths.max()}: set "
+                f"max_length={P}"
             )
 
 

@@ -280,7 +280,11 @@ def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path, name, value):
                 "max_tokens_per_forward": 100,
                 "disable_dropout": False,
             },
-            "max_tokens_per_forward unset with .*'aot'.*disable_dropout=False.*got 100",
+            "max_tokens_per_forward unset with .*'aot'.* noise, of dropout .*got 100",
+        ),
+        (
+            {"loss_type": "sft", "max_tokens_per_forward": "auto", "neftune_noise_alpha": 5.0},
+            "max_tokens_per_forward unset with .*'sft'.* noise, .*neftune_noise_alpha .*got 'auto'",
         ),
         (
             {"max_tokens_per_forward": 99, "include_num_input_tokens_seen": True},
@@ -293,10 +297,11 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, messag
         config(tmp_path, **settings)
 
 
-def test_dropout_may_stay_where_no_pack_is_run_twice(tmp_path):
+@pytest.mark.parametrize("noise", [{"disable_dropout": False}, {"neftune_noise_alpha": 5.0}])
+def test_noise_may_stay_where_no_pack_is_run_twice(tmp_path, noise):
     config(tmp_path, loss_type="aot", max_tokens_per_forward=100)
-    config(tmp_path, loss_type="aot", disable_dropout=False)
-    config(tmp_path, loss_type="sigmoid", disable_dropout=False, max_tokens_per_forward=100)
+    config(tmp_path, loss_type="aot", **noise)
+    config(tmp_path, loss_type="sigmoid", max_tokens_per_forward=100, **noise)
 
 
 def test_a_mix_is_written_on_the_command_line(tmp_path):

@@ -44,12 +44,14 @@ def nothing_spent(monkeypatch):
     monkeypatch.setattr(trainer, "load_tokenizer", spend)
 
 
+def args(**settings):
+    return DPOConfig(**{"output_dir": "run", "report_to": "none", "use_cpu": True} | settings)
+
+
 def build(tokenizer, settings=None, **arguments):
     defaults = {
         "model": tiny.model("llama", len(tokenizer)),
-        "args": DPOConfig(
-            **{"output_dir": "run", "report_to": "none", "use_cpu": True} | (settings or {})
-        ),
+        "args": args(**(settings or {})),
         "train_dataset": Dataset.from_list(tiny.rows()),
         "processing_class": tokenizer,
     }
@@ -136,13 +138,12 @@ def test_prefixes_under_gradient_checkpointing_are_refused(tokenizer, nothing_sp
 
 def test_a_model_that_lies_on_several_gpus_is_let_by(tokenizer, monkeypatch):
     monkeypatch.setattr(DPOConfig, "n_gpu", 2)
-    args = DPOConfig(output_dir="run", report_to="none", use_cpu=True)
     model, rows = tiny.model("llama", len(tokenizer)), Dataset.from_list(tiny.rows())
     model.hf_device_map = {"model": 0, "lm_head": 0}
     with pytest.raises(ValueError, match="want one process per GPU"):
-        trainer_check.check_arguments(args, model, rows, None, None)
+        trainer_check.check_arguments(args(), model, rows, None, None)
     model.hf_device_map["lm_head"] = 1
-    trainer_check.check_arguments(args, model, rows, None, None)
+    trainer_check.check_arguments(args(), model, rows, None, None)
 
 
 @pytest.mark.parametrize(
@@ -208,14 +209,17 @@ def test_a_pair_longer_than_a_models_positions_is_refused(tokenizer, family):
     run = build(tokenizer, {"max_length": 64}, **arguments)
     with torch.no_grad():  # a pair as long as that runs
         run.compute_loss(run.model, run.data_collator([run.train_dataset[2]]))
+    padding = {"max_length": 64, "pad_to_multiple_of": 24, "layout": "padded"}
+    with pytest.raises(ValueError, match="at most 48 tokens, .*padded to multiples of 24, got"):
+        build(tokenizer, padding, **arguments)
 
 
 def test_token_ids_are_looked_at_without_python_lists(tokenizer, monkeypatch):
     pairs, _ = data.prepare_pairs(Dataset.from_list(tiny.rows()), tokenizer)
     monkeypatch.setattr(Dataset, "__getitem__", None)  # what would make them
-    check_pairs({"train": pairs}, [tiny.model("llama", len(tokenizer))], None)
+    check_pairs({"train": pairs}, [tiny.model("llama", len(tokenizer))], args())
 
 
 def test_completions_without_a_token_have_none_to_embed():
     pairs = Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": []}])
-    check_pairs({"train": pairs}, [tiny.model("llama", 3)], None)
+    check_pairs({"train": pairs}, [tiny.model("llama", 3)], args())
