@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdpo.batch import PairBatch
 from fastdpo.collate import ID_COLUMNS, Row
-from fastdpo.model import causal_lm_of, score
+from fastdpo.model import causal_lm_of, inference, score
 
 Collator = Callable[[list[Row]], dict[str, Any]]
 LOOKED_AT = 32  # rows, of which the longest is scored: more of it lies beyond a sliding window
@@ -35,19 +35,14 @@ class LayoutCheck:
     device: torch.device
     autocast: Callable[[], AbstractContextManager]
 
-    @torch.no_grad()
     def difference(self, model: nn.Module, collator: Collator) -> str | None:
         """What `model` computes otherwise in `collator`'s layout than padded; None for nothing.
 
         Two forwards of one pair; four, to find the layer, where they differ. What fails padded
         fails: that is no layout's doing.
         """
-        was_training = model.training
-        model.eval()
-        try:
+        with inference(model):
             return self._difference(model, *map(self._batch, (self.padded, collator)))
-        finally:
-            model.train(was_training)
 
     def _difference(self, model: nn.Module, padded: PairBatch, packed: PairBatch) -> str | None:
         name = type(causal_lm_of(model)).__name__
@@ -79,12 +74,12 @@ class LayoutCheck:
     def _where(self, model: nn.Module, padded: PairBatch, packed: PairBatch) -> str:
         """The first layer whose output differs, and its kind."""
         with self.autocast():
-            right, wrong = (self._hidden_states(model, batch) for batch in (padded, packed))
+            hidden = [self._hidden_states(model, batch) for batch in (padded, packed)]
         config = causal_lm_of(model).config.get_text_config()
-        kinds = getattr(config, "layer_types", None) or ["attention"] * len(right)
+        kinds = getattr(config, "layer_types", None) or ["attention"] * len(hidden[0])
         far = 4 * self._tolerance(model)  # as a share of the hidden states
-        for layer, (ours, theirs) in enumerate(zip(wrong, right, strict=True)):
-            if not (ours - theirs).norm() <= far * theirs.norm():
+        for layer, (padded_CD, packed_CD) in enumerate(zip(*hidden, strict=True)):
+            if not (packed_CD - padded_CD).norm() <= far * padded_CD.norm():
                 return f"layer {layer - 1} ({kinds[layer - 1]})" if layer else "the embedding"
         return "the head"
 

@@ -11,9 +11,11 @@ goes through the model as before, so PEFT, DDP, FSDP and autocast wrap it as the
 Without it, the forward is the model's own, and `generate` works as it did.
 """
 
+import contextlib
 import functools
 import math
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,15 +109,22 @@ def score(
     return scored if batch.completion_rows_C is None else scored.of_rows(batch.completion_rows_C)
 
 
-@torch.no_grad()
-def frozen_token_logps(model: nn.Module, batch: PairBatch) -> Tensor:
-    """token_logps_C, without dropout or checkpointing whatever mode the model is in."""
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Within, `model` has no gradient, dropout or checkpointing, whatever mode it is in."""
     was_training = model.training
     model.eval()
     try:
-        return score(model, batch).token_logps_C
+        with torch.no_grad():
+            yield
     finally:
         model.train(was_training)
+
+
+def frozen_token_logps(model: nn.Module, batch: PairBatch) -> Tensor:
+    """token_logps_C of `model` as it is in inference."""
+    with inference(model):
+        return score(model, batch).token_logps_C
 
 
 def _score(
@@ -173,8 +182,7 @@ def aux_loss_weight(model: nn.Module, router_aux_loss_coef: float | None) -> flo
     return weight
 
 
-@torch.no_grad()
-def check_head(
+def check_scorer(
     model: nn.Module, input_ids: list[int], *, name: str = "model", aux_loss: bool = False
 ) -> None:
     """ValueError unless scoring `input_ids` agrees with the log-softmax of the model's own logits.
@@ -185,16 +193,14 @@ def check_head(
     for the error.
     """
     name = f"{name} ({type(causal_lm_of(model)).__name__})"
-    was_training = model.training
-    model.eval()
     ids_L = torch.tensor(input_ids, device=model.device)
     inputs = {"input_ids": ids_L[None], "use_cache": False}
     inputs |= {"output_router_logits": True} if aux_loss else {}
-    own = model(**inputs)
-    inputs |= {"token_counts": torch.ones_like(ids_L)[None]} if aux_loss else {}
-    rows = torch.arange(len(input_ids) - 1, device=model.device)
-    scored = model(**inputs, scored_rows=rows, scored_labels=ids_L[1:])
-    model.train(was_training)
+    with inference(model):
+        own = model(**inputs)
+        inputs |= {"token_counts": torch.ones_like(ids_L)[None]} if aux_loss else {}
+        rows = torch.arange(len(input_ids) - 1, device=model.device)
+        scored = model(**inputs, scored_rows=rows, scored_labels=ids_L[1:])
     logits_LV = own.logits[0, -len(input_ids) : -1]  # behind tokens of its own, if it has any
     own_L = logits_LV.float().log_softmax(-1).gather(1, ids_L[1:, None]).squeeze(1)
     difference = (own_L - scored.token_logps_C.to(own_L.device)).abs().max().item()

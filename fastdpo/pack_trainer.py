@@ -59,6 +59,10 @@ class PackTrainer(Trainer):
                 raise ValueError("want ddp_broadcast_buffers unset, got True with a budget 'auto'")
             args.ddp_broadcast_buffers = False
         super().__init__(args=args, **arguments)
+        # of the update that runs: batches that are done, and what was before the first of them
+        self._done: list[Batch] = []
+        self._before: dict[str, Any] = {}
+        self._random_states: list[Tensor] = []
 
     def before_packs(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
         """A batch's packs as compute_loss is to see them, in a number that fits every rank."""
@@ -118,9 +122,12 @@ class PackTrainer(Trainer):
     def get_train_dataloader(self):
         if self.budget is None:
             return super().get_train_dataloader()
-        self._pack_collator = PackCollator(self.data_collator, self.budget)
         with self.collating_with(self._pack_collator):
             return super().get_train_dataloader()
+
+    @property
+    def _pack_collator(self) -> PackCollator:
+        return PackCollator(self.data_collator, self.budget)
 
     @contextlib.contextmanager
     def collating_with(self, collator: Callable | None) -> Iterator[None]:
@@ -140,7 +147,7 @@ class PackTrainer(Trainer):
         """The batches of one update, and how many pairs they hold together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = sum(count_pairs(inputs) for inputs in batches)
-        self._done: list[Batch] = []  # batches of this update
+        self._done = []
         if self.budget is not None and self.forwards_are_collective():
             self._even_out(batches)
         return batches, num_pairs

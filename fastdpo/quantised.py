@@ -36,13 +36,13 @@ class FourBitRows:
             largest = outer.code[largest.long()].float()
             largest = largest * outer.absmax.repeat_interleave(outer.blocksize)[: len(largest)]
             largest = largest + state.offset
-        self._packed_VK, self._largest_VK = packed.view(V, -1), largest.view(V, -1)
+        self._packed_VH, self._largest_VK = packed.view(V, -1), largest.view(V, -1)  # H = D / 2
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        packed_RK = self._packed_VK[rows]
-        bits_RKP = torch.stack([packed_RK >> 4, packed_RK & 15], -1)
+        packed_RH = self._packed_VH[rows]
+        bits_RD = torch.stack([packed_RH >> 4, packed_RH & 15], -1).flatten(1)
         largest_RK = self._largest_VK[rows].float()
-        weight = self._code[bits_RKP.int()].view(*largest_RK.shape, self._blocksize)
+        weight = self._code[bits_RD.int()].view(*largest_RK.shape, self._blocksize)
         return (weight * largest_RK[..., None]).flatten(1).to(self.dtype)
 
 

@@ -167,7 +167,10 @@ def are_scored(datasets: Mapping[str, Dataset | IterableDataset]) -> bool:
 
 
 def once_precomputed(reference: Reference, policy: nn.Module) -> RowLogps:
-    """What `reference` is when it has scored all rows, and is there for new ones if it remains."""
+    """The reference whose log-probabilities are in all rows now; new ones it scores as before.
+
+    It cannot where it was the policy, which will be another one.
+    """
     is_gone = isinstance(reference, FrozenModel) and reference.model is policy
     source = f"{reference.source}, all rows scored before training"
     return RowLogps(source, None if is_gone else reference)
@@ -194,7 +197,7 @@ def with_reference_logps(
     for inputs in accelerator.prepare(loader):
         logps_S = reference_logps(PairBatch.from_inputs(inputs))
         # without the rows that were added to even the ranks out
-        scored.append(torch.stack(accelerator.gather_for_metrics(logps_S.chunk(2))).cpu())
-    for name, logps_B in zip(REFERENCE_COLUMNS, torch.cat(scored, 1), strict=True):
+        scored.append(torch.stack(accelerator.gather_for_metrics(logps_S.chunk(2))))
+    for name, logps_B in zip(REFERENCE_COLUMNS, torch.cat(scored, 1).cpu(), strict=True):
         dataset = dataset.add_column(name, logps_B.tolist())
     return dataset

@@ -54,9 +54,9 @@ def tokens_that_fit(
 ) -> int:
     """Tokens of a forward and backward in what is free of `device` but for kept_bytes.
 
-    Read off what run(smaller) and run(larger) take at their peak: the difference is what tokens
-    cost, gradients and all else that does not grow with them aside. UNBOUNDED, until memory runs
-    out, where the device is no GPU or the two have as many tokens.
+    The peaks of run(smaller) and run(larger) differ by what their tokens cost: what does not grow
+    with tokens, as gradients do not, is in both. UNBOUNDED, until memory runs out, where the device
+    is no GPU or the two have as many tokens.
     """
     tokens = larger["tokens"].run - smaller["tokens"].run
     if device.type != "cuda" or tokens <= 0:

@@ -35,7 +35,7 @@ from fastdpo.measuring_trainer import MeasuringTrainer
 from fastdpo.model import (
     attach_scorer,
     aux_loss_weight,
-    check_head,
+    check_scorer,
     frozen_token_logps,
     score,
 )
@@ -124,12 +124,13 @@ class DPOTrainer(MeasuringTrainer):
             quantization_config=quantization_config,
             **init_kwargs,
         )
+        checkpoints = args.gradient_checkpointing_kwargs or {}
         make_ready(
             model,
             ref_model,
             pad_token_id=tokenizer.pad_token_id,
             without_dropout=args.disable_dropout,
-            reentrant_checkpoints=(args.gradient_checkpointing_kwargs or {}).get("use_reentrant"),
+            reentrant_checkpoints=checkpoints.get("use_reentrant", False),
         )
         super().__init__(
             model=model,
@@ -177,7 +178,7 @@ class DPOTrainer(MeasuringTrainer):
             ids = (row["prompt_ids"] + row["chosen_ids"])[:32]
             for name, model in self._models().items():
                 is_balanced = name == "model" and self.aux_loss_weight > 0
-                check_head(model, ids, name=name, aux_loss=is_balanced)
+                check_scorer(model, ids, name=name, aux_loss=is_balanced)
 
     def _models(self) -> dict[str, nn.Module]:
         """The policy, and the reference where it is a model of its own, by its argument's name."""

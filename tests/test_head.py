@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from fastdpo.batch import PairBatch
 from fastdpo.collate import PaddedCollator
 from fastdpo.head import check_head_module, logit_scale
-from fastdpo.model import attach_scorer, check_head, score
+from fastdpo.model import attach_scorer, check_scorer, score
 
 VOCAB = 97
 ROWS = [
@@ -36,7 +36,7 @@ def test_an_adapter_on_the_head_scores_and_learns_as_pefts_own_logits(family):
     expected = own_logps(model, inputs)
     grads = torch.autograd.grad(expected.sum(), trained)
     attach_scorer(model)
-    check_head(model, [5, 6, 7, 8])
+    check_scorer(model, [5, 6, 7, 8])
     scored = score(model, PairBatch.from_inputs(inputs)).token_logps_C
     torch.testing.assert_close(scored, expected, atol=2e-5, rtol=1e-5)
     for ours, own in zip(torch.autograd.grad(scored.sum(), trained), grads, strict=True):

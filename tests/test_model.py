@@ -15,7 +15,7 @@ from fastdpo.model import (
     attach_scorer,
     aux_loss_weight,
     causal_lm_of,
-    check_head,
+    check_scorer,
     frozen_token_logps,
     score,
 )
@@ -186,7 +186,7 @@ def test_experts_loss_is_the_models_own_in_every_family(family):
     assert aux_loss_weight(model, 0.5) == 0.5
     if not model(torch.tensor([[5, 6]]), output_router_logits=True).aux_loss:
         pytest.skip(f"{family} has no load-balancing loss in this version of transformers")
-    check_head(model, [5, 6, 7, 8, 9, 10], aux_loss=True)
+    check_scorer(model, [5, 6, 7, 8, 9, 10], aux_loss=True)
 
 
 @pytest.mark.parametrize("wrong", [lambda own: 3 * own, lambda own: 0], ids=["otherwise", "none"])
@@ -202,9 +202,9 @@ def test_a_loss_of_experts_that_is_not_made_alike_is_found_out(wrong):
         return outputs
 
     model._unscored_forward = forward
-    check_head(model, [5, 6, 7, 8])
+    check_scorer(model, [5, 6, 7, 8])
     with pytest.raises(ValueError, match="want its own load-balancing loss"):
-        check_head(model, [5, 6, 7, 8], aux_loss=True)
+        check_scorer(model, [5, 6, 7, 8], aux_loss=True)
 
 
 def test_experts_that_cannot_be_counted_are_refused():
@@ -231,18 +231,18 @@ def test_logits_made_in_an_unknown_way_are_found_out():
     model = tiny.model("llama", VOCAB)
     attach_scorer(model)
     model.train()
-    check_head(model, [5, 6, 7, 8])
+    check_scorer(model, [5, 6, 7, 8])
     assert model.training
     causal_lm_of(model).lm_head.register_forward_hook(lambda module, args, logits: logits * 2)
     with pytest.raises(ValueError, match="want the model's own log-probabilities"):
-        check_head(model, [5, 6, 7, 8])
+        check_scorer(model, [5, 6, 7, 8])
 
 
 def test_rounded_logits_are_no_unknown_way_and_nan_is_no_agreement():
     model = tiny.model("llama", VOCAB, dtype=torch.bfloat16)
     model.lm_head.weight.data *= 30  # logits whose rounding is large
     attach_scorer(model)
-    check_head(model, [5, 6, 7, 8])
+    check_scorer(model, [5, 6, 7, 8])
     model.lm_head.weight.data[3, 3] = torch.nan
     with pytest.raises(ValueError, match="want finite log-probabilities, got nan"):
-        check_head(model, [5, 6, 7, 8])
+        check_scorer(model, [5, 6, 7, 8])
