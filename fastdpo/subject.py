@@ -120,7 +120,7 @@ def load_subject(
     )
     check_head_module(causal_lm_of(policy))
     _check_weights(subject)
-    check_pairs({"train": pairs}, [policy], args.max_length)
+    check_pairs({"train": pairs}, [policy], args)
     if args.layout not in ("auto", "padded") and (reason := why_padded(policy)) is not None:
         raise ValueError(f"want layout={args.layout!r} for a model that can run it: {reason}")
     if isinstance(policy, PeftModel):
