@@ -4,7 +4,7 @@
     AdaptersOff     the policy without its new adapters
     FrozenModel     a second model, or a copy of what trains in the policy
 
-`choose_reference` picks one. Each answers `logps(policy, batch, ld_alpha) -> (S,)` and says in
+`make_reference` picks one. Each answers `logps(policy, batch, ld_alpha) -> (S,)` and says in
 `source` what it is. ld_alpha weighs tokens as losses.completion_logps says, None for all alike;
 what stands in the rows is taken as it is.
 """
@@ -112,7 +112,7 @@ def frozen_copy(policy: nn.Module, *, in_common: bool = True) -> nn.Module:
     return copy.deepcopy(policy, {id(each): each for each in tensors}).requires_grad_(False).eval()
 
 
-def choose_reference(
+def make_reference(
     policy: nn.Module,
     ref_model: PreTrainedModel | PeftModel | None,
     *,
@@ -167,9 +167,9 @@ def are_scored(datasets: Mapping[str, Dataset | IterableDataset]) -> bool:
 
 
 def once_precomputed(reference: Reference, policy: nn.Module) -> RowLogps:
-    """The reference whose log-probabilities are in all rows now; new ones it scores as before.
+    """`reference`, its log-probabilities in all rows from here on.
 
-    It cannot where it was the policy, which will be another one.
+    New rows it scores as before, unless it was the policy, which is about to change.
     """
     is_gone = isinstance(reference, FrozenModel) and reference.model is policy
     source = f"{reference.source}, all rows scored before training"

@@ -44,7 +44,7 @@ from fastdpo.reference import (
     FrozenModel,
     RowLogps,
     are_scored,
-    choose_reference,
+    make_reference,
     once_precomputed,
     with_reference_logps,
 )
@@ -164,7 +164,7 @@ class DPOTrainer(MeasuringTrainer):
         attach_scorer(self.model, **args.head_settings)
         self.aux_loss_weight = aux_loss_weight(self.model, args.router_aux_loss_coef)
         datasets = {"train": self.train_dataset, **_by_name(self.eval_dataset, "eval")}
-        self.reference = choose_reference(
+        self.reference = make_reference(
             self.model,
             ref_model,
             in_rows=are_scored(datasets),
