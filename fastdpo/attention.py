@@ -206,9 +206,10 @@ def _by_varlen(query, key, value, tree: Tree, *, kernel, window, **settings) -> 
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, K)
     settings["window_size"] = (-1 if window is None else window - 1, 0)
     T = tree.trunks[-1].stop
+    trunk_query, branch_query = query.split([T, len(query) - T])  # as in _by_segments
     longest = max(t.stop - t.start for t in tree.trunks)
     cu, lengths = (tree.cu_trunks, tree.cu_trunks), (longest, longest)
-    output = kernel(query[:T], key[:T], value[:T], *cu, *lengths, **settings)
+    output = kernel(trunk_query, key[:T], value[:T], *cu, *lengths, **settings)
     if tree.branches:
         cu = (tree.cu_branches, tree.cu_keys)
         lengths = (
@@ -216,7 +217,7 @@ def _by_varlen(query, key, value, tree: Tree, *, kernel, window, **settings) -> 
             max(b.shared + b.stop - b.start for b in tree.branches),
         )
         seen_key, seen_value = (x.index_select(0, tree.key_rows) for x in (key, value))
-        branches = kernel(query[T:], seen_key, seen_value, *cu, *lengths, **settings)
+        branches = kernel(branch_query, seen_key, seen_value, *cu, *lengths, **settings)
         output = torch.cat([output, branches])
     return output[None]
 
