@@ -114,6 +114,7 @@ BEFORE = {  # what adapters can have been trained before, and where they keep it
     "lora with biases": LoraConfig(r=4, target_modules=Q_AND_V, bias="lora_only"),
     "whole modules": LoraConfig(r=4, target_modules=Q_AND_V, modules_to_save=["lm_head"]),
     "tokens": LoraConfig(r=4, target_modules=Q_AND_V, trainable_token_indices=[20, 50, 90]),
+    "lora of parameters": LoraConfig(r=4, target_modules=[], target_parameters=["up_proj.weight"]),
     "ia3": IA3Config(target_modules=["v_proj", "up_proj"], feedforward_modules=["up_proj"]),
     "loha": LoHaConfig(r=4, target_modules=Q_AND_V),
     "lokr": LoKrConfig(r=4, target_modules=Q_AND_V),
