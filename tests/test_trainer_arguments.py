@@ -41,7 +41,7 @@ def test_a_collator_written_for_trl_trains_alike(tmp_path, tokenizer):
     given = make_trainer(tmp_path, tokenizer, data_collator=trl_collator)
     given.train()
     assert logged(given) == pytest.approx(logged(plain), abs=1e-5)
-    assert given.tokens == plain.tokens
+    assert given.counts.tokens == plain.counts.tokens
 
 
 @pytest.mark.parametrize(
