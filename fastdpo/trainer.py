@@ -313,13 +313,14 @@ class DPOTrainer(MeasuringTrainer):
         # before the policy, whose activations would otherwise wait beside the reference's
         reference_logps_S = part.reference_logps_S if part else self._reference_logps(model, batch)
         scored = score(model, batch, stats=self.args.token_stats, aux_loss=self.aux_loss_weight > 0)
-        tokens = scored.token_logps_C, batch.cu_seqlens
+        token_logps_C, cu_seqlens = scored.token_logps_C, batch.cu_seqlens
         if part:
-            losses = part.of(*tokens)
+            losses = part.of(token_logps_C, cu_seqlens)
         else:
-            losses = pair_loss(*tokens, reference_logps_S, **self.args.loss_settings)
+            settings = self.args.loss_settings
+            losses = pair_loss(token_logps_C, cu_seqlens, reference_logps_S, **settings)
         if self.args.use_weighting:
-            weight_B = pair_weights(scored.token_logps_C, scored.log_sum_p2_C, batch.cu_seqlens)
+            weight_B = pair_weights(token_logps_C, scored.log_sum_p2_C, cu_seqlens)
             losses = losses._replace(loss_B=losses.loss_B * weight_B)
         if self.aux_loss_weight:
             losses = losses._replace(loss_B=losses.loss_B + self.aux_loss_weight * scored.aux_loss)
