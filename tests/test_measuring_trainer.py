@@ -54,6 +54,7 @@ def test_compute_metrics_sees_the_logits(tmp_path, tokenizer):
     )
     assert trainer.evaluate()["eval_rows"] == 8  # a chosen and a rejected sequence each
     assert seen["logits"].shape == (*seen["ids"].shape, len(tokenizer))
+    assert trainer.evaluate(metric_key_prefix="held")["held_rows"] == 8
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
