@@ -63,9 +63,9 @@ class RunCounts:
     def read(self, sums: MetricSums, accelerator: Accelerator) -> dict[str, float]:
         """`sums` and num_tokens over all ranks; nothing where nothing was added since a read."""
         metrics = sums.read(accelerator)
-        if not metrics:
+        if not metrics:  # as TRL's last log
             return {}
-        tokens = accelerator.reduce(self.num_train_tokens.clone(), "sum")
+        tokens = accelerator.reduce(self.num_train_tokens, "sum")
         return metrics | {"num_tokens": tokens.item()}
 
 
