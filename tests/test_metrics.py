@@ -100,7 +100,8 @@ def test_an_evaluation_measures_the_first_pairs_as_if_they_were_alone(count):
     lengths = [4, 0, 3, 2, 5, 1]  # three chosen, then three rejected
     first = [*lengths[:count], *lengths[3 : 3 + count]]
     batch, scored, losses = scored_batch(lengths, mean_logit=1.0)
-    scored.entropy_C = torch.arange(15.0)
+    scored.entropy_C, scored.mean_logit_C = torch.arange(15.0), torch.arange(15.0).sin()
+    scored.is_top1_C = torch.arange(15) % 3 == 0
     sums = MetricSums()
     sums.add(evaluation_metrics(batch, scored, losses, count))
     found = sums.read(ONE_RANK)
@@ -108,9 +109,8 @@ def test_an_evaluation_measures_the_first_pairs_as_if_they_were_alone(count):
         assert set(found.values()) == {0.0}
         return
     alone = MetricSums()
-    _, alone_scored, alone_losses = only = scored_batch(first, mean_logit=1.0)
-    kept = [*range(sum(first[:count])), *range(7, 7 + sum(first[count:]))]  # 7 chosen tokens
-    alone_scored.entropy_C = torch.arange(15.0)[kept]
-    alone_scored.is_top1_C = scored.is_top1_C[kept]
-    alone.add(pair_metrics(*only) | {("loss",): (alone_losses.loss_B.sum()[None], count)})
+    kept = torch.tensor([*range(sum(first[:count])), *range(7, 7 + sum(first[count:]))])  # 7 chosen
+    alone_batch, _, alone_losses = scored_batch(first, mean_logit=1.0)
+    alone.add(pair_metrics(alone_batch, scored.of_rows(kept), alone_losses))
+    alone.add({("loss",): (alone_losses.loss_B.sum()[None], count)})
     assert found == pytest.approx(alone.read(ONE_RANK))

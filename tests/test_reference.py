@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 import fastdpo
 from fastdpo import DPOTrainer
 from fastdpo.batch import PairBatch
-from fastdpo.reference import frozen_copy
+from fastdpo.reference import frozen_copy, make_reference
 
 SCORED = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -30.0}
 
@@ -182,8 +182,21 @@ def test_a_copy_has_in_common_with_the_policy_what_does_not_train(tokenizer):
     assert all(map(operator.is_, policy.buffers(), copied.buffers()))
     assert copied.base_model.model.model.layers[0].mlp.up_proj.state is int8.state
     assert policy.training and not copied.training
-    apart = frozen_copy(policy, in_common=False)
-    assert not any(map(operator.is_, policy.parameters(), apart.parameters()))
+
+
+def test_a_policy_that_will_be_cut_up_has_no_tensor_in_common_with_its_reference(tokenizer):
+    policy = trained_before(tokenizer, LoraConfig(**LORA))
+    apart = make_reference(
+        policy,
+        None,
+        in_rows=False,
+        has_new_adapters=False,
+        precompute=False,
+        is_sharded=True,
+        device=torch.device("cpu"),
+    )
+    tensors, copies = ([*m.parameters(), *m.buffers()] for m in (policy, apart.model))
+    assert not any(map(operator.is_, tensors, copies))
 
 
 def test_reference_logps_of_the_rows_are_used_without_a_second_model(tmp_path, tokenizer):
