@@ -37,30 +37,33 @@ def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
     for name, each in {"model": model, "ref_model": ref_model}.items():
         if isinstance(each, PeftModel):
             _check_adapters(each.active_peft_config, name)
-    trained = (
-        set() if isinstance(model, str) else {p for p in model.parameters() if p.requires_grad}
-    )
-    if ref_model is not None and not trained.isdisjoint(ref_model.parameters()):
-        raise ValueError(
-            "want ref_model apart from model, got one with weights that train in both; leave it "
-            "out for the model as it is now"
-        )
-    if peft_config is None:
-        if not trained and not isinstance(model, str):
+    weights = () if isinstance(model, str) else model.parameters()
+    trained = {parameter for parameter in weights if parameter.requires_grad}
+    if ref_model is not None:
+        if ref_model is model or not trained.isdisjoint(ref_model.parameters()):
             raise ValueError(
-                "want a model with something to train, got none of its parameters with "
-                "requires_grad (PeftModel.from_pretrained wants is_trainable=True)"
+                "want ref_model apart from model, got one with weights that train in both; leave "
+                "it out for the model as it is now"
             )
-        return
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"want a peft.PeftConfig as peft_config, got {type(peft_config).__name__}")
+    if peft_config is not None:
+        _check_peft_config(peft_config, model)
+    elif not trained and not isinstance(model, str):
+        raise ValueError(
+            "want a model with something to train, got none of its parameters with requires_grad "
+            "(PeftModel.from_pretrained wants is_trainable=True)"
+        )
+
+
+def _check_peft_config(config: Any, model: str | PreTrainedModel | PeftModel) -> None:
+    if not isinstance(config, PeftConfig):
+        raise TypeError(f"want a peft.PeftConfig as peft_config, got {type(config).__name__}")
     if isinstance(model, PeftModel):
         raise ValueError(
             "want peft_config or a model with adapters, got both: merge the model's adapters "
             "first, or leave peft_config out to train them on"
         )
-    if peft_config.is_prompt_learning:
-        raise ValueError(f"want adapters on layers, got {peft_config.peft_type} (not there yet)")
+    if config.is_prompt_learning:
+        raise ValueError(f"want adapters on layers, got {config.peft_type} (not there yet)")
 
 
 def _check_adapters(config: PeftConfig, name: str) -> None:

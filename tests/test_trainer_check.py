@@ -107,6 +107,12 @@ def test_a_reference_that_would_train_is_refused(tokenizer, nothing_spent, kind)
     assert any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_frozen_reference_that_adapters_would_be_put_on_is_refused(tokenizer, nothing_spent):
+    model = tiny.model("llama", len(tokenizer)).requires_grad_(False)
+    with pytest.raises(ValueError, match="want ref_model apart from model"):
+        build(tokenizer, model=model, ref_model=model, peft_config=LORA)
+
+
 def test_a_reference_may_share_what_does_not_train(tokenizer):
     model = tiny.model("llama", len(tokenizer)).requires_grad_(False)
     other = copy.deepcopy(model, {id(p): p for p in model.parameters()})
