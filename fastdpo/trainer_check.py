@@ -39,12 +39,12 @@ def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
             _check_adapters(each.active_peft_config, name)
     weights = () if isinstance(model, str) else model.parameters()
     trained = {parameter for parameter in weights if parameter.requires_grad}
-    if ref_model is not None:
-        if ref_model is model or not trained.isdisjoint(ref_model.parameters()):
-            raise ValueError(
-                "want ref_model apart from model, got one with weights that train in both; leave "
-                "it out for the model as it is now"
-            )
+    theirs = () if ref_model is None else ref_model.parameters()
+    if ref_model is model or not trained.isdisjoint(theirs):
+        raise ValueError(
+            "want ref_model apart from model, got one with weights that train in both; leave it "
+            "out for the model as it is now"
+        )
     if peft_config is not None:
         _check_peft_config(peft_config, model)
     elif not trained and not isinstance(model, str):
