@@ -86,14 +86,22 @@ def _check_order(
         previous = role
 
 
-def without_nulls(messages: list[Any]) -> list[Any]:
-    """The messages without the None-valued keys that Arrow adds to make them all alike."""
+def as_sent(messages: list[Any]) -> list[Any]:
+    """The messages as they were before Arrow kept them: read, where they stand as JSON text
+    (rows.py), and without the None-valued keys that it adds to make them all alike."""
     return [
         {key: value for key, value in message.items() if value is not None}
         if isinstance(message, dict)
         else message
-        for message in messages
+        for message in map(_read, messages)
     ]
+
+
+def _read(message: Any) -> Any:
+    try:
+        return json.loads(message) if isinstance(message, str) else message
+    except json.JSONDecodeError:
+        return message
 
 
 def parsed(field: str, value: Any, kind: type) -> Any:

@@ -7,11 +7,11 @@ from typing import Any
 from fastdpo.collate import ID_COLUMNS, REFERENCE_COLUMNS
 from fastdpo.messages import (
     FieldError,
+    as_sent,
     check_conversation,
     check_text,
     is_conversation,
     parsed,
-    without_nulls,
 )
 
 TEXT_FIELDS = ("prompt", "chosen", "rejected")
@@ -62,7 +62,7 @@ def _checked_texts(row: dict[str, Any]) -> dict[str, Any]:
     texts = {field: row[field] for field in kinds}
     conversation = is_conversation(row["chosen"])
     if conversation:
-        texts = {field: without_nulls(messages) for field, messages in texts.items()}
+        texts = {field: as_sent(messages) for field, messages in texts.items()}
     else:
         for field, text in texts.items():
             check_text(field, text)

@@ -99,17 +99,31 @@ def _from_disk(path: Path, split: str) -> Dataset:
 def as_dataset(rows: Iterable[dict[str, Any]], source: str = "rows") -> Dataset:
     """`rows` in memory, with the columns of all of them: Dataset.from_list has the first one's.
 
-    RowError names the first row of `source` whose value Arrow cannot keep beside those before it.
+    Messages that are more than texts stand as JSON text, each for itself: Arrow would give every
+    tool call the arguments of all. RowError names the first row of `source` whose value Arrow
+    cannot keep beside those before it.
     """
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
+    for name in set(TEXT_FIELDS) & set(columns):
+        if any(map(_is_more_than_texts, columns[name])):
+            columns[name] = list(map(_as_json_texts, columns[name]))
     try:
         return Dataset.from_dict(columns)
     except UNLIKE:
         for name, values in columns.items():
             _check_one_kind(values, source, name)
         raise
+
+
+def _is_more_than_texts(value: Any) -> bool:
+    messages = [each for each in value if isinstance(each, dict)] if isinstance(value, list) else ()
+    return not all(isinstance(x, str | None) for message in messages for x in message.values())
+
+
+def _as_json_texts(value: Any) -> Any:
+    return list(map(json.dumps, value)) if isinstance(value, list) else value
 
 
 def _check_one_kind(values: list[Any], source: str, name: str) -> None:

@@ -183,14 +183,30 @@ def test_rows_of_an_array_are_told_by_the_line_they_begin_in(tmp_path):
         load_rows(str(tmp_path / "rows.json"), on_bad_rows="skip")
 
 
-@pytest.mark.parametrize("meta", ["b", {"b": 1}, 2**70], ids=["text", "mapping", "huge"])
-def test_messages_that_are_not_alike_are_told_by_their_row(tmp_path, meta):
-    def row(meta):
-        return CHAT | {"prompt": [CHAT["prompt"][0] | {"meta": meta}]}
+def calls(*arguments):
+    calls = [{"type": "function", "function": {"name": "f", "arguments": a}} for a in arguments]
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    return CHAT | {"chosen": [message, {"role": "tool", "content": "1"}, *CHAT["chosen"]]}
 
-    path = write_lines(tmp_path / "rows.jsonl", [row(1), row(2), row(meta), row(3)])
-    with pytest.raises(RowError, match="rows.jsonl, row 2, field 'prompt': want values of the"):
-        load_rows(path)
+
+def test_tool_calls_keep_each_their_own_arguments(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    rows = [calls({"city": "Paris"}), calls({"x": 1}, {"x": "one", "none": None}), CHAT]
+    rows[2] = CHAT | {"prompt": [CHAT["prompt"][0] | {"meta": {"deep": [1, "two", 2**70]}}]}
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    kept, streamed = (
+        prepare_pairs(load_rows(path, streaming=streaming), tokenizer)[0]
+        for streaming in (False, True)
+    )
+    assert list(kept) == list(streamed)
+    for row, pair in zip(rows, kept, strict=True):
+        text = tokenizer.decode(pair["prompt_ids"] + pair["chosen_ids"])
+        messages = [{k: v for k, v in m.items() if v is not None} for m in row["chosen"]]
+        assert json.loads(f"[{text.removesuffix('</s>').replace('}{', '}, {')}]") == [
+            *row["prompt"],
+            *messages,
+        ]
 
 
 def test_a_name_that_comes_twice_in_an_array_is_told(tmp_path):
