@@ -15,12 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from fastdpo.collate import ID_COLUMNS, REFERENCE_COLUMNS
-from fastdpo.messages import FieldError, is_conversation
+from fastdpo.messages import FieldError, check_text, is_conversation
 from fastdpo.preferences import FIELDS, MALFORMED, checked_row
 
 logger = logging.get_logger(__name__)
@@ -83,6 +82,8 @@ def prepare_pairs(
     RowError at the first malformed row, or with on_bad_rows="skip" a warning that counts them;
     ValueError where columns are missing or no row is left.
     """
+    if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
+        dataset = dataset.with_format(None)  # lists and texts; a transform of the rows' own stays
     columns = _columns(dataset, name)
     tokenize = _Tokenize(
         tokenizer=tokenizer,
@@ -93,15 +94,15 @@ def prepare_pairs(
     )
     if isinstance(dataset, IterableDataset):
         return _as_it_comes(dataset, tokenize, columns), None
-    pairs = dataset.with_format(None).map(
+    pairs = dataset.map(
         tokenize,
         batched=True,
         with_indices=True,
-        remove_columns=columns,
+        remove_columns=dataset.column_names,
         features=tokenize.features,
         num_proc=num_proc and min(num_proc, len(dataset)),
         desc=f"Tokenizing the {name} dataset",
-    )
+    ).with_format(None)
     status = pairs.data["status"].to_numpy()
     kept = status & DROPPED == 0
     tokens = {column: pc.list_value_length(pairs.data[column]).to_numpy() for column in ID_COLUMNS}
@@ -120,7 +121,8 @@ def prepare_pairs(
 def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
     """The columns of `dataset`; ValueError where a pair's are not among them."""
     columns = dataset.column_names
-    if columns is None:  # a stream's rows say; one that could not be read does not
+    is_made = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    if columns is None or is_made:  # the rows say; one that could not be read does not
         columns = list(next((row for row in dataset if MALFORMED not in row), {}))
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"{name} dataset: want at least one row that can be read, got none")
@@ -203,29 +205,40 @@ class _Tokenize:
             raise FieldError(REFERENCE_COLUMNS[0], "a number, as other rows have one", "no value")
         if "prompt_ids" in row:
             return row
+        is_chat = is_conversation(row["prompt"])
+        texts = self._chat_texts(row) if is_chat else self._plain_texts(row)
+        return row | {"texts": texts, "is_chat": is_chat}
+
+    def _plain_texts(self, row: dict[str, Any]) -> list[str]:
+        end = self.tokenizer.eos_token
+        if end is None:
+            raise ValueError(
+                f"{self.name} dataset: want a tokenizer with an eos_token for rows of text, which "
+                "end with it, got one without"
+            )
         sides = (row["prompt"] + row["chosen"], row["prompt"] + row["rejected"])
-        if not is_conversation(row["prompt"]):
-            end = self.tokenizer.eos_token
-            if end is None:
-                raise ValueError(
-                    f"{self.name} dataset: want a tokenizer with an eos_token for rows of text, "
-                    "which end with it, got one without"
-                )
-            texts = [row["prompt"], *(t if t.endswith(end) else t + end for t in sides)]
-            return row | {"texts": texts, "is_chat": False}
+        return [row["prompt"], *(text if text.endswith(end) else text + end for text in sides)]
+
+    def _chat_texts(self, row: dict[str, Any]) -> list[str]:
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"{self.name} dataset: want a tokenizer with a chat template for conversations, "
                 "got one without"
             )
-        options = row.get("chat_template_kwargs", {}) | {"tools": row.get("tools")}
-        render = self.tokenizer.apply_chat_template
+        options = {"tools": row.get("tools")} | row.get("chat_template_kwargs", {})
+        texts = [self._render("prompt", row["prompt"], options, add_generation_prompt=True)]
+        for field in ("chosen", "rejected"):
+            texts.append(self._render(field, row["prompt"] + row[field], options))
+        return texts
+
+    def _render(self, field: str, messages: list[dict], options: dict, **more: bool) -> str:
         try:
-            texts = [render(row["prompt"], tokenize=False, add_generation_prompt=True, **options)]
-            texts += [render(side, tokenize=False, **options) for side in sides]
-        except (TemplateError, TypeError) as error:
-            raise FieldError("prompt", "what the chat template takes", str(error)) from None
-        return row | {"texts": texts, "is_chat": True}
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **more, **options)
+        except Exception as error:  # a template is code, and may stumble over what it is given
+            what = f"{type(error).__name__}: {error}"
+            raise FieldError(field, "what the chat template takes", what) from None
+        check_text(field, text)
+        return text
 
     def _add_ids(self, rows: list[dict]) -> None:
         """Tokenise the texts of all rows: one call for plain text, one for conversations."""

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 SYSTEM_ROLES = ("system", "developer")
-TOOL_ROLES = ("tool", "function")
+TOOL_ROLES = ("tool", "function", "ipython")
 ROLES = (*SYSTEM_ROLES, "user", "assistant", *TOOL_ROLES)
 
 

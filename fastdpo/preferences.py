@@ -17,7 +17,7 @@ from fastdpo.messages import (
 TEXT_FIELDS = ("prompt", "chosen", "rejected")
 IMAGE_FIELDS = ("image", "images")
 OPTION_FIELDS = ("tools", "chat_template_kwargs")
-MALFORMED = "malformed"  # in place of all others: why a row could not be read
+MALFORMED = "fastdpo_malformed"  # in place of all others: why a row could not be read
 FIELDS = (*TEXT_FIELDS, *ID_COLUMNS, *REFERENCE_COLUMNS, *IMAGE_FIELDS, *OPTION_FIELDS, MALFORMED)
 
 
@@ -77,30 +77,24 @@ def _checked_texts(row: dict[str, Any]) -> dict[str, Any]:
             "chat_template_kwargs", row.get("chat_template_kwargs"), dict
         ),
     }
-    return texts | {name: value for name, value in options.items() if value}
+    return texts | {name: value for name, value in options.items() if value is not None}
 
 
 def _with_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
-    """The longest common beginning as the prompt; a space before the split goes with the rest."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+    """The longest common beginning as the prompt; a space before the split goes with the rest.
+
+    Of conversations of which one is the beginning of the other, the shorter keeps its last message.
+    """
+    shared, shorter = 0, min(len(chosen), len(rejected))
+    while shared < shorter and chosen[shared] == rejected[shared]:
         shared += 1
-    if is_conversation(chosen):
-        if shared == min(len(chosen), len(rejected)):
-            shared = _last_turn(chosen[:shared])  # one is the beginning of the other, or equal
-    elif shared and chosen[shared - 1] == " ":
+    if shared and (shared == shorter if is_conversation(chosen) else chosen[shared - 1] == " "):
         shared -= 1
     if not shared:
         raise FieldError(
             "prompt", "a prompt, or a beginning that chosen and rejected share", "none"
         )
     return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
-
-
-def _last_turn(messages: list[dict]) -> int:
-    """Where the assistant's last turn begins: after the last message of a user."""
-    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-    return len(roles) - roles[::-1].index("user") if "user" in roles else 0
 
 
 def _checked_reference(row: dict[str, Any]) -> dict[str, float]:

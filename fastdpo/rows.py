@@ -46,7 +46,7 @@ def load_rows(
 
     RowError names file, line and field of a malformed row in JSON, one of another kind than the
     file's first among them, and of a CSV cell that is no JSON; with on_bad_rows="skip" the row
-    stays, with that message as `malformed`, for prepare_pairs to count and leave out.
+    stays, with that message as `fastdpo_malformed`, for prepare_pairs to count and leave out.
     ValueError for a path or a split that is not there, and what `datasets` cannot read.
     """
     path = Path(path_or_name).expanduser()

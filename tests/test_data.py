@@ -128,6 +128,7 @@ def test_odd_rows_that_trl_trains_on_are_tokenised_as_there(row, texts, tokenize
     assert decoded(tokenizer, pair) == texts
 
 
+CALL = [user("a"), assistant("f"), {"role": "ipython", "content": "1"}]
 IMPLICIT = {
     "conversation": (
         {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
@@ -136,6 +137,23 @@ IMPLICIT = {
     "equal-conversations": (
         {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]},
         ["<s><|user|>a</s><|assistant|>", "b</s>", "b</s>"],
+    ),
+    "one-conversation-is-the-beginning-of-the-other": (
+        {
+            "chosen": [
+                user("a"),
+                assistant("f"),
+                {"role": "ipython", "content": "1"},
+                assistant("b"),
+            ],
+            "rejected": [user("a"), assistant("f"), {"role": "ipython", "content": "1"}]
+            + [assistant("b"), user("c"), assistant("d")],
+        },
+        [
+            "<s><|user|>a</s><|assistant|>f</s><|ipython|>1</s><|assistant|>",
+            "b</s>",
+            "b</s><|user|>c</s><|assistant|>d</s>",
+        ],
     ),
     "text": (
         {"chosen": "it is red", "rejected": "it is blue"},
@@ -161,6 +179,45 @@ def test_tools_and_template_arguments_reach_the_template(tokenizer):
     row = CHAT | {"tools": '[{"name": "add"}]', "chat_template_kwargs": {"manner": "short"}}
     (pair,), _ = pairs_of([row], other)
     assert decoded(other, pair)[0].startswith("[{'name': 'add'}]short<s>")
+
+
+def test_no_tools_and_none_are_told_apart_and_a_templates_own_arguments_win(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ tools is none }}{{ tools }}" + tokenizer.chat_template
+    rows = [
+        chat(tools="[]", chat_template_kwargs=None),
+        CHAT,
+        chat(chat_template_kwargs='{"tools": [{"name": "add"}]}'),
+    ]
+    pairs, _ = pairs_of(rows, other)
+    texts = [decoded(other, pair)[0].partition("<s>")[0] for pair in pairs]
+    assert texts == ["False[]", "TrueNone", "False[{'name': 'add'}]"]
+
+
+def test_a_transform_of_the_rows_is_kept(tokenizer):
+    rows = Dataset.from_list([{"q": "Two and", "a": " two", "b": " 2"}] * 3)
+
+    def transformed(batch):
+        names = {"prompt": "q", "chosen": "a", "rejected": "b"}
+        return {name: [text.upper() for text in batch[q]] for name, q in names.items()}
+
+    pairs, counts = prepare_pairs(rows.with_transform(transformed), tokenizer)
+    assert decoded(tokenizer, pairs[2]) == ["TWO AND", " TWO</s>", " 2</s>"]
+    assert counts.rows == 3 and pairs.format["type"] is None
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "arrow"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["kept", "streamed"])
+def test_rows_of_any_format_are_read(tokenizer, kind, streamed):
+    for rows in (tiny.rows(3), [{"prompt_ids": [5], "chosen_ids": [6, 7], "rejected_ids": [8]}]):
+        dataset = Dataset.from_list(rows)
+        formatted = (dataset.to_iterable_dataset() if streamed else dataset).with_format(kind)
+        assert list(prepare_pairs(formatted, tokenizer)[0]) == pairs_of(rows, tokenizer)[0]
+
+
+def test_columns_that_no_one_asked_for_have_any_name(tokenizer):
+    rows = [row | {"malformed": False, "status": 3, "note": "x"} for row in tiny.rows(2)]
+    assert pairs_of(rows, tokenizer) == pairs_of(tiny.rows(2), tokenizer)
 
 
 def test_tokenised_rows_stay_as_they_are(tokenizer):
@@ -247,11 +304,40 @@ def test_rows_without_an_image_need_not_lack_the_column(tokenizer):
     assert pairs_of(rows, tokenizer)[1].pairs == 1
 
 
-def test_the_templates_own_objection_names_the_row(tokenizer):
+OBJECTIONS = {  # what a template says, and may stumble over
+    "{{ raise_exception('no, please') }}": "'prompt'.*no, please",
+    "{% if 'Four.' in messages[-1].content %}{{ raise_exception('no') }}{% endif %}": "'chosen'",
+    "{% if 'Five.' in messages[-1].content %}{{ raise_exception('no') }}{% endif %}": "'rejected'",
+    "{{ 1 // (messages | length - 1) }}": "'prompt'.*ZeroDivisionError",
+    "{{ '{x}'.format() }}": "'prompt'.*KeyError",
+}
+
+
+@pytest.mark.parametrize(("template", "message"), OBJECTIONS.items(), ids=OBJECTIONS.values())
+def test_the_templates_own_objection_names_row_and_field(tokenizer, template, message):
     strict = copy.deepcopy(tokenizer)
-    strict.chat_template = "{{ raise_exception('no system, please') }}"
-    with pytest.raises(RowError, match="row 0, field 'prompt'.*no system, please"):
+    strict.chat_template = template + tokenizer.chat_template
+    with pytest.raises(RowError, match=f"row 0, field {message}"):
         pairs_of([CHAT], strict)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tools": ["add"]}, "ValueError: Tools should"),
+        ({"chat_template_kwargs": '{"manner": "\\ud83d"}'}, "no Unicode"),
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "TypeError"),
+        ({"chat_template_kwargs": {"continue_final_message": True}}, "ValueError"),
+    ],
+    ids=["tools", "half a character", "an argument of ours", "no such end"],
+)
+def test_options_that_cannot_be_rendered_name_the_row_or_are_skipped(tokenizer, options, message):
+    manners = copy.deepcopy(tokenizer)
+    manners.chat_template = "{{ manner }}" + tokenizer.chat_template
+    with pytest.raises(RowError, match=f"row 0, field 'prompt': .*{message}"):
+        pairs_of([chat(**options)], manners)
+    _, counts = pairs_of([chat(**options), CHAT], manners, on_bad_rows="skip")
+    assert (counts.pairs, counts.bad) == (1, 1)
 
 
 def test_what_the_template_cannot_add_up_names_the_row(tokenizer):

@@ -6,6 +6,7 @@ import tiny
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from fastdpo.data import RowError, prepare_pairs
+from fastdpo.preferences import MALFORMED as MARK
 from fastdpo.rows import load_rows
 
 CHAT = {
@@ -123,10 +124,10 @@ def test_a_malformed_row_is_told_by_file_line_and_field(line, message, tmp_path)
     with pytest.raises(RowError, match=rf"rows.jsonl, line 3, .*{message}"):
         load_rows(path)
     marked = load_rows(path, on_bad_rows="skip")
-    assert [row["malformed"] is None for row in marked] == [True, True, False, True]
+    assert [row[MARK] is None for row in marked] == [True, True, False, True]
     streamed = load_rows(path, on_bad_rows="skip", streaming=True)
     for rows in (marked, streamed):
-        (reason,) = (row["malformed"] for row in rows if row.get("malformed"))
+        (reason,) = (row[MARK] for row in rows if row.get(MARK))
         assert re.search(rf"rows.jsonl, line 3, .*{message}", reason)
 
 
