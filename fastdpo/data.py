@@ -5,14 +5,17 @@ a batch of rows in one call. Tokens may merge across the end of a prompt, so the
 those that the three begin with alike; what follows is the completion. Row numbers count from 0.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import transformers
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
@@ -91,6 +94,7 @@ def prepare_pairs(
         limit=max_length if truncation_mode == "keep_start" else None,
         skip_bad=on_bad_rows == "skip",
         with_reference=bool(set(REFERENCE_COLUMNS) & set(columns)),
+        code=_code(),
     )
     if isinstance(dataset, IterableDataset):
         return _as_it_comes(dataset, tokenize, columns), None
@@ -155,6 +159,13 @@ def _as_it_comes(
     return pairs
 
 
+def _code() -> str:
+    """A digest of what makes pairs of rows: these sources, and the version of transformers."""
+    names = ("data.py", "preferences.py", "messages.py")
+    parts = [Path(__file__).with_name(name).read_bytes() for name in names]
+    return hashlib.sha256(b"".join([*parts, transformers.__version__.encode()])).hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Tokenize:
     """A batch of rows as columns, and their row numbers -> the columns of `features`."""
@@ -164,6 +175,7 @@ class _Tokenize:
     limit: int | None
     skip_bad: bool
     with_reference: bool
+    code: str  # datasets' cache, which knows a class by its name alone, is to know what is in it
 
     @property
     def features(self) -> Features:

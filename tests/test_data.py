@@ -140,14 +140,8 @@ IMPLICIT = {
     ),
     "one-conversation-is-the-beginning-of-the-other": (
         {
-            "chosen": [
-                user("a"),
-                assistant("f"),
-                {"role": "ipython", "content": "1"},
-                assistant("b"),
-            ],
-            "rejected": [user("a"), assistant("f"), {"role": "ipython", "content": "1"}]
-            + [assistant("b"), user("c"), assistant("d")],
+            "chosen": [*CALL, assistant("b")],
+            "rejected": [*CALL, assistant("b"), user("c"), assistant("d")],
         },
         [
             "<s><|user|>a</s><|assistant|>f</s><|ipython|>1</s><|assistant|>",
@@ -184,10 +178,11 @@ def test_tools_and_template_arguments_reach_the_template(tokenizer):
 def test_no_tools_and_none_are_told_apart_and_a_templates_own_arguments_win(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{{ tools is none }}{{ tools }}" + tokenizer.chat_template
+    own = '{"tools": [{"name": "add"}]}'
     rows = [
         chat(tools="[]", chat_template_kwargs=None),
         CHAT,
-        chat(chat_template_kwargs='{"tools": [{"name": "add"}]}'),
+        chat(chat_template_kwargs=own),
     ]
     pairs, _ = pairs_of(rows, other)
     texts = [decoded(other, pair)[0].partition("<s>")[0] for pair in pairs]
@@ -422,6 +417,21 @@ def test_pairs_that_are_cut_to_max_length_are_counted(tokenizer):
         _, counts = pairs_of(rows, tokenizer, max_length=limit)
         truncated.append(counts.truncated)
     assert truncated == [0, 1, 2, 3]
+
+
+def test_pairs_that_other_code_made_are_not_taken_from_the_cache(tmp_path, tokenizer, monkeypatch):
+    Dataset.from_list(tiny.rows()).save_to_disk(tmp_path)
+
+    def cache_file():
+        pairs, _ = prepare_pairs(Dataset.load_from_disk(tmp_path), tokenizer)
+        return pairs.cache_files[0]["filename"]
+
+    first = cache_file()
+    assert cache_file() == first
+    sources = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: sources.append(path.name) or b"new")
+    assert cache_file() != first
+    assert sources == ["data.py", "preferences.py", "messages.py"]
 
 
 def test_where_no_row_is_left_it_is_told_why(tokenizer):
