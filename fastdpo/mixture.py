@@ -6,12 +6,10 @@ ScriptArguments, DatasetMixtureConfig --load_datasets--> preference rows
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
 from fastdpo.arguments import ScriptArguments, flag
-from fastdpo.rows import load_rows
-
-AnyDataset = Dataset | IterableDataset
+from fastdpo.rows import AnyDataset, load_rows
 
 
 @dataclass
@@ -99,6 +97,10 @@ def _load_mixture(
         raise ValueError("want test_split_size with `datasets` and an eval_strategy, got none")
     if held_out is not None and dataset_args.streaming:
         raise ValueError("want test_split_size or streaming, got both: a stream cannot be split")
+    if held_out is not None and held_out >= 1:
+        if held_out % 1:
+            raise ValueError(f"want test_split_size as a share below 1 or a count, got {held_out}")
+        held_out = int(held_out)  # a flag's count is a float
 
     parts = []
     for each in dataset_args.datasets:
@@ -109,9 +111,10 @@ def _load_mixture(
             streaming=dataset_args.streaming,
             data_files=each.data_files,
             data_dir=each.data_dir,
+            columns=each.columns,
             on_bad_rows=on_bad_rows,
         )
-        parts.append(rows if each.columns is None else rows.select_columns(each.columns))
+        parts.append(rows)
     fractions = [each.fraction for each in dataset_args.datasets]
     if any(fraction is not None for fraction in fractions):
         if dataset_args.streaming:

@@ -24,7 +24,14 @@ from fastdpo.preferences import MALFORMED, OPTION_FIELDS, TEXT_FIELDS, checked_r
 
 JSON_SUFFIXES = (".jsonl", ".json")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".csv")
+AnyDataset = Dataset | IterableDataset
 UNLIKE = (pa.ArrowException, OverflowError)  # what a column of unlike values raises
+# an empty cell is no text; NA, null and a column of numbers are texts
+CSV_OPTIONS = {
+    "keep_default_na": False,
+    "na_values": [""],
+    "converters": dict.fromkeys(TEXT_FIELDS, lambda cell: cell or None),
+}
 BETWEEN_ROWS = re.compile(r"[ \t\r\n,]*")
 
 
@@ -36,33 +43,35 @@ def load_rows(
     streaming: bool = False,
     data_files: Any = None,
     data_dir: str | None = None,
+    columns: list[str] | None = None,
     on_bad_rows: str = "raise",
-) -> Dataset | IterableDataset:
+) -> AnyDataset:
     """The rows of a file, of a folder that Dataset.save_to_disk wrote, or of a Hub dataset.
 
     config_name, data_files, data_dir: as `datasets.load_dataset` takes them, for the Hub and for
     folders of files. A single file is all of the split "train". streaming=True gives an
-    IterableDataset, which reads as it goes (an array in a .json file whole).
+    IterableDataset, which reads as it goes (an array in a .json file whole). columns: those to
+    read, None for all.
 
     RowError names file, line and field of a malformed row in JSON, one of another kind than the
     file's first among them, and of a CSV cell that is no JSON; with on_bad_rows="skip" the row
     stays, with that message as `fastdpo_malformed`, for prepare_pairs to count and leave out.
     ValueError for a path or a split that is not there, and what `datasets` cannot read.
     """
-    path = Path(path_or_name).expanduser()
+    path, skip_bad = Path(path_or_name).expanduser(), on_bad_rows == "skip"
     if path.is_file():
         if split != "train":
             raise ValueError(
                 f"{path}: want split 'train' of a single file, or a folder of train.jsonl and "
                 f"{split}.jsonl, got {split!r}"
             )
-        return _read_file(path, streaming=streaming, skip_bad=on_bad_rows == "skip")
+        return _read_file(path, columns, streaming=streaming, skip_bad=skip_bad)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        rows = _from_disk(path, split)
+        rows = _selected(_from_disk(path, split), columns)
         return rows.to_iterable_dataset() if streaming else rows
     if not path.exists() and _looks_like_a_path(path_or_name):
         raise ValueError(f"want a file or folder of preference rows, {path_or_name} is not there")
-    return _load(
+    rows = _load(
         path_or_name,
         path_or_name,
         name=config_name,
@@ -71,9 +80,14 @@ def load_rows(
         data_files=data_files,
         data_dir=data_dir,
     )
+    return _selected(rows, columns)
 
 
-def _load(path: str, *arguments: Any, **settings: Any) -> Dataset | IterableDataset:
+def _selected(rows: AnyDataset, columns: list[str] | None) -> AnyDataset:
+    return rows if columns is None else rows.select_columns(columns)
+
+
+def _load(path: str, *arguments: Any, **settings: Any) -> AnyDataset:
     """What `datasets` reads from `path`, which its own errors do not name."""
     try:
         return datasets.load_dataset(*arguments, **settings)
@@ -144,16 +158,17 @@ def _check_one_kind(values: list[Any], source: str, name: str) -> None:
         ) from error
 
 
-def _read_file(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | IterableDataset:
+def _read_file(
+    path: Path, columns: list[str] | None, *, streaming: bool, skip_bad: bool
+) -> AnyDataset:
     if path.suffix in JSON_SUFFIXES:
-        return _read_json(path, streaming=streaming, skip_bad=skip_bad)
+        return _read_json(path, columns, streaming=streaming, skip_bad=skip_bad)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: want a file of {SUFFIXES}, got {path.suffix or 'no suffix'}")
     kind = path.suffix.removeprefix(".")
-    # an empty cell is no text, and NA or null is one
-    options = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+    options = CSV_OPTIONS if kind == "csv" else {}
     files = {"data_files": str(path), "split": "train"}
-    rows = _load(str(path), kind, streaming=streaming, **files, **options)
+    rows = _selected(_load(str(path), kind, streaming=streaming, **files, **options), columns)
     if kind == "parquet":
         return rows
     parse = partial(_parse_cells, str(path), skip_bad)
@@ -163,15 +178,21 @@ def _read_file(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | Iter
 
 
 def _parse_cells(path: str, skip_bad: bool, row: dict[str, Any], index: int) -> dict[str, Any]:
-    """A CSV row, its cells that hold a list of messages as JSON parsed."""
+    """A CSV row, its cells that hold messages as JSON parsed, if it is a conversation."""
+    messages, errors = {}, []
     for field in TEXT_FIELDS:
         cell = row.get(field)
-        if isinstance(cell, str) and cell.lstrip().startswith("[{"):
+        if isinstance(cell, str) and cell.lstrip().startswith("[{"):  # as a text may begin too
             try:
-                row[field] = parsed(field, cell, list)
+                value = parsed(field, cell, list)
             except FieldError as error:
-                return _malformed(f"{path}, row {index}, {error}", skip_bad)
-    return row
+                errors.append(error)
+            else:
+                if all(isinstance(each, dict) and "role" in each for each in value):
+                    messages[field] = value
+    if messages and errors:
+        return _malformed(f"{path}, row {index}, {errors[0]}", skip_bad)
+    return row | messages
 
 
 def _malformed(reason: str, skip_bad: bool) -> dict[str, str | None]:
@@ -181,22 +202,28 @@ def _malformed(reason: str, skip_bad: bool) -> dict[str, str | None]:
     return dict.fromkeys(TEXT_FIELDS) | {MALFORMED: reason}
 
 
-def _read_json(path: Path, *, streaming: bool, skip_bad: bool) -> Dataset | IterableDataset:
+def _read_json(
+    path: Path, columns: list[str] | None, *, streaming: bool, skip_bad: bool
+) -> AnyDataset:
+    settings = {"path": str(path), "skip_bad": skip_bad, "columns": columns and tuple(columns)}
     if streaming:
-        settings = {"path": str(path), "skip_bad": skip_bad}
         return IterableDataset.from_generator(_checked_rows, gen_kwargs=settings)
-    rows = list(_checked_rows(str(path), skip_bad))
+    rows = list(_checked_rows(**settings))
     if all(MALFORMED in row for row in rows):
         raise ValueError(f"{path}: want at least one row, got none ({len(rows)} malformed)")
     return as_dataset(rows, str(path))
 
 
-def _checked_rows(path: str, skip_bad: bool) -> Iterator[dict[str, Any]]:
+def _checked_rows(
+    path: str, skip_bad: bool, columns: tuple[str, ...] | None
+) -> Iterator[dict[str, Any]]:
     kinds: dict[str, str] = {}  # of the first row's texts
     for line, row in _json_rows(Path(path)):
         try:
             if isinstance(row, Exception):
                 raise FieldError("row", "an object in JSON, in UTF-8", str(row))
+            if columns is not None and isinstance(row, dict):
+                row = {name: row[name] for name in columns if name in row}
             checked = checked_row(row)
             kinds = kinds or _kinds(row)
             _check_alike(row, kinds)

@@ -6,6 +6,7 @@ import tiny
 from fastdpo.arguments import ScriptArguments
 from fastdpo.data import prepare_pairs
 from fastdpo.mixture import DatasetConfig, DatasetMixtureConfig, load_datasets
+from fastdpo.parser import TrainParser
 
 
 def load(mixture, *, with_eval=False, on_bad_rows="raise"):
@@ -55,9 +56,30 @@ def test_the_same_rows_of_a_mixture_are_held_out_every_time(parts):
     assert held_out[:] == again[:]
 
 
+def test_columns_are_those_of_the_file_whose_prompts_are_implicit(tmp_path):
+    rows = [{"chosen": "it is red", "rejected": "it is blue", "score": 1, "images": ["cat"]}] * 2
+    tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    for columns in (["chosen", "rejected"], ["chosen", "rejected", "score"]):
+        dataset = DatasetConfig(str(tmp_path / "rows.jsonl"), columns=columns)
+        for streaming in (False, True):
+            mixture = DatasetMixtureConfig(datasets=[dataset], streaming=streaming)
+            pairs, _ = prepare_pairs(load(mixture)[0], tiny.tokenizer())
+            assert len(list(pairs)) == 2
+
+
+def test_a_count_of_rows_to_hold_out_comes_from_yaml_and_the_command_line(parts, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"datasets:\n  - path: {parts[0]}\ntest_split_size: 3\n")
+    for flags, held_out in (((), 3), (("--test_split_size", "2"), 2)):
+        parsed, _ = TrainParser("fastdpo train").parse(["--config", str(config), *flags])
+        (mixture,) = (each for each in parsed if isinstance(each, DatasetMixtureConfig))
+        assert len(load(mixture, with_eval=True)[1]) == held_out
+
+
 @pytest.mark.parametrize(
     "changes, told",
     [
+        ({"test_split_size": 2.5}, "a share below 1 or a count, got 2.5"),
         ({"streaming": True, "test_split_size": 0.5}, "stream"),
         ({"streaming": True, "fractions": (1, 1)}, "stream"),
         ({"fractions": (1, None)}, "every dataset or for none"),

@@ -86,6 +86,35 @@ def test_an_empty_csv_cell_is_no_value_and_none_is_a_word(tmp_path):
     assert (rows[0]["tools"], rows[1]["rejected"]) == (None, None)
 
 
+def test_csv_texts_stay_as_they_are_written(tmp_path):
+    lines = ["prompt,chosen,rejected,score"]
+    lines += ["2+2=,4,5,0.5"] * 3 + ["1+1=,02,True,0.5", "half=,1.50,007,1"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    rows = load_rows(str(tmp_path / "rows.csv"))
+    assert texts(rows)[3:] == [
+        {"prompt": "1+1=", "chosen": "02", "rejected": "True"},
+        {"prompt": "half=", "chosen": "1.50", "rejected": "007"},
+    ]
+    assert texts(load_rows(str(tmp_path / "rows.csv"), streaming=True)) == texts(rows)
+
+
+def test_a_csv_text_may_begin_as_messages_do(tmp_path):
+    rows = [
+        {"prompt": "In JSON:", "chosen": '[{"a": 1}]', "rejected": "[{1}]"},
+        {"prompt": '[{"b": 2}]', "chosen": '[{"a": 1}]', "rejected": "no"},
+    ]
+    Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
+    for streaming in (False, True):
+        assert texts(load_rows(str(tmp_path / "rows.csv"), streaming=streaming)) == rows
+
+
+def test_csv_rows_of_another_kind_are_told_by_their_row(tmp_path):
+    chat = {k: json.dumps(v) for k, v in CHAT.items()}
+    Dataset.from_list([chat, *tiny.rows(2)]).to_csv(tmp_path / "rows.csv")
+    with pytest.raises(RowError, match="rows.csv, row 1, field 'prompt': want values of the kind"):
+        load_rows(str(tmp_path / "rows.csv"))
+
+
 def test_tools_need_not_be_alike(tmp_path):
     tools = [[{"name": "add"}], [{"name": "look", "far": {"deep": [1, "two"]}}]]
     path = write_lines(tmp_path / "rows.jsonl", [CHAT | {"tools": each} for each in tools])
