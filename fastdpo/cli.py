@@ -7,12 +7,12 @@ keeps its own.
 """
 
 import contextlib
+import os
 import subprocess
 import sys
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
-from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run_command(argv)
     except BadInput as error:
-        if environ.get("FASTDPO_DEBUG") == "1":
+        if os.environ.get("FASTDPO_DEBUG") == "1":
             traceback.print_exception(error)
         print(f"fastdpo: error: {error}", file=sys.stderr)
         return 2
@@ -228,7 +228,7 @@ def _save(trainer: "DPOTrainer", path: Path, say: Callable[[str], Any]) -> None:
 
 def _is_launched() -> bool:
     """Whether `accelerate launch`, torchrun or deepspeed has started this process."""
-    return "LOCAL_RANK" in environ or "ACCELERATE_MIXED_PRECISION" in environ
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def _launch_flags(unknown: list[str]) -> list[str]:
