@@ -125,8 +125,9 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
         mark_started(folder.path, identity)
     try:
         trainer.train(resume_from_checkpoint=folder.checkpoint and str(folder.checkpoint))
-    except RowError as error:  # the rows of a stream are read only now
-        raise BadInput(_one_line(error)) from error
+    except RowError as error:  # the rows of a stream are read only now, perhaps by a worker
+        told = str(error).rpartition(f"{RowError.__name__}: ")[2]  # behind its traceback
+        raise BadInput(_one_line(told)) from error
     _save(trainer, folder.path, say)
     if is_main:
         mark_finished(folder.path)
@@ -143,8 +144,8 @@ def verify(argv: Sequence[str]) -> int:
 
     with _bad_input():
         (*arguments, max_pairs), unknown = VerifyParser(prog="fastdpo verify").parse(argv)
-        if unknown:
-            raise ValueError(f"want flags of `fastdpo train` for one process, got {unknown[0]}")
+        if launch_flags := _launch_flags(unknown):
+            raise ValueError(f"want flags of one process, got {launch_flags[0]}")
         script_args, _, model_args, dataset_args = arguments
         _check_names(script_args, model_args, dataset_args)
         subject = load_subject(*arguments, max_pairs)
@@ -232,20 +233,27 @@ def _is_launched() -> bool:
 
 
 def _launch_flags(unknown: list[str]) -> list[str]:
-    """Flags of `accelerate launch`, `--accelerate_config` written out.
+    """Flags of `accelerate launch`, `--accelerate_config` written out, those left out that are off.
 
     ValueError for what accelerate does not know either.
     """
     if not unknown:
         return []
-    if "--accelerate_config" in unknown:
-        at = unknown.index("--accelerate_config")
-        name = unknown[at + 1] if at + 1 < len(unknown) else None
-        unknown = [*_accelerate_config(name), *unknown[:at], *unknown[at + 2 :]]
-    command, stray = _launch_parser().parse_known_args([*unknown, "--module", MODULE])
+    parser = _launch_parser()
+    is_off = {f"{flag}=false" for flag in parser._option_string_actions}
+    flags = [each for flag in unknown if flag not in is_off for each in _split_config(flag)]
+    if "--accelerate_config" in flags:
+        at = flags.index("--accelerate_config")
+        name = flags[at + 1] if at + 1 < len(flags) else None
+        flags = [*_accelerate_config(name), *flags[:at], *flags[at + 2 :]]
+    command, stray = parser.parse_known_args([*flags, "--module", MODULE])
     if stray or command.training_script != MODULE:  # where a value without its flag ends up
         raise ValueError(f"unknown flag: {' '.join(stray) or command.training_script}")
-    return unknown
+    return flags
+
+
+def _split_config(flag: str) -> list[str]:
+    return flag.split("=", 1) if flag.startswith("--accelerate_config=") else [flag]
 
 
 def _launch_parser() -> ArgumentParser:
@@ -297,7 +305,7 @@ def _bad_input() -> Iterator[None]:
         raise BadInput(_one_line(error)) from error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     return " ".join(str(error).split())
 
 

@@ -128,11 +128,13 @@ def _checked(action: argparse.Action, value: Any) -> Any:
         value = "no"  # what YAML 1.1 makes of a bare no
     if value is not None and action.choices and value not in action.choices:
         raise ValueError(f"{action.dest}: want one of {[*action.choices]}, got {value!r}")
+    wants_number = getattr(action.type, "__name__", None) in ("int", "float")
+    if wants_number and action.nargs == "+" and isinstance(value, list):
+        return [action.type(str(each)) for each in value]
     one_number = action.nargs in (None, "?") and action.type is not str and not action.choices
     if one_number and isinstance(value, (list, dict)):
         raise ValueError(f"{action.dest}: want one value, got {value!r}")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    wants_number = getattr(action.type, "__name__", None) in ("int", "float")
     if (one_number and wants_number) or (is_number and action.type is str):
         return str(value)  # as the command line has it, for argparse to convert
     return value
@@ -140,5 +142,5 @@ def _checked(action: argparse.Action, value: Any) -> Any:
 
 def _tokens(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
-        return [f"--{name}"] if value else []
+        return [f"--{name}" if value else f"--{name}=false"]
     return [f"--{name}", str(value)]

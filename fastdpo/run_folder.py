@@ -5,12 +5,14 @@ run.json, written before the first step, names every setting that decides the nu
 complete; another one is refused; `fresh` starts in a new folder beside it.
 """
 
+import glob
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ NOT_IDENTITY = frozenset(
     "gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
     "strict_layout".split()
 )
+# but where rows are streamed, whose order hangs on them
+OF_STREAMS = frozenset({"dataloader_num_workers"})
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 OPTIMIZER = ("optimizer*", "global_step*")  # the latter is DeepSpeed's
 
@@ -70,8 +74,8 @@ def run_identity(
 ) -> dict[str, Any]:
     """Every setting that decides the numbers of a run, as flat JSON values by name.
 
-    A local file or folder stands there by its last name and a hash: all bytes of data; of a
-    model's weights a sample.
+    A local file or folder stands there by its last name and a hash: all bytes of data, but for what
+    `datasets` caches beside it and the run writes; of a model's weights a sample.
     """
     settings = {
         **asdict(script_args),
@@ -81,12 +85,15 @@ def run_identity(
         "pad_token": training_args.pad_token,  # to_dict hides what ends in _token
         "num_processes": training_args.world_size,
     }
-    settings = {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
+    is_streamed = script_args.dataset_streaming or dataset_args.streaming
+    left_out = NOT_IDENTITY - OF_STREAMS if is_streamed else NOT_IDENTITY
+    settings = {name: value for name, value in settings.items() if name not in left_out}
     settings["model_name_or_path"] = _with_hash(settings["model_name_or_path"], _model_hash)
-    settings["dataset_name"] = _with_hash(settings["dataset_name"], _data_hash)
+    data_hash = partial(_data_hash, but=Path(training_args.output_dir))
+    settings["dataset_name"] = _with_hash(settings["dataset_name"], data_hash)
     for dataset in settings["datasets"]:
         for name in ("path", "data_dir", "data_files"):
-            dataset[name] = _with_hash(dataset[name], _data_hash)
+            dataset[name] = _with_hash(dataset[name], data_hash)
     return json.loads(json.dumps(dict(_flat(settings)), default=str))
 
 
@@ -108,6 +115,8 @@ def choose_run_folder(
     _check_writable(path)
     resume_last = str(resume_from).lower() == "true"
     named = Path(resume_from) if resume_from and not resume_last else None
+    if fresh and resume_last:
+        raise ValueError("want --fresh or the last checkpoint to resume from, got both")
     if named is not None and _torn(named):
         raise ValueError(f"want a whole checkpoint to resume from, got {named}: {_torn(named)}")
     if fresh and not _is_free(path):
@@ -281,30 +290,44 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _with_hash(name: Any, hash_of) -> Any:
-    """`name`, or "<last part> (<hash>)" where it is a file or folder of this machine."""
+def _with_hash(name: Any, hash_of: Callable[[list[Path]], str]) -> Any:
+    """`name`, or "<last part> (<hash>)" where it is a file, folder or pattern of this machine."""
     if isinstance(name, dict):
         return {key: _with_hash(each, hash_of) for key, each in name.items()}
     if isinstance(name, list):
         return [_with_hash(each, hash_of) for each in name]
-    if not name or not Path(name).exists():
+    if not name:
         return name
-    return f"{Path(name).resolve().name} ({hash_of(Path(name))})"
+    path = Path(name).expanduser()
+    found = [path] if path.exists() else [*map(Path, sorted(glob.glob(str(path), recursive=True)))]
+    return f"{path.absolute().name} ({hash_of(found)})" if found else name
 
 
-def _data_hash(path: Path) -> str:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+def _data_hash(paths: list[Path], *, but: Path) -> str:
+    """Of files, and of all in folders except in the folder `but` within them."""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(path).as_posix().encode())
-        with open(file, "rb") as opened:
-            while piece := opened.read(2**20):
-                digest.update(piece)
+    for path in paths:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        is_within = path.resolve() in but.resolve().parents
+        for file in files:
+            if _is_cached(file) or (is_within and file.resolve().is_relative_to(but.resolve())):
+                continue
+            digest.update(file.relative_to(path).as_posix().encode())
+            with open(file, "rb") as opened:
+                while piece := opened.read(2**20):
+                    digest.update(piece)
     return digest.hexdigest()[:16]
 
 
-def _model_hash(path: Path) -> str:
+def _is_cached(file: Path) -> bool:
+    """Whether `datasets` made the file of a saved dataset beside it, or is about to."""
+    is_temporary = file.name.startswith("tmp") and not file.suffix
+    return is_temporary or (file.name.startswith("cache-") and file.suffix == ".arrow")
+
+
+def _model_hash(paths: list[Path]) -> str:
     """Of a model's configuration, tokenizer and weights; of a large file its size and two ends."""
+    (path,) = paths
     kinds = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
     files = sorted(p for p in path.iterdir() if p.suffix in kinds) if path.is_dir() else [path]
     digest = hashlib.sha256()

@@ -98,6 +98,11 @@ def load_subject(
         tokenizer,
         **args.data_settings,
     )
+    if counts.equal == counts.pairs:
+        raise ValueError(
+            f"want pairs whose gradient can be compared, got {counts.pairs} with chosen equal to "
+            "rejected"
+        )
     policy = make_policy(
         name,
         peft_config(model_args),

@@ -92,6 +92,11 @@ def check_arguments(
         if isinstance(train_dataset, dict):  # load_dataset without split gives a DatasetDict
             got += f": take one of its splits, {[*train_dataset]}"
         raise TypeError(f"want a datasets.Dataset or IterableDataset as train_dataset, got {got}")
+    if args.length_column is not None and isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            "want a map-style dataset with train_sampling_strategy="
+            f"{args.train_sampling_strategy!r}, got a streamed one, whose order is its own"
+        )
     if isinstance(data_collator, PackedCollator):
         raise ValueError("want layout='shared' or 'packed' in place of a PackedCollator")
     if data_collator is not None:

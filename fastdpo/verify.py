@@ -282,6 +282,8 @@ def describe(subject: Subject, plain: Plain) -> str:
         f"  gradient   {gradient:.1e} of a parameter's own: {GRADIENT_ROUNDINGS} roundings, "
         f"at least {LEAST_GRADIENT:g}",
     )
+    if eps > torch.finfo(torch.float32).eps:
+        lines += ("  a mistake below these roundings shows in float32 alone: verify there too",)
     return "\n".join(lines)
 
 

@@ -186,6 +186,15 @@ def test_accelerate_knows_the_flags_of_every_named_config(name):
     assert cli._launch_flags(["--accelerate_config", name]) == cli.ACCELERATE_CONFIGS[name].split()
 
 
+def test_launch_flags_may_be_written_with_an_equals_sign_or_be_off():
+    zero2 = cli.ACCELERATE_CONFIGS["zero2"].split()
+    assert cli._launch_flags(["--accelerate_config=zero2"]) == zero2
+    assert cli._launch_flags(["--multi_gpu=false", "--num_processes", "2"]) == [
+        "--num_processes",
+        "2",
+    ]
+
+
 def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch):
     launched = []
     monkeypatch.setattr(cli, "_launch", lambda flags, argv: launched.append((flags, argv)) or 0)
@@ -235,6 +244,8 @@ def test_bad_flags_end_with_one_line(argv, told, capsys):
         ("- beta\n- 0.2\n", "mapping"),
         ("beta: [0.1\n", "no YAML"),
         ("bata: 0.2\n", "--bata"),
+        ("disable_dropuot: false\n", "--disable_dropuot"),
+        ("loss_weights: [1, one]\n", "'one'"),
         ("beta: [0.1, 0.2]\n", "one value"),
         ("dtype: float8\n", "float8"),
         ("env: HOME\n", "env"),
@@ -312,6 +323,23 @@ def test_a_malformed_row_ends_the_process_with_one_line(here, tmp_path):
     assert process.returncode == 2
     assert process.stderr.startswith("fastdpo: error: ") and process.stderr.count("\n") == 1
     assert "line 4" in process.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_malformed_row_late_in_a_stream_ends_with_one_line(here, tmp_path, workers, capsys):
+    tiny.write_rows(tmp_path / "rows.jsonl", [*tiny.rows(150), {"prompt": "Two and two make"}])
+    changes = {"dataset_name": tmp_path / "rows.jsonl", "max_steps": 99, "save_steps": 99}
+    code = train(
+        here,
+        tmp_path / "out",
+        "--dataset_streaming",
+        **changes,
+        per_device_train_batch_size=8,
+        dataloader_num_workers=workers,
+    )
+    assert code == 2
+    told = capsys.readouterr().err.rpartition("fastdpo: error: ")[2].partition("\n")[0]
+    assert told.startswith(f"{tmp_path / 'rows.jsonl'}, line 151, field 'chosen': want a text")
 
 
 def test_a_missing_package_ends_with_one_line(here, tmp_path, capsys):

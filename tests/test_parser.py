@@ -94,3 +94,10 @@ def test_peft_and_quantisation_are_off_unless_asked_for():
     assert quantization_config(ModelConfig()) is None
     adapters = peft_config(ModelConfig(use_peft=True, lora_r=8, use_rslora=True))
     assert (adapters.r, adapters.lora_alpha, adapters.use_rslora) == (8, 32, True)
+
+
+def test_numbers_in_a_list_are_read_as_one_is(tmp_path):
+    text = "loss_type: [sigmoid, sft]\nloss_weights: [5e-1, 1]\nuse_cpu: true\nreport_to: none\n"
+    (tmp_path / "run.yaml").write_text(text)
+    (_, args, *_), _ = TrainParser("fastdpo train").parse(["--config", str(tmp_path / "run.yaml")])
+    assert args.loss_weights == [0.5, 1.0]

@@ -4,10 +4,13 @@ import json
 import os
 
 import pytest
+import tiny
+from datasets import Dataset
 
 from fastdpo import run_folder
 from fastdpo.arguments import ModelConfig, ScriptArguments
 from fastdpo.config import DPOConfig
+from fastdpo.data import prepare_pairs
 from fastdpo.mixture import DatasetConfig, DatasetMixtureConfig
 from fastdpo.run_folder import choose_run_folder, mark_finished, mark_started, run_identity
 
@@ -158,6 +161,13 @@ def test_fresh_takes_the_next_free_name_and_leaves_the_rest(started):
     assert choose_run_folder(started, IDENTITY, fresh=True).path == started.parent / "out-4"
 
 
+def test_fresh_and_the_last_checkpoint_are_one_too_many(started):
+    save_checkpoint(started, 5)
+    with pytest.raises(ValueError, match="want --fresh or the last checkpoint"):
+        choose_run_folder(started, IDENTITY, fresh=True, resume_from=True)
+    assert not (started.parent / "out-2").exists()
+
+
 def test_fresh_in_a_free_place_stays_there(tmp_path):
     assert choose_run_folder(tmp_path / "out", IDENTITY, fresh=True).path == tmp_path / "out"
 
@@ -265,6 +275,46 @@ def test_files_of_a_mixture_count_by_content(tmp_path):
         return identity_of(tmp_path, mixture=DatasetMixtureConfig(datasets=[part]))
 
     assert identity("{}\n") == identity("{}\n") != identity("{}\n{}\n")
+
+
+@pytest.mark.parametrize("pattern", ["parts/*.jsonl", "~/parts", "~/parts/a.jsonl"])
+def test_a_pattern_and_a_home_count_by_their_files(tmp_path, monkeypatch, pattern):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parts").mkdir()
+
+    def identity(text):
+        (tmp_path / "parts/a.jsonl").write_text(text)
+        part = DatasetConfig(path="json", data_files=pattern)
+        return identity_of(tmp_path / "out", mixture=DatasetMixtureConfig(datasets=[part]))
+
+    assert identity("{}\n") == identity("{}\n") != identity("{}\n{}\n")
+
+
+def test_what_is_cached_beside_data_and_what_the_run_writes_are_no_data(tmp_path):
+    rows = tmp_path / "rows"
+    Dataset.from_list(tiny.rows()).save_to_disk(rows)
+    script = ScriptArguments(dataset_name=str(rows))
+    before = identity_of(rows / "out", script=script)
+    prepare_pairs(Dataset.load_from_disk(rows), tiny.tokenizer())
+    assert any(rows.glob("cache-*.arrow"))
+    (rows / "tmp1a2b3c4d").write_text("half a cache")
+    mark_started(rows / "out", before)
+    assert identity_of(rows / "out", script=script) == before
+    (rows / "state.json").write_text("{}")
+    assert identity_of(rows / "out", script=script) != before
+
+
+def test_who_reads_a_stream_counts_as_the_order_of_its_rows_does(tmp_path):
+    def identity(streaming, workers):
+        script = ScriptArguments(dataset_name="org/rows", dataset_streaming=streaming)
+        return identity_of(tmp_path, script=script, dataloader_num_workers=workers)
+
+    assert identity(False, 0) == identity(False, 2)
+    assert identity(True, 0) != identity(True, 2)
+    parts = DatasetMixtureConfig(datasets=[DatasetConfig(path="org/rows")], streaming=True)
+    mixed = [identity_of(tmp_path, mixture=parts, dataloader_num_workers=n) for n in (0, 2)]
+    assert mixed[0] != mixed[1]
 
 
 def test_a_local_model_counts_by_its_weights(tmp_path):

@@ -86,6 +86,14 @@ def build(tokenizer, settings=None, **arguments):
         ),
         ({"settings": {"router_aux_loss_coef": 0.1}}, ValueError, "without experts, got 0.1"),
         ({"settings": {"report_to": ["dagger"]}}, ValueError, "dagger is not supported"),
+        (
+            {
+                "settings": {"train_sampling_strategy": "group_by_length", "max_steps": 1},
+                "train_dataset": Dataset.from_list(tiny.rows()).to_iterable_dataset(),
+            },
+            ValueError,
+            "want a map-style dataset with train_sampling_strategy='group_by_length'",
+        ),
     ],
     ids=lambda value: None if isinstance(value, type) else str(value)[:30],
 )

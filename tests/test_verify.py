@@ -75,6 +75,22 @@ def test_a_float32_engine_agrees_far_within_its_tolerance(here, capsys):
         assert largest < allowed / 20, what
 
 
+def test_pairs_that_teach_nothing_are_refused_alone(here, capsys):
+    row = tiny.rows(1)[0]
+    equal = row | {"rejected": row["chosen"]}
+    tiny.write_rows(here / "equal.jsonl", [equal, equal])
+    assert run(here, rows="equal.jsonl") == 2
+    assert "got 2 with chosen equal to rejected" in capsys.readouterr().err
+    tiny.write_rows(here / "equal.jsonl", [equal, *tiny.rows(2)])
+    assert run(here, rows="equal.jsonl") == 0
+
+
+def test_what_16_bits_cannot_show_is_said(here, capsys):
+    for flags, is_said in ((("--bf16", "True"), True), ((), False)):
+        run(here, *flags, "--layout", "padded")
+        assert ("shows in float32 alone" in capsys.readouterr().out) == is_said
+
+
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_cut_pairs_agree(here, mode, capsys):
     # at 12 tokens keep_end leaves some completions without any prompt
