@@ -9,6 +9,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def prepare_pairs(
         name=name,
         limit=max_length if truncation_mode == "keep_start" else None,
         skip_bad=on_bad_rows == "skip",
-        with_reference=bool(set(REFERENCE_COLUMNS) & set(columns)),
+        with_reference=_has_reference(dataset, columns),
         code=_code(),
     )
     if isinstance(dataset, IterableDataset):
@@ -136,6 +137,15 @@ def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
             f"{', '.join(ID_COLUMNS)}, got {columns}"
         )
     return columns
+
+
+def _has_reference(dataset: Dataset | IterableDataset, columns: list[str]) -> bool:
+    """Whether one of the columns is there, and in a dataset at hand has a number in it."""
+    names = set(REFERENCE_COLUMNS) & set(columns)
+    if isinstance(dataset, Dataset):
+        at_hand = names & set(dataset.data.column_names)
+        names -= {name for name in at_hand if dataset.data[name].null_count == len(dataset.data)}
+    return bool(names)
 
 
 def _as_it_comes(
@@ -189,7 +199,9 @@ class _Tokenize:
         rows = [{name: batch[name][i] for name in names} for i in range(len(indices))]
         rows = self._attempt(self._rendered, rows, indices)
         self._add_ids([row for row in rows if "texts" in row])
-        pairs = self._attempt(self._split, rows, indices)
+        has_ids = any("prompt_ids" in row for row in rows)
+        split = partial(self._split, vocab_size=self._vocab_size() if has_ids else 0)
+        pairs = self._attempt(split, rows, indices)
         unset = {column: [] for column in ID_COLUMNS}
         return {name: [pair.get(name, unset.get(name)) for pair in pairs] for name in self.features}
 
@@ -215,6 +227,9 @@ class _Tokenize:
         row = checked_row(row)
         if self.with_reference and REFERENCE_COLUMNS[0] not in row:
             raise FieldError(REFERENCE_COLUMNS[0], "a number, as other rows have one", "no value")
+        if not self.with_reference and REFERENCE_COLUMNS[0] in row:
+            came = row[REFERENCE_COLUMNS[0]]
+            raise FieldError(REFERENCE_COLUMNS[0], "none, as the first row has none", came)
         if "prompt_ids" in row:
             return row
         is_chat = is_conversation(row["prompt"])
@@ -228,8 +243,10 @@ class _Tokenize:
                 f"{self.name} dataset: want a tokenizer with an eos_token for rows of text, which "
                 "end with it, got one without"
             )
-        sides = (row["prompt"] + row["chosen"], row["prompt"] + row["rejected"])
-        return [row["prompt"], *(text if text.endswith(end) else text + end for text in sides)]
+        sides = (
+            side if side.endswith(end) else side + end for side in (row["chosen"], row["rejected"])
+        )
+        return [row["prompt"], *(row["prompt"] + side for side in sides)]
 
     def _chat_texts(self, row: dict[str, Any]) -> list[str]:
         if self.tokenizer.chat_template is None:
@@ -261,21 +278,26 @@ class _Tokenize:
                 continue
             # a chat template writes the special tokens itself
             all_ids = self.tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
+            if not is_chat:
+                all_ids = self._with_one_of_each_end(all_ids)
             for i, row in enumerate(group):
-                ids = all_ids[3 * i : 3 * i + 3]
-                row["ids"] = ids if is_chat else [self._one_of_each_end(each) for each in ids]
+                row["ids"] = all_ids[3 * i : 3 * i + 3]
 
-    def _one_of_each_end(self, ids: list[int]) -> list[int]:
-        """`ids` without a second BOS or EOS, where both the text and the tokenizer have one."""
+    def _with_one_of_each_end(self, all_ids: list[list[int]]) -> list[list[int]]:
+        """Without the BOS or EOS that the tokenizer adds to a text that has its own."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:
-            ids = ids[1:]
-        if eos is not None and ids[-2:] == [eos, eos]:
-            ids = ids[:-1]
-        return ids
+        of_a_text = self.tokenizer("a")["input_ids"]
+        begin = [bos, bos] if bos is not None and of_a_text[:1] == [bos] else None
+        end = [eos, eos] if eos is not None and of_a_text[-1:] == [eos] else None
+        all_ids = [ids[1:] if ids[:2] == begin else ids for ids in all_ids]
+        return [ids[:-1] if ids[-2:] == end else ids for ids in all_ids]
 
-    def _split(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The columns of a row that has its ids."""
+    def _vocab_size(self) -> int:
+        """One more than the largest token id: not all below need have a token."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    def _split(self, row: dict[str, Any], *, vocab_size: int) -> dict[str, Any]:
+        """The columns of a row that has its ids; vocab_size: what those of the row's own have."""
         pair = {field: row[field] for field in (*ID_COLUMNS, *REFERENCE_COLUMNS) if field in row}
         lost: list[int] = []
         if "ids" in row:
@@ -288,9 +310,8 @@ class _Tokenize:
             if not pair[field]:
                 text = row[field.removesuffix("_ids")]
                 raise FieldError(field.removesuffix("_ids"), "at least one token of its own", text)
-            if max(pair[field]) >= len(self.tokenizer):
-                wanted = f"token ids below {len(self.tokenizer)}"
-                raise FieldError(field, wanted, max(pair[field]))
+            if field in row and max(pair[field]) >= vocab_size:
+                raise FieldError(field, f"token ids below {vocab_size}", max(pair[field]))
         if self.limit is not None and len(pair["prompt_ids"]) >= self.limit:
             return pair | {"status": TOO_LONG}
         status = EQUAL if pair["chosen_ids"] == pair["rejected_ids"] else 0

@@ -57,6 +57,9 @@ def _check_messages(field: str, messages: list[Any]) -> None:
         if message["role"] not in ROLES:
             raise FieldError(f"{where}.role", f"one of {ROLES}", message["role"])
         _check_content(f"{where}.content", message)
+        for key, value in message.items():
+            if isinstance(value, str):
+                check_text(f"{where}.{key}", value)
 
 
 def _check_content(where: str, message: dict[str, Any]) -> None:
@@ -100,7 +103,7 @@ def as_sent(messages: list[Any]) -> list[Any]:
 def _read(message: Any) -> Any:
     try:
         return json.loads(message) if isinstance(message, str) else message
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return message
 
 
@@ -109,7 +112,7 @@ def parsed(field: str, value: Any, kind: type) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise FieldError(field, f"JSON ({error})", value) from None
     if value is not None and not isinstance(value, kind):
         raise FieldError(field, f"a {kind.__name__} or one as JSON text", value)

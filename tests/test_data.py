@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 import tiny
 from datasets import Dataset, IterableDataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from fastdpo.data import RowError, prepare_pairs
 
@@ -79,6 +83,49 @@ def test_a_tokenizer_with_ends_of_its_own_adds_no_second(tokenizer):
             whole = pair["prompt_ids"] + pair[side]
             assert whole.count(1) == 1 and whole[0] == 1
             assert whole[-1] == EOS and whole[-2] != EOS
+
+
+def test_ends_that_a_text_itself_has_twice_stay(tokenizer):
+    rows = [
+        {"prompt": "a</s></s>", "chosen": "b", "rejected": " c</s></s>"},
+        {"prompt": "<s><s>a</s>", "chosen": "", "rejected": "b"},
+    ]
+    (first, second), _ = pairs_of(rows, tokenizer)
+    assert decoded(tokenizer, first) == ["a</s></s>", "b</s>", " c</s></s>"]
+    assert decoded(tokenizer, second) == ["<s><s>a</s>", "</s>", "b</s>"]
+
+
+def test_a_vocabulary_may_have_holes(tokenizer):
+    holes = Tokenizer(WordLevel({"a": 0, "b": 5, "</s>": 9}, unk_token="a"))
+    holes.pre_tokenizer = Whitespace()
+    holes = PreTrainedTokenizerFast(tokenizer_object=holes, eos_token="</s>")
+    ids = {"prompt_ids": [0], "chosen_ids": [9], "rejected_ids": [5]}
+    for row in ({"prompt": "a", "chosen": " a", "rejected": " b"}, ids):
+        assert pairs_of([row], holes)[1].pairs == 1
+    with pytest.raises(RowError, match="field 'rejected_ids': want token ids below 10, got 10"):
+        pairs_of([ids | {"rejected_ids": [10]}], holes)
+
+
+def test_reference_logps_that_are_nowhere_are_none(tokenizer):
+    row = tiny.rows(1)[0] | {"ref_chosen_logps": None, "ref_rejected_logps": None}
+    pairs, _ = pairs_of([row] * 3, tokenizer)
+    assert "ref_chosen_logps" not in pairs[0]
+
+
+def test_reference_logps_that_a_streams_first_row_has_not_are_told(tokenizer):
+    rows = [*tiny.rows(2), tiny.rows(1)[0] | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(RowError, match="row 2, field 'ref_chosen_logps': want none, as the first"):
+        list(prepare_pairs(stream, tokenizer)[0])
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("field", ["tools", "chat_template_kwargs", "prompt"])
+def test_json_that_is_too_deep_is_told_by_row_and_field(tokenizer, field):
+    with pytest.raises(RowError, match=f"row 0, field '{field}"):
+        pairs_of([chat(**{field: [DEEP] if field == "prompt" else DEEP})], tokenizer)
 
 
 def test_tokens_merged_across_the_prompts_end_belong_to_the_completions():

@@ -147,6 +147,17 @@ MALFORMED = {
 }
 
 
+def test_half_a_character_anywhere_in_a_message_is_told(tmp_path):
+    message = {"role": "assistant", "content": "a", "reasoning": "\ud83d"}
+    path = write_lines(tmp_path / "rows.jsonl", [CHAT, CHAT | {"chosen": [message]}])
+    with pytest.raises(RowError, match=r"line 2, field 'chosen\[0\].reasoning': .*Unicode"):
+        load_rows(path)
+    _, counts = prepare_pairs(
+        load_rows(path, on_bad_rows="skip"), tiny.tokenizer(), on_bad_rows="skip"
+    )
+    assert (counts.pairs, counts.bad) == (1, 1)
+
+
 @pytest.mark.parametrize(("line", "message"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_row_is_told_by_file_line_and_field(line, message, tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [*tiny.rows(2), line, *tiny.rows(1)])
