@@ -279,16 +279,16 @@ class _Tokenize:
             # a chat template writes the special tokens itself
             all_ids = self.tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
             if not is_chat:
-                all_ids = self._with_one_of_each_end(all_ids)
+                all_ids = self._with_one_of_each_end(all_ids, texts[1])
             for i, row in enumerate(group):
                 row["ids"] = all_ids[3 * i : 3 * i + 3]
 
-    def _with_one_of_each_end(self, all_ids: list[list[int]]) -> list[list[int]]:
+    def _with_one_of_each_end(self, all_ids: list[list[int]], a_text: str) -> list[list[int]]:
         """Without the BOS or EOS that the tokenizer adds to a text that has its own."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        of_a_text = self.tokenizer("a")["input_ids"]
-        begin = [bos, bos] if bos is not None and of_a_text[:1] == [bos] else None
-        end = [eos, eos] if eos is not None and of_a_text[-1:] == [eos] else None
+        own, whole = (self.tokenizer(a_text, add_special_tokens=x).input_ids for x in (False, True))
+        begin = [bos, bos] if whole[: len(own) + 1] == [bos, *own] else None
+        end = [eos, eos] if whole[-len(own) - 1 :] == [*own, eos] else None
         all_ids = [ids[1:] if ids[:2] == begin else ids for ids in all_ids]
         return [ids[:-1] if ids[-2:] == end else ids for ids in all_ids]
 

@@ -95,12 +95,12 @@ def test_ends_that_a_text_itself_has_twice_stay(tokenizer):
     assert decoded(tokenizer, second) == ["<s><s>a</s>", "</s>", "b</s>"]
 
 
-def test_a_vocabulary_may_have_holes(tokenizer):
-    holes = Tokenizer(WordLevel({"a": 0, "b": 5, "</s>": 9}, unk_token="a"))
+def test_a_vocabulary_may_have_holes_and_no_unknown_token(tokenizer):
+    holes = Tokenizer(WordLevel({"x": 0, "y": 5, "</s>": 9}))
     holes.pre_tokenizer = Whitespace()
     holes = PreTrainedTokenizerFast(tokenizer_object=holes, eos_token="</s>")
     ids = {"prompt_ids": [0], "chosen_ids": [9], "rejected_ids": [5]}
-    for row in ({"prompt": "a", "chosen": " a", "rejected": " b"}, ids):
+    for row in ({"prompt": "x", "chosen": " x", "rejected": " y"}, ids):
         assert pairs_of([row], holes)[1].pairs == 1
     with pytest.raises(RowError, match="field 'rejected_ids': want token ids below 10, got 10"):
         pairs_of([ids | {"rejected_ids": [10]}], holes)
