@@ -6,7 +6,6 @@ those that the three begin with alike; what follows is the completion. Row numbe
 """
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,54 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import transformers
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from fastdpo.collate import ID_COLUMNS, REFERENCE_COLUMNS
 from fastdpo.messages import FieldError, check_text, is_conversation
-from fastdpo.preferences import FIELDS, MALFORMED, checked_row
-
-logger = logging.get_logger(__name__)
-
-# bits of a row's status: why it is dropped, and what is odd about a row that is kept
-TOO_LONG, BAD, EQUAL, CUT = 1, 2, 4, 8
-DROPPED = TOO_LONG | BAD
-REPORT = ("status", "note")  # columns that are there until all is counted
-NOTES_SHOWN = 3
-STREAMED_AT_ONCE = 64  # rows: that many are tokenised for a look at the first
-CUT_PROMPT = (
-    "the prompt alone is tokenised otherwise than before a completion, so that its end is left "
-    "out (its chat template renders it otherwise, or tokens merge across its end)"
+from fastdpo.preferences import FIELDS, MALFORMED, ORIGIN, checked_row
+from fastdpo.row_report import (
+    BAD,
+    CUT,
+    DROPPED,
+    EQUAL,
+    REPORT,
+    TOO_LONG,
+    PairCounts,
+    TellTheFirst,
+    counted,
+    warn,
 )
+
+STREAMED_AT_ONCE = 64  # rows: that many are tokenised for a look at the first
 
 
 class RowError(ValueError):
     """A malformed row: which source, which row, which field, what was wanted, what came."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PairCounts:
-    """What became of a dataset's rows; tokens are those of the pairs kept, before truncation.
-
-    too_long: dropped, as the prompt alone fills max_length. bad: dropped as malformed. equal:
-    kept, though chosen equals rejected. cut: kept without the end of the prompt, which prompt +
-    completion does not begin with. truncated: kept, though longer than max_length.
-    """
-
-    rows: int
-    pairs: int
-    too_long: int
-    bad: int
-    equal: int
-    cut: int
-    truncated: int
-    prompt_tokens: int
-    completion_tokens: int
 
 
 def prepare_pairs(
@@ -111,8 +89,8 @@ def prepare_pairs(
     status = pairs.data["status"].to_numpy()
     kept = status & DROPPED == 0
     tokens = {column: pc.list_value_length(pairs.data[column]).to_numpy() for column in ID_COLUMNS}
-    counts = _counted(status, *(tokens[column][kept] for column in ID_COLUMNS), max_length)
-    _warn(name, counts, status, pairs.data["note"])
+    counts = counted(status, *(tokens[column][kept] for column in ID_COLUMNS), max_length)
+    warn(name, counts, status, pairs.data["note"])
     if counts.pairs == 0:
         raise ValueError(
             f"{name} dataset: no row is left of {counts.rows}: in {counts.too_long} the prompt "
@@ -152,7 +130,7 @@ def _as_it_comes(
     dataset: IterableDataset, tokenize: "_Tokenize", columns: list[str]
 ) -> IterableDataset:
     pairs = dataset.map(
-        _TellTheFirst(tokenize),
+        TellTheFirst(tokenize, tokenize.name),
         batched=True,
         batch_size=STREAMED_AT_ONCE,
         with_indices=True,
@@ -171,7 +149,7 @@ def _as_it_comes(
 
 def _code() -> str:
     """A digest of what makes pairs of rows: these sources, and the version of transformers."""
-    names = ("data.py", "preferences.py", "messages.py")
+    names = ("data.py", "preferences.py", "messages.py", "row_report.py")
     parts = [Path(__file__).with_name(name).read_bytes() for name in names]
     return hashlib.sha256(b"".join([*parts, transformers.__version__.encode()])).hexdigest()
 
@@ -196,25 +174,28 @@ class _Tokenize:
 
     def __call__(self, batch: dict[str, Sequence], indices: list[int]) -> dict[str, list]:
         names = [name for name in FIELDS if name in batch]
-        rows = [{name: batch[name][i] for name in names} for i in range(len(indices))]
-        rows = self._attempt(self._rendered, rows, indices)
+        origins = batch.get(ORIGIN) or [f"row {index}" for index in indices]
+        rows = [
+            {"origin": origin} | {name: batch[name][i] for name in names}
+            for i, origin in enumerate(origins)
+        ]
+        rows = self._attempt(self._rendered, rows)
         self._add_ids([row for row in rows if "texts" in row])
         has_ids = any("prompt_ids" in row for row in rows)
         split = partial(self._split, vocab_size=self._vocab_size() if has_ids else 0)
-        pairs = self._attempt(split, rows, indices)
+        pairs = self._attempt(split, rows)
         unset = {column: [] for column in ID_COLUMNS}
         return {name: [pair.get(name, unset.get(name)) for pair in pairs] for name in self.features}
 
-    def _attempt(
-        self, step: Callable[[dict], dict], rows: list[dict], indices: list[int]
-    ) -> list[dict[str, Any]]:
+    def _attempt(self, step: Callable[[dict], dict], rows: list[dict]) -> list[dict[str, Any]]:
         """What `step` makes of each row, of a malformed one its status and a note that says why."""
         made = []
-        for row, index in zip(rows, indices, strict=True):
+        for row in rows:
             try:
                 made.append(row if "status" in row else step(row))
             except (FieldError, RowError) as error:
-                note = f"{self.name} dataset, row {index}, {error}"
+                where = "" if isinstance(error, RowError) else f"{row['origin']}, "
+                note = f"{self.name} dataset, {where}{error}"
                 if not self.skip_bad:
                     raise RowError(note) from None
                 made.append({"status": BAD, "note": note})
@@ -223,8 +204,8 @@ class _Tokenize:
     def _rendered(self, row: dict[str, Any]) -> dict[str, Any]:
         """The checked row, with the three texts of it that are to be tokenised."""
         if row.get(MALFORMED) is not None:
-            raise RowError(row[MALFORMED])
-        row = checked_row(row)
+            raise RowError(row[MALFORMED])  # which says where the row is from
+        row = checked_row(row) | {"origin": row["origin"]}
         if self.with_reference and REFERENCE_COLUMNS[0] not in row:
             raise FieldError(REFERENCE_COLUMNS[0], "a number, as other rows have one", "no value")
         if not self.with_reference and REFERENCE_COLUMNS[0] in row:
@@ -313,10 +294,12 @@ class _Tokenize:
             if field in row and max(pair[field]) >= vocab_size:
                 raise FieldError(field, f"token ids below {vocab_size}", max(pair[field]))
         if self.limit is not None and len(pair["prompt_ids"]) >= self.limit:
-            return pair | {"status": TOO_LONG}
+            note = f"{row['origin']}: its prompt alone fills max_length"
+            return pair | {"status": TOO_LONG, "note": note}
         status = EQUAL if pair["chosen_ids"] == pair["rejected_ids"] else 0
         if lost and lost != [self.tokenizer.eos_token_id]:  # the tokenizer's own end of any text
-            return pair | {"status": status | CUT, "note": repr(self.tokenizer.decode(lost))}
+            note = f"{row['origin']}: {self.tokenizer.decode(lost)!r}"
+            return pair | {"status": status | CUT, "note": note}
         return pair | {"status": status}
 
 
@@ -331,72 +314,3 @@ def _common_length(prompt_ids: list[int], chosen_ids: list[int], rejected_ids: l
 
 def _is_kept(status: int) -> bool:
     return not status & DROPPED
-
-
-class _TellTheFirst:
-    """_Tokenize for a stream: warns of the first row to be dropped, and the first prompt cut."""
-
-    def __init__(self, tokenize: _Tokenize):
-        self._tokenize = tokenize
-        self._told = 0  # bits of status
-
-    def __call__(self, batch: dict[str, Sequence], indices: list[int]) -> dict[str, list]:
-        columns = self._tokenize(batch, indices)
-        for index, status, note in zip(indices, *(columns[name] for name in REPORT), strict=True):
-            if status & DROPPED & ~self._told:
-                why = note or f"row {index}: its prompt alone fills max_length"
-                self._tell(DROPPED, f"rows are left out, this one first: {why}")
-            if status & CUT & ~self._told:
-                self._tell(CUT, f"in rows from this one on {CUT_PROMPT}: row {index} {note}")
-        return columns
-
-    def _tell(self, bits: int, what: str) -> None:
-        self._told |= bits
-        logger.warning(f"{self._tokenize.name} dataset: {what}")
-
-
-def _counted(
-    status: np.ndarray,
-    prompt_B: np.ndarray,
-    chosen_B: np.ndarray,
-    rejected_B: np.ndarray,
-    max_length: int | None,
-) -> PairCounts:
-    """Of all rows' status, and of the kept ones' numbers of tokens."""
-
-    def count(bits: int) -> int:
-        return int(np.count_nonzero(status & bits))
-
-    longest_B = prompt_B + np.maximum(chosen_B, rejected_B)
-    return PairCounts(
-        rows=len(status),
-        pairs=len(status) - count(DROPPED),
-        too_long=count(TOO_LONG),
-        bad=count(BAD),
-        equal=count(EQUAL),
-        cut=count(CUT),
-        truncated=int(np.count_nonzero(longest_B > (max_length or sys.maxsize))),
-        prompt_tokens=int(prompt_B.sum()),
-        completion_tokens=int(chosen_B.sum() + rejected_B.sum()),
-    )
-
-
-def _warn(name: str, counts: PairCounts, status: np.ndarray, notes: pa.ChunkedArray) -> None:
-    def first(bits: int, at_most: int) -> dict[int, str]:
-        return {int(i): notes[i].as_py() for i in np.flatnonzero(status & bits)[:at_most]}
-
-    if counts.bad:
-        shown = "; ".join(first(BAD, NOTES_SHOWN).values())
-        logger.warning(f"{name} dataset: {counts.bad} malformed rows left out, such as: {shown}")
-    if counts.too_long:
-        logger.warning(
-            f"{name} dataset: {counts.too_long} rows left out, whose prompt alone fills max_length"
-        )
-    if counts.equal:
-        logger.warning(
-            f"{name} dataset: in {counts.equal} rows chosen equals rejected; they teach nothing"
-        )
-    for row, lost in first(CUT, 1).items():
-        logger.warning(
-            f"{name} dataset: in {counts.cut} rows {CUT_PROMPT}, first of row {row} {lost}"
-        )

@@ -6,10 +6,11 @@ ScriptArguments, DatasetMixtureConfig --load_datasets--> preference rows
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from fastdpo.arguments import ScriptArguments, flag
-from fastdpo.rows import AnyDataset, load_rows
+from fastdpo.preferences import ORIGIN
+from fastdpo.rows import AnyDataset, in_one_kind, load_rows
 
 
 @dataclass
@@ -115,6 +116,13 @@ def _load_mixture(
             on_bad_rows=on_bad_rows,
         )
         parts.append(rows)
+    names = [each.path for each in dataset_args.datasets]
+    if dataset_args.streaming or any(part.features != parts[0].features for part in parts):
+        parts = [
+            in_one_kind(part, name, skip_bad=on_bad_rows == "skip")
+            for part, name in zip(parts, names, strict=True)
+        ]
+    parts = [_with_origin(part, name) for part, name in zip(parts, names, strict=True)]
     fractions = [each.fraction for each in dataset_args.datasets]
     if any(fraction is not None for fraction in fractions):
         if dataset_args.streaming:
@@ -125,6 +133,13 @@ def _load_mixture(
         return rows, None
     halves = rows.train_test_split(test_size=held_out, seed=seed)
     return halves["train"], halves["test"] if with_eval else None
+
+
+def _with_origin(rows: AnyDataset, source: str) -> AnyDataset:
+    """`rows` with a column that says where each is from, for the errors of a mixture's rows."""
+    if isinstance(rows, IterableDataset):
+        return rows.map(lambda _, i: {ORIGIN: f"{source}, row {i}"}, with_indices=True)
+    return rows.add_column(ORIGIN, [f"{source}, row {i}" for i in range(len(rows))])
 
 
 def _in_proportion(parts: list[Dataset], fractions: list[float | None]) -> list[Dataset]:

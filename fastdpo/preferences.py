@@ -18,6 +18,7 @@ TEXT_FIELDS = ("prompt", "chosen", "rejected")
 IMAGE_FIELDS = ("image", "images")
 OPTION_FIELDS = ("tools", "chat_template_kwargs")
 MALFORMED = "fastdpo_malformed"  # in place of all others: why a row could not be read
+ORIGIN = "fastdpo_origin"  # which row of which source, where rows of several are mixed
 FIELDS = (*TEXT_FIELDS, *ID_COLUMNS, *REFERENCE_COLUMNS, *IMAGE_FIELDS, *OPTION_FIELDS, MALFORMED)
 
 

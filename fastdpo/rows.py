@@ -4,6 +4,7 @@ JSON is read here, line by line, so that a bad row is told by file and line (cou
 before Arrow asks all rows to be alike. All else is read by `datasets`.
 """
 
+import codecs
 import json
 import re
 from bisect import bisect_left
@@ -15,7 +16,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
 from fastdpo.data import RowError
@@ -32,6 +33,7 @@ CSV_OPTIONS = {
     "na_values": [""],
     "converters": dict.fromkeys(TEXT_FIELDS, lambda cell: cell or None),
 }
+MESSAGES = re.compile(r'\s*\[\s*\{\s*"role"\s*:')
 BETWEEN_ROWS = re.compile(r"[ \t\r\n,]*")
 
 
@@ -113,9 +115,9 @@ def _from_disk(path: Path, split: str) -> Dataset:
 def as_dataset(rows: Iterable[dict[str, Any]], source: str = "rows") -> Dataset:
     """`rows` in memory, with the columns of all of them: Dataset.from_list has the first one's.
 
-    Messages that are more than texts stand as JSON text, each for itself: Arrow would give every
-    tool call the arguments of all. RowError names the first row of `source` whose value Arrow
-    cannot keep beside those before it.
+    Messages that are more than a role and a text stand as JSON text, each for itself: Arrow would
+    give every tool call the arguments of all. RowError names the first row of `source` whose value
+    Arrow cannot keep beside those before it.
     """
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
@@ -124,7 +126,7 @@ def as_dataset(rows: Iterable[dict[str, Any]], source: str = "rows") -> Dataset:
         if any(map(_is_more_than_texts, columns[name])):
             columns[name] = list(map(_as_json_texts, columns[name]))
     try:
-        return Dataset.from_dict(columns)
+        return _in_pieces(columns, 0, len(rows))
     except UNLIKE:
         for name, values in columns.items():
             _check_one_kind(values, source, name)
@@ -133,17 +135,32 @@ def as_dataset(rows: Iterable[dict[str, Any]], source: str = "rows") -> Dataset:
 
 def _is_more_than_texts(value: Any) -> bool:
     messages = [each for each in value if isinstance(each, dict)] if isinstance(value, list) else ()
-    return not all(isinstance(x, str | None) for message in messages for x in message.values())
+    return not all(
+        message.keys() == {"role", "content"} and all(isinstance(x, str) for x in message.values())
+        for message in messages
+    )
 
 
 def _as_json_texts(value: Any) -> Any:
     return list(map(json.dumps, value)) if isinstance(value, list) else value
 
 
+def _in_pieces(columns: dict[str, list], start: int, stop: int) -> Dataset:
+    """The rows from start to stop; Arrow has room for 2 GiB of a column's texts in each piece."""
+    try:
+        return Dataset.from_dict({name: values[start:stop] for name, values in columns.items()})
+    except pa.ArrowInvalid as error:
+        if "offset overflow" not in str(error) or stop - start < 2:
+            raise
+    middle = (start + stop) // 2
+    halves = [_in_pieces(columns, start, middle), _in_pieces(columns, middle, stop)]
+    return concatenate_datasets(halves)
+
+
 def _check_one_kind(values: list[Any], source: str, name: str) -> None:
     def error_of(count: int) -> Exception | None:
         try:
-            Dataset.from_dict({name: values[:count]})
+            _in_pieces({name: values}, 0, count)
         except UNLIKE as error:
             return error
         return None
@@ -190,7 +207,7 @@ def _parse_cells(path: str, skip_bad: bool, row: dict[str, Any], index: int) -> 
             else:
                 if all(isinstance(each, dict) and "role" in each for each in value):
                     messages[field] = value
-    if messages and errors:
+    if errors and (messages or any(MESSAGES.match(str(row.get(f))) for f in TEXT_FIELDS)):
         return _malformed(f"{path}, row {index}, {errors[0]}", skip_bad)
     return row | messages
 
@@ -218,6 +235,7 @@ def _checked_rows(
     path: str, skip_bad: bool, columns: tuple[str, ...] | None
 ) -> Iterator[dict[str, Any]]:
     kinds: dict[str, str] = {}  # of the first row's texts
+    unseen = set(columns or ()).difference(OPTION_FIELDS)  # of the columns, until a row is good
     for line, row in _json_rows(Path(path)):
         try:
             if isinstance(row, Exception):
@@ -225,6 +243,11 @@ def _checked_rows(
             if columns is not None and isinstance(row, dict):
                 row = {name: row[name] for name in columns if name in row}
             checked = checked_row(row)
+            unseen = unseen.difference(row)
+            if unseen:
+                raise ValueError(
+                    f"{path}: want the columns {list(columns)}, line {line} has no {sorted(unseen)}"
+                )
             kinds = kinds or _kinds(row)
             _check_alike(row, kinds)
             yield _storable(checked)
@@ -248,11 +271,34 @@ def _check_alike(row: dict[str, Any], first: dict[str, str]) -> None:
             )
 
 
+def in_one_kind(rows: AnyDataset, source: str, *, skip_bad: bool) -> AnyDataset:
+    """`rows` with the fields of a checked row alone, and with messages and options as JSON text.
+
+    Rows of any sources are then alike in all their parts, and can stand one behind the other. A
+    malformed one is RowError that names `source`, or stands as load_rows leaves it.
+    """
+
+    def checked(row: dict[str, Any], index: int) -> dict[str, Any]:
+        if row.get(MALFORMED) is not None:
+            return _malformed(row[MALFORMED], skip_bad)
+        try:
+            row = _storable(checked_row(row))
+        except FieldError as error:
+            return _malformed(f"{source}, row {index}, {error}", skip_bad)
+        return row | {field: _as_json_texts(row[field]) for field in TEXT_FIELDS if field in row}
+
+    if isinstance(rows, IterableDataset):
+        return rows.map(checked, with_indices=True, remove_columns=rows.column_names)
+    return as_dataset(map(checked, rows, count()), source)
+
+
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Line number and row: a parsed value, or the exception that it could not be parsed with."""
     with open(path, "rb") as file:
+        start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+        file.seek(start)
         first = next(filter(bytes.strip, file), b"")
-        file.seek(0)
+        file.seek(start)
         if first.lstrip().startswith(b"["):
             yield from _array_rows(path, file.read())
             return

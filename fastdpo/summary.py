@@ -4,8 +4,8 @@ from peft import PeftModel
 from transformers import Trainer
 
 from fastdpo import ops
-from fastdpo.data import PairCounts
 from fastdpo.model import causal_lm_of
+from fastdpo.row_report import PairCounts
 
 
 def describe_run(trainer: Trainer) -> str:

@@ -27,7 +27,7 @@ from fastdpo.collate import (
     make_collator,
 )
 from fastdpo.config import DPOConfig
-from fastdpo.data import PairCounts, prepare_pairs
+from fastdpo.data import prepare_pairs
 from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck, longest_rows
 from fastdpo.losses import pair_loss, pair_weights
@@ -48,6 +48,7 @@ from fastdpo.reference import (
     once_precomputed,
     with_reference_logps,
 )
+from fastdpo.row_report import PairCounts
 from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
 from fastdpo.trainer_check import check_arguments, check_best_metric, check_models, check_pairs

@@ -407,13 +407,13 @@ def test_a_prompt_whose_end_is_lost_is_counted_and_told_once(caplog):
     assert decoded(tokenizer, pair) == ["say ", "hello world</s>", "hello</s>"]
     assert (counts.pairs, counts.cut) == (3, 2)
     (record,) = caplog.records
-    assert "in 2 rows" in record.getMessage() and "row 1 'hel'" in record.getMessage()
+    assert "in 2 rows" in record.getMessage() and "first in row 1: 'hel'" in record.getMessage()
 
     caplog.clear()
     stream, _ = prepare_pairs(Dataset.from_list(rows).to_iterable_dataset(), tokenizer)
     assert len(list(stream)) == 3
     (record,) = caplog.records
-    assert "row 1 'hel'" in record.getMessage()
+    assert "row 1: 'hel'" in record.getMessage()
 
 
 def test_the_end_that_a_tokenizer_adds_to_a_prompt_is_no_loss(tokenizer):
@@ -478,7 +478,7 @@ def test_pairs_that_other_code_made_are_not_taken_from_the_cache(tmp_path, token
     sources = []
     monkeypatch.setattr(Path, "read_bytes", lambda path: sources.append(path.name) or b"new")
     assert cache_file() != first
-    assert sources == ["data.py", "preferences.py", "messages.py"]
+    assert sources == ["data.py", "preferences.py", "messages.py", "row_report.py"]
 
 
 def test_where_no_row_is_left_it_is_told_why(tokenizer):

@@ -2,9 +2,10 @@
 
 import pytest
 import tiny
+from datasets import Dataset
 
 from fastdpo.arguments import ScriptArguments
-from fastdpo.data import prepare_pairs
+from fastdpo.data import RowError, prepare_pairs
 from fastdpo.mixture import DatasetConfig, DatasetMixtureConfig, load_datasets
 from fastdpo.parser import TrainParser
 
@@ -38,6 +39,67 @@ def test_a_mixtures_malformed_rows_are_left_to_be_counted(parts, tmp_path, strea
     rows, _ = load(mixture, on_bad_rows="skip")
     pairs, _ = prepare_pairs(rows, tiny.tokenizer(), on_bad_rows="skip")
     assert len(list(pairs)) == 12
+
+
+def implicit(rows):
+    """The same rows without a prompt of their own."""
+    for row in rows:
+        yield {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
+
+
+def chat(rows):
+    for row in rows:
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        yield {field: [{"role": role, "content": row[field]}] for field, role in roles.items()}
+
+
+def with_a_call(rows):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    for row in chat(rows):
+        row["chosen"].insert(0, {"role": "assistant", "content": "", "tool_calls": [call]})
+        yield row | {"tools": [{"name": "f"}]}
+
+
+UNLIKE = {
+    "prompts in the one, none in the other": (iter, implicit),
+    "messages of unlike keys": (chat, with_a_call),
+    "prompts in neither": (implicit, implicit),
+    "other columns": (lambda rows: ({**row, "score": 1} for row in rows), iter),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kinds", UNLIKE.values(), ids=UNLIKE)
+@pytest.mark.parametrize("suffixes", [("jsonl", "jsonl"), ("jsonl", "parquet"), ("parquet",) * 2])
+def test_sources_of_unlike_rows_make_one_mixture(suffixes, kinds, streaming, tmp_path):
+    paths, apart = [], []
+    for i, (suffix, kind) in enumerate(zip(suffixes, kinds, strict=True)):
+        rows = list(kind(tiny.rows(3)))
+        paths.append(str(tmp_path / f"{i}.{suffix}"))
+        if suffix == "jsonl":
+            tiny.write_rows(tmp_path / f"{i}.jsonl", rows)
+        else:
+            Dataset.from_list(rows).to_parquet(paths[-1])
+        pairs, _ = prepare_pairs(Dataset.from_list(rows), tiny.tokenizer())
+        apart += pairs
+    datasets = [DatasetConfig(path) for path in paths]
+    rows, _ = load(DatasetMixtureConfig(datasets=datasets, streaming=streaming))
+    assert list(prepare_pairs(rows, tiny.tokenizer())[0]) == apart
+
+
+@pytest.mark.parametrize("settings", [{}, {"test_split_size": 2}, {"streaming": True}])
+def test_a_malformed_row_of_a_mixture_is_told_by_its_source(settings, parts, tmp_path):
+    rows = [*tiny.rows(4), {"prompt": "a", "chosen": None, "rejected": "b"}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "c.parquet")
+    datasets = [DatasetConfig(path) for path in (*parts, str(tmp_path / "c.parquet"))]
+    mixture = DatasetMixtureConfig(datasets=datasets, **settings)
+
+    def prepare():
+        halves = load(mixture, with_eval="test_split_size" in settings)
+        return [list(prepare_pairs(half, tiny.tokenizer())[0]) for half in filter(None, halves)]
+
+    with pytest.raises(RowError, match=r"c.parquet, row 4, field 'chosen': want a text"):
+        prepare()
 
 
 def test_fractions_cut_a_mixture_to_its_proportions(parts):

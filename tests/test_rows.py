@@ -1,13 +1,14 @@
 import json
 import re
 
+import pyarrow as pa
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from fastdpo.data import RowError, prepare_pairs
 from fastdpo.preferences import MALFORMED as MARK
-from fastdpo.rows import load_rows
+from fastdpo.rows import as_dataset, load_rows
 
 CHAT = {
     "prompt": [{"role": "user", "content": "Two and two?"}],
@@ -79,6 +80,15 @@ def test_a_csv_cell_that_is_no_json_is_told_or_counted(tmp_path):
     assert list(prepare_pairs(streamed, tiny.tokenizer(), on_bad_rows="skip")[0]) == list(pairs)
 
 
+def test_a_csv_row_whose_cells_are_all_broken_messages_is_no_row_of_texts(tmp_path):
+    row = {k: json.dumps(v) for k, v in CHAT.items()}
+    broken = {name: cell[:-1] for name, cell in row.items()}
+    Dataset.from_list([row, broken]).to_csv(tmp_path / "rows.csv")
+    for streaming in (False, True):
+        with pytest.raises(RowError, match=r"rows.csv, row 1, field 'prompt': want JSON"):
+            list(load_rows(str(tmp_path / "rows.csv"), streaming=streaming))
+
+
 def test_an_empty_csv_cell_is_no_value_and_none_is_a_word(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,chosen,rejected,tools\na,NA,null,\nb,c,,\n")
     rows = list(load_rows(str(tmp_path / "rows.csv")))
@@ -119,6 +129,45 @@ def test_tools_need_not_be_alike(tmp_path):
     tools = [[{"name": "add"}], [{"name": "look", "far": {"deep": [1, "two"]}}]]
     path = write_lines(tmp_path / "rows.jsonl", [CHAT | {"tools": each} for each in tools])
     assert [json.loads(row["tools"]) for row in load_rows(path)] == tools
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["lines", "array", "csv"])
+def test_a_byte_order_mark_is_no_part_of_the_rows(kind, streaming, tmp_path):
+    path = tmp_path / ("rows.csv" if kind == "csv" else "rows.json")
+    if kind == "csv":
+        Dataset.from_list(tiny.rows()).to_csv(path)
+    else:
+        path.write_text("\n".join(map(json.dumps, tiny.rows())))
+    if kind == "array":
+        path.write_text(json.dumps(tiny.rows()))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert texts(load_rows(str(path), streaming=streaming)) == tiny.rows()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_are_not_there_are_told(streaming, tmp_path):
+    row = {"prompt": "a", "chosen": "it is", "rejected": "it was"}
+    path = write_lines(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(ValueError, match=r"jsonl: want the columns .*, line 1 has no \['promt'"):
+        list(load_rows(path, columns=["promt", "chosen", "rejected"], streaming=streaming))
+
+
+def test_a_column_may_hold_more_than_a_piece_of_arrow(monkeypatch):
+    make = Dataset.from_dict
+
+    def overflowing(columns):
+        if max(map(len, columns.values())) > 3:
+            raise pa.ArrowInvalid("offset overflow while concatenating arrays")
+        return make(columns)
+
+    monkeypatch.setattr(Dataset, "from_dict", overflowing)
+    rows = [CHAT, CHAT | {"tools": "[]"}, *[calls({"x": 1})] * 3, CHAT]
+    kept = list(as_dataset(rows))
+    assert [row["tools"] for row in kept] == [None, "[]"] + [None] * 4
+    assert [list(map(json.loads, row["chosen"])) for row in kept] == [row["chosen"] for row in rows]
+    with pytest.raises(RowError, match="rows, row 5, field 'prompt': want values of the kind"):
+        as_dataset([*tiny.rows(3), *tiny.rows(2), CHAT])
 
 
 MALFORMED = {

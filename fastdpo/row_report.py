@@ -1,0 +1,113 @@
+"""What became of a dataset's rows: the status of each, their counts, and the warnings of both.
+
+A row's status is bits that say why it is dropped, or what is odd about one that is kept; its note,
+where it has one, says which row it is and what is wrong with it. Both are columns beside the pairs
+until all is counted.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+TOO_LONG, BAD, EQUAL, CUT = 1, 2, 4, 8
+DROPPED = TOO_LONG | BAD
+REPORT = ("status", "note")
+NOTES_SHOWN = 3
+CUT_PROMPT = (
+    "the prompt alone is tokenised otherwise than before a completion, so that its end is left "
+    "out (its chat template renders it otherwise, or tokens merge across its end)"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairCounts:
+    """What became of a dataset's rows; tokens are those of the pairs kept, before truncation.
+
+    too_long: dropped, as the prompt alone fills max_length. bad: dropped as malformed. equal:
+    kept, though chosen equals rejected. cut: kept without the end of the prompt, which prompt +
+    completion does not begin with. truncated: kept, though longer than max_length.
+    """
+
+    rows: int
+    pairs: int
+    too_long: int
+    bad: int
+    equal: int
+    cut: int
+    truncated: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def counted(
+    status: np.ndarray,
+    prompt_B: np.ndarray,
+    chosen_B: np.ndarray,
+    rejected_B: np.ndarray,
+    max_length: int | None,
+) -> PairCounts:
+    """Of all rows' status, and of the kept ones' numbers of tokens."""
+
+    def count(bits: int) -> int:
+        return int(np.count_nonzero(status & bits))
+
+    longest_B = prompt_B + np.maximum(chosen_B, rejected_B)
+    return PairCounts(
+        rows=len(status),
+        pairs=len(status) - count(DROPPED),
+        too_long=count(TOO_LONG),
+        bad=count(BAD),
+        equal=count(EQUAL),
+        cut=count(CUT),
+        truncated=int(np.count_nonzero(longest_B > (max_length or sys.maxsize))),
+        prompt_tokens=int(prompt_B.sum()),
+        completion_tokens=int(chosen_B.sum() + rejected_B.sum()),
+    )
+
+
+def warn(name: str, counts: PairCounts, status: np.ndarray, notes: pa.ChunkedArray) -> None:
+    def first(bits: int, at_most: int) -> list[str]:
+        return [notes[i].as_py() for i in np.flatnonzero(status & bits)[:at_most]]
+
+    if counts.bad:
+        shown = "; ".join(first(BAD, NOTES_SHOWN))
+        logger.warning(f"{name} dataset: {counts.bad} malformed rows left out, such as: {shown}")
+    if counts.too_long:
+        logger.warning(
+            f"{name} dataset: {counts.too_long} rows left out, whose prompt alone fills max_length"
+        )
+    if counts.equal:
+        logger.warning(
+            f"{name} dataset: in {counts.equal} rows chosen equals rejected; they teach nothing"
+        )
+    for note in first(CUT, 1):
+        logger.warning(f"{name} dataset: in {counts.cut} rows {CUT_PROMPT}, first in {note}")
+
+
+class TellTheFirst:
+    """What `tokenize` makes of a stream's rows, with a warning of the first to be dropped, and of
+    the first whose prompt is cut: a stream is not counted."""
+
+    def __init__(self, tokenize: Callable[[dict, list[int]], dict[str, list]], name: str):
+        self._tokenize = tokenize
+        self._name = name
+        self._told = 0  # bits of status
+
+    def __call__(self, batch: dict[str, Sequence], indices: list[int]) -> dict[str, list]:
+        columns = self._tokenize(batch, indices)
+        for status, note in zip(*(columns[name] for name in REPORT), strict=True):
+            if status & DROPPED & ~self._told:
+                self._tell(DROPPED, f"rows are left out, this one first: {note}")
+            if status & CUT & ~self._told:
+                self._tell(CUT, f"in rows from this one on {CUT_PROMPT}: {note}")
+        return columns
+
+    def _tell(self, bits: int, what: str) -> None:
+        self._told |= bits
+        logger.warning(f"{self._name} dataset: {what}")
