@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import tiny
 from datasets import Dataset, IterableDataset
+from pairs import CHAT, assistant, chat, decoded, pairs_of, user
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -17,33 +18,9 @@ REAL_PAIRS = Path(__file__).parents[2] / "shared/data/preferences_en.jsonl"
 EOS = 2
 
 
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-CHAT = {
-    "prompt": [user("Two and two?")],
-    "chosen": [assistant("Four.")],
-    "rejected": [assistant("Five.")],
-}
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny.tokenizer(["Two and two make four."] * 9)
-
-
-def pairs_of(rows, tokenizer, **settings):
-    pairs, counts = prepare_pairs(Dataset.from_list(rows), tokenizer, **settings)
-    return list(pairs), counts
-
-
-def decoded(tokenizer, pair):
-    return [tokenizer.decode(pair[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")]
 
 
 def test_text_rows_end_with_one_eos(tokenizer):
@@ -175,45 +152,6 @@ def test_odd_rows_that_trl_trains_on_are_tokenised_as_there(row, texts, tokenize
     assert decoded(tokenizer, pair) == texts
 
 
-CALL = [user("a"), assistant("f"), {"role": "ipython", "content": "1"}]
-IMPLICIT = {
-    "conversation": (
-        {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
-        ["<s><|user|>a</s><|assistant|>", "b</s>", "c</s>"],
-    ),
-    "equal-conversations": (
-        {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]},
-        ["<s><|user|>a</s><|assistant|>", "b</s>", "b</s>"],
-    ),
-    "one-conversation-is-the-beginning-of-the-other": (
-        {
-            "chosen": [*CALL, assistant("b")],
-            "rejected": [*CALL, assistant("b"), user("c"), assistant("d")],
-        },
-        [
-            "<s><|user|>a</s><|assistant|>f</s><|ipython|>1</s><|assistant|>",
-            "b</s>",
-            "b</s><|user|>c</s><|assistant|>d</s>",
-        ],
-    ),
-    "text": (
-        {"chosen": "it is red", "rejected": "it is blue"},
-        ["it is", " red</s>", " blue</s>"],
-    ),
-    "one-text-is-the-beginning-of-the-other": (
-        {"chosen": "it is red", "rejected": "it is"},
-        ["it is", " red</s>", "</s>"],
-    ),
-    "equal-texts": ({"chosen": "yes", "rejected": "yes"}, ["yes", "</s>", "</s>"]),
-}
-
-
-@pytest.mark.parametrize(("row", "texts"), IMPLICIT.values(), ids=IMPLICIT)
-def test_an_implicit_prompt_is_what_both_begin_with(row, texts, tokenizer):
-    (pair,), _ = pairs_of([row], tokenizer)
-    assert decoded(tokenizer, pair) == texts
-
-
 def test_tools_and_template_arguments_reach_the_template(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{{ tools }}{{ manner }}" + tokenizer.chat_template
@@ -270,80 +208,12 @@ def test_tokenised_rows_stay_as_they_are(tokenizer):
     assert (counts.prompt_tokens, counts.completion_tokens) == (2, 3)
 
 
-def chat(**changes):
-    return CHAT | changes
-
-
-MALFORMED = {
-    "missing-field": ({"prompt": "a", "chosen": "b", "rejected": None}, "rejected.*no such field"),
-    "no-prompt-in-a-column-of-prompts": (
-        {"prompt": None, "chosen": "The cat sat", "rejected": "The dog ran"},
-        "prompt.*got None",
-    ),
-    "images": (
-        {"prompt": "a", "chosen": "b", "rejected": "c", "images": ["cat.png"]},
-        "images.*vision-language rows are not supported yet",
-    ),
-    "empty-conversation": (chat(chosen=[]), "chosen"),
-    "mixed-kinds": (chat(rejected="no"), "rejected"),
-    "message-without-role": (chat(prompt=[{"content": "a"}]), r"prompt\[0\]"),
-    "unknown-role": (chat(prompt=[{"role": "bot", "content": "a"}]), r"prompt\[0\].role.*'bot'"),
-    "no-content": (chat(prompt=[{"role": "user"}]), r"prompt\[0\].content.*no content"),
-    "image": (
-        chat(prompt=[{"role": "user", "content": [{"type": "image"}]}]),
-        "vision-language rows are not supported",
-    ),
-    "system-in-the-middle": (
-        chat(prompt=[user("a"), {"role": "system", "content": "b"}, user("c")]),
-        r"prompt\[1\].role",
-    ),
-    "completion-begins-with-user": (chat(chosen=[user("a")]), "chosen"),
-    "tool-before-assistant": (
-        chat(prompt=[{"role": "tool", "content": "1"}]),
-        r"prompt\[0\].role",
-    ),
-    "nothing-shared": ({"chosen": "yes", "rejected": "no"}, "prompt.*share"),
-    "ids-not-numbers": (
-        {"prompt_ids": ["a"], "chosen_ids": ["b"], "rejected_ids": ["c"]},
-        "prompt_ids",
-    ),
-    "ids-negative": ({"prompt_ids": [1], "chosen_ids": [-1], "rejected_ids": [2]}, "chosen_ids"),
-    "ids-too-large": ({"prompt_ids": [1], "chosen_ids": [9999], "rejected_ids": [2]}, "9999"),
-    "ids-empty": ({"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [2]}, "chosen_ids"),
-    "one-reference-logp": (
-        {"prompt": "a", "chosen": "b", "rejected": "c", "ref_chosen_logps": -1.0},
-        "ref_rejected_logps",
-    ),
-    "logp-not-finite": (
-        {
-            "prompt": "a",
-            "chosen": "b",
-            "rejected": "c",
-            "ref_chosen_logps": float("nan"),
-            "ref_rejected_logps": 0.0,
-        },
-        "ref_chosen_logps.*finite",
-    ),
-}
-
-
-@pytest.mark.parametrize(("row", "message"), MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_row_is_told_by_row_and_field(row, message, tokenizer):
-    with pytest.raises(RowError, match=rf"train dataset, row 0, field .*{message}"):
-        pairs_of([row], tokenizer)
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["kept", "streamed"])
 def test_columns_of_another_name_are_named(tokenizer, stream):
     rows = Dataset.from_list([{"instruction": "a", "output": "b"}])
     wanted = r"want the columns chosen and rejected.*got \['instruction', 'output'\]"
     with pytest.raises(ValueError, match=f"train dataset: {wanted}"):
         prepare_pairs(rows.to_iterable_dataset() if stream else rows, tokenizer)
-
-
-def test_rows_without_an_image_need_not_lack_the_column(tokenizer):
-    rows = [tiny.rows(1)[0] | {"images": []}]
-    assert pairs_of(rows, tokenizer)[1].pairs == 1
 
 
 OBJECTIONS = {  # what a template says, and may stumble over
@@ -397,33 +267,6 @@ def test_conversations_need_a_chat_template(tokenizer):
         pairs_of([CHAT], bare)
 
 
-def test_a_prompt_whose_end_is_lost_is_counted_and_told_once(caplog):
-    tokenizer = tiny.tokenizer(["hello world"] * 9)
-    rows = [
-        {"prompt": "say", "chosen": " a", "rejected": " b"},
-        *[{"prompt": "say hel", "chosen": "lo world", "rejected": "lo"}] * 2,
-    ]
-    (_, pair, _), counts = pairs_of(rows, tokenizer)
-    assert decoded(tokenizer, pair) == ["say ", "hello world</s>", "hello</s>"]
-    assert (counts.pairs, counts.cut) == (3, 2)
-    (record,) = caplog.records
-    assert "in 2 rows" in record.getMessage() and "first in row 1: 'hel'" in record.getMessage()
-
-    caplog.clear()
-    stream, _ = prepare_pairs(Dataset.from_list(rows).to_iterable_dataset(), tokenizer)
-    assert len(list(stream)) == 3
-    (record,) = caplog.records
-    assert "row 1: 'hel'" in record.getMessage()
-
-
-def test_the_end_that_a_tokenizer_adds_to_a_prompt_is_no_loss(tokenizer):
-    ending = copy.deepcopy(tokenizer)
-    ending._tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)]
-    )
-    assert pairs_of(tiny.rows(3), ending)[1].cut == 0
-
-
 def test_lengths_are_those_of_the_rows_kept(tokenizer):
     rows = [{"prompt": "a b " * 50, "chosen": " c", "rejected": " d"}, *tiny.rows(2)]
     pairs, counts = pairs_of(rows, tokenizer, max_length=40, length_column="length")
@@ -432,38 +275,6 @@ def test_lengths_are_those_of_the_rows_kept(tokenizer):
         sum(len(pair[name]) for name in names) for pair in pairs
     ]
     assert sum(pair["length"] for pair in pairs) == counts.prompt_tokens + counts.completion_tokens
-
-
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_what_is_dropped_and_what_is_odd_is_counted_and_told_once(tokenizer, num_proc, caplog):
-    rows = [
-        *tiny.rows(3),
-        {"prompt": "a b " * 50, "chosen": " c", "rejected": " d"},
-        {"prompt": "a", "chosen": None, "rejected": " d"},
-        {"prompt": "a", "chosen": " same", "rejected": " same"},
-    ]
-    kept, counts = pairs_of(rows, tokenizer, max_length=40, on_bad_rows="skip", num_proc=num_proc)
-    assert (counts.rows, counts.pairs) == (6, 4) and len(kept) == 4
-    assert (counts.too_long, counts.bad, counts.equal) == (1, 1, 1)
-    assert counts.prompt_tokens == sum(len(pair["prompt_ids"]) for pair in kept)
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 3
-    assert "1 malformed rows" in messages[0] and "row 4, field 'chosen'" in messages[0]
-
-
-def test_keep_end_drops_no_long_prompt(tokenizer):
-    rows = [{"prompt": "a b " * 50, "chosen": " c", "rejected": " d"}]
-    _, counts = pairs_of(rows, tokenizer, max_length=40, truncation_mode="keep_end")
-    assert (counts.pairs, counts.truncated) == (1, 1)
-
-
-def test_pairs_that_are_cut_to_max_length_are_counted(tokenizer):
-    rows = [{"prompt": "ab", "chosen": " " + "c" * n, "rejected": " d"} for n in (1, 20, 30)]
-    truncated = []
-    for limit in (None, 32, 20, 4):
-        _, counts = pairs_of(rows, tokenizer, max_length=limit)
-        truncated.append(counts.truncated)
-    assert truncated == [0, 1, 2, 3]
 
 
 def test_pairs_that_other_code_made_are_not_taken_from_the_cache(tmp_path, tokenizer, monkeypatch):
@@ -479,14 +290,6 @@ def test_pairs_that_other_code_made_are_not_taken_from_the_cache(tmp_path, token
     monkeypatch.setattr(Path, "read_bytes", lambda path: sources.append(path.name) or b"new")
     assert cache_file() != first
     assert sources == ["data.py", "preferences.py", "messages.py", "row_report.py"]
-
-
-def test_where_no_row_is_left_it_is_told_why(tokenizer):
-    rows = [{"prompt": "a b " * 50, "chosen": " c", "rejected": " d"}]
-    with pytest.raises(ValueError, match="no row is left of 1: in 1 the prompt alone"):
-        pairs_of(rows, tokenizer, max_length=40)
-    with pytest.raises(ValueError, match="at least one row"):
-        prepare_pairs(Dataset.from_dict({"prompt": []}), tokenizer)
 
 
 def test_a_stream_is_checked_as_it_is_read(tokenizer, caplog):

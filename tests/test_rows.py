@@ -5,16 +5,11 @@ import pyarrow as pa
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict, IterableDataset
+from pairs import CHAT
 
 from fastdpo.data import RowError, prepare_pairs
 from fastdpo.preferences import MALFORMED as MARK
 from fastdpo.rows import as_dataset, load_rows
-
-CHAT = {
-    "prompt": [{"role": "user", "content": "Two and two?"}],
-    "chosen": [{"role": "assistant", "content": "Four."}],
-    "rejected": [{"role": "assistant", "content": "Five."}],
-}
 
 
 def write_lines(path, lines):

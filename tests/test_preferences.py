@@ -1,0 +1,115 @@
+"""A row by itself: what is malformed, and where a prompt ends that is not given apart."""
+
+import pytest
+import tiny
+from pairs import assistant, chat, decoded, pairs_of, user
+
+from fastdpo.data import RowError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer(["Two and two make four."] * 9)
+
+
+CALL = [user("a"), assistant("f"), {"role": "ipython", "content": "1"}]
+IMPLICIT = {
+    "conversation": (
+        {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+        ["<s><|user|>a</s><|assistant|>", "b</s>", "c</s>"],
+    ),
+    "equal-conversations": (
+        {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]},
+        ["<s><|user|>a</s><|assistant|>", "b</s>", "b</s>"],
+    ),
+    "one-conversation-is-the-beginning-of-the-other": (
+        {
+            "chosen": [*CALL, assistant("b")],
+            "rejected": [*CALL, assistant("b"), user("c"), assistant("d")],
+        },
+        [
+            "<s><|user|>a</s><|assistant|>f</s><|ipython|>1</s><|assistant|>",
+            "b</s>",
+            "b</s><|user|>c</s><|assistant|>d</s>",
+        ],
+    ),
+    "text": (
+        {"chosen": "it is red", "rejected": "it is blue"},
+        ["it is", " red</s>", " blue</s>"],
+    ),
+    "one-text-is-the-beginning-of-the-other": (
+        {"chosen": "it is red", "rejected": "it is"},
+        ["it is", " red</s>", "</s>"],
+    ),
+    "equal-texts": ({"chosen": "yes", "rejected": "yes"}, ["yes", "</s>", "</s>"]),
+}
+
+
+@pytest.mark.parametrize(("row", "texts"), IMPLICIT.values(), ids=IMPLICIT)
+def test_an_implicit_prompt_is_what_both_begin_with(row, texts, tokenizer):
+    (pair,), _ = pairs_of([row], tokenizer)
+    assert decoded(tokenizer, pair) == texts
+
+
+MALFORMED = {
+    "missing-field": ({"prompt": "a", "chosen": "b", "rejected": None}, "rejected.*no such field"),
+    "no-prompt-in-a-column-of-prompts": (
+        {"prompt": None, "chosen": "The cat sat", "rejected": "The dog ran"},
+        "prompt.*got None",
+    ),
+    "images": (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "images": ["cat.png"]},
+        "images.*vision-language rows are not supported yet",
+    ),
+    "empty-conversation": (chat(chosen=[]), "chosen"),
+    "mixed-kinds": (chat(rejected="no"), "rejected"),
+    "message-without-role": (chat(prompt=[{"content": "a"}]), r"prompt\[0\]"),
+    "unknown-role": (chat(prompt=[{"role": "bot", "content": "a"}]), r"prompt\[0\].role.*'bot'"),
+    "no-content": (chat(prompt=[{"role": "user"}]), r"prompt\[0\].content.*no content"),
+    "image": (
+        chat(prompt=[{"role": "user", "content": [{"type": "image"}]}]),
+        "vision-language rows are not supported",
+    ),
+    "system-in-the-middle": (
+        chat(prompt=[user("a"), {"role": "system", "content": "b"}, user("c")]),
+        r"prompt\[1\].role",
+    ),
+    "completion-begins-with-user": (chat(chosen=[user("a")]), "chosen"),
+    "tool-before-assistant": (
+        chat(prompt=[{"role": "tool", "content": "1"}]),
+        r"prompt\[0\].role",
+    ),
+    "nothing-shared": ({"chosen": "yes", "rejected": "no"}, "prompt.*share"),
+    "ids-not-numbers": (
+        {"prompt_ids": ["a"], "chosen_ids": ["b"], "rejected_ids": ["c"]},
+        "prompt_ids",
+    ),
+    "ids-negative": ({"prompt_ids": [1], "chosen_ids": [-1], "rejected_ids": [2]}, "chosen_ids"),
+    "ids-too-large": ({"prompt_ids": [1], "chosen_ids": [9999], "rejected_ids": [2]}, "9999"),
+    "ids-empty": ({"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [2]}, "chosen_ids"),
+    "one-reference-logp": (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "ref_chosen_logps": -1.0},
+        "ref_rejected_logps",
+    ),
+    "logp-not-finite": (
+        {
+            "prompt": "a",
+            "chosen": "b",
+            "rejected": "c",
+            "ref_chosen_logps": float("nan"),
+            "ref_rejected_logps": 0.0,
+        },
+        "ref_chosen_logps.*finite",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_row_is_told_by_row_and_field(row, message, tokenizer):
+    with pytest.raises(RowError, match=rf"train dataset, row 0, field .*{message}"):
+        pairs_of([row], tokenizer)
+
+
+def test_rows_without_an_image_need_not_lack_the_column(tokenizer):
+    rows = [tiny.rows(1)[0] | {"images": []}]
+    assert pairs_of(rows, tokenizer)[1].pairs == 1

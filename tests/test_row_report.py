@@ -1,0 +1,85 @@
+"""Rows that are dropped, cut or odd: counted, and told once."""
+
+import copy
+
+import pytest
+import tiny
+from datasets import Dataset
+from pairs import decoded, pairs_of
+from tokenizers.processors import TemplateProcessing
+
+from fastdpo.data import prepare_pairs
+
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer(["Two and two make four."] * 9)
+
+
+def test_a_prompt_whose_end_is_lost_is_counted_and_told_once(caplog):
+    tokenizer = tiny.tokenizer(["hello world"] * 9)
+    rows = [
+        {"prompt": "say", "chosen": " a", "rejected": " b"},
+        *[{"prompt": "say hel", "chosen": "lo world", "rejected": "lo"}] * 2,
+    ]
+    (_, pair, _), counts = pairs_of(rows, tokenizer)
+    assert decoded(tokenizer, pair) == ["say ", "hello world</s>", "hello</s>"]
+    assert (counts.pairs, counts.cut) == (3, 2)
+    (record,) = caplog.records
+    assert "in 2 rows" in record.getMessage() and "first in row 1: 'hel'" in record.getMessage()
+
+    caplog.clear()
+    stream, _ = prepare_pairs(Dataset.from_list(rows).to_iterable_dataset(), tokenizer)
+    assert len(list(stream)) == 3
+    (record,) = caplog.records
+    assert "row 1: 'hel'" in record.getMessage()
+
+
+def test_the_end_that_a_tokenizer_adds_to_a_prompt_is_no_loss(tokenizer):
+    ending = copy.deepcopy(tokenizer)
+    ending._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)]
+    )
+    assert pairs_of(tiny.rows(3), ending)[1].cut == 0
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_what_is_dropped_and_what_is_odd_is_counted_and_told_once(tokenizer, num_proc, caplog):
+    rows = [
+        *tiny.rows(3),
+        {"prompt": "a b " * 50, "chosen": " c", "rejected": " d"},
+        {"prompt": "a", "chosen": None, "rejected": " d"},
+        {"prompt": "a", "chosen": " same", "rejected": " same"},
+    ]
+    kept, counts = pairs_of(rows, tokenizer, max_length=40, on_bad_rows="skip", num_proc=num_proc)
+    assert (counts.rows, counts.pairs) == (6, 4) and len(kept) == 4
+    assert (counts.too_long, counts.bad, counts.equal) == (1, 1, 1)
+    assert counts.prompt_tokens == sum(len(pair["prompt_ids"]) for pair in kept)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 3
+    assert "1 malformed rows" in messages[0] and "row 4, field 'chosen'" in messages[0]
+
+
+def test_keep_end_drops_no_long_prompt(tokenizer):
+    rows = [{"prompt": "a b " * 50, "chosen": " c", "rejected": " d"}]
+    _, counts = pairs_of(rows, tokenizer, max_length=40, truncation_mode="keep_end")
+    assert (counts.pairs, counts.truncated) == (1, 1)
+
+
+def test_pairs_that_are_cut_to_max_length_are_counted(tokenizer):
+    rows = [{"prompt": "ab", "chosen": " " + "c" * n, "rejected": " d"} for n in (1, 20, 30)]
+    truncated = []
+    for limit in (None, 32, 20, 4):
+        _, counts = pairs_of(rows, tokenizer, max_length=limit)
+        truncated.append(counts.truncated)
+    assert truncated == [0, 1, 2, 3]
+
+
+def test_where_no_row_is_left_it_is_told_why(tokenizer):
+    rows = [{"prompt": "a b " * 50, "chosen": " c", "rejected": " d"}]
+    with pytest.raises(ValueError, match="no row is left of 1: in 1 the prompt alone"):
+        pairs_of(rows, tokenizer, max_length=40)
+    with pytest.raises(ValueError, match="at least one row"):
+        prepare_pairs(Dataset.from_dict({"prompt": []}), tokenizer)
