@@ -30,7 +30,7 @@ from fastdpo.row_report import (
     REPORT,
     TOO_LONG,
     PairCounts,
-    TellTheFirst,
+    WarnOnce,
     counted,
     warn,
 )
@@ -130,7 +130,7 @@ def _as_it_comes(
     dataset: IterableDataset, tokenize: "_Tokenize", columns: list[str]
 ) -> IterableDataset:
     pairs = dataset.map(
-        TellTheFirst(tokenize, tokenize.name),
+        WarnOnce(tokenize, tokenize.name),
         batched=True,
         batch_size=STREAMED_AT_ONCE,
         with_indices=True,
@@ -152,6 +152,23 @@ def _code() -> str:
     names = ("data.py", "preferences.py", "messages.py", "row_report.py")
     parts = [Path(__file__).with_name(name).read_bytes() for name in names]
     return hashlib.sha256(b"".join([*parts, transformers.__version__.encode()])).hexdigest()
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row on its way to a pair. `origin` says which it is, `status` and `note` are its report.
+
+    fields: as they came, then checked, then the pair's columns. texts: prompt, prompt + chosen and
+    prompt + rejected, where the row has texts and no token ids; ids: theirs.
+    """
+
+    origin: str
+    fields: dict[str, Any]
+    texts: list[str] | None = None
+    is_chat: bool = False
+    ids: list[list[int]] | None = None
+    status: int = 0
+    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,46 +193,49 @@ class _Tokenize:
         names = [name for name in FIELDS if name in batch]
         origins = batch.get(ORIGIN) or [f"row {index}" for index in indices]
         rows = [
-            {"origin": origin} | {name: batch[name][i] for name in names}
+            _Row(origin, {name: batch[name][i] for name in names})
             for i, origin in enumerate(origins)
         ]
-        rows = self._attempt(self._rendered, rows)
-        self._add_ids([row for row in rows if "texts" in row])
-        has_ids = any("prompt_ids" in row for row in rows)
-        split = partial(self._split, vocab_size=self._vocab_size() if has_ids else 0)
-        pairs = self._attempt(split, rows)
-        unset = {column: [] for column in ID_COLUMNS}
-        return {name: [pair.get(name, unset.get(name)) for pair in pairs] for name in self.features}
+        self._attempt(self._render, rows)
+        self._add_ids([row for row in rows if row.texts is not None])
+        has_own_ids = any("prompt_ids" in row.fields for row in rows)
+        self._attempt(
+            partial(self._split, vocab_size=self._vocab_size() if has_own_ids else 0), rows
+        )
+        columns = {name: [row.fields.get(name) for row in rows] for name in self.features}
+        return columns | {name: [getattr(row, name) for row in rows] for name in REPORT}
 
-    def _attempt(self, step: Callable[[dict], dict], rows: list[dict]) -> list[dict[str, Any]]:
-        """What `step` makes of each row, of a malformed one its status and a note that says why."""
-        made = []
+    def _attempt(self, step: Callable[[_Row], None], rows: list[_Row]) -> None:
+        """Take `step` with each row that is not dropped yet; a malformed one is dropped.
+
+        RowError at the first of those, unless they may be skipped.
+        """
         for row in rows:
+            if row.status & DROPPED:
+                continue
             try:
-                made.append(row if "status" in row else step(row))
+                step(row)
             except (FieldError, RowError) as error:
-                where = "" if isinstance(error, RowError) else f"{row['origin']}, "
-                note = f"{self.name} dataset, {where}{error}"
+                where = "" if isinstance(error, RowError) else f"{row.origin}, "
+                row.status, row.note = BAD, f"{self.name} dataset, {where}{error}"
+                row.fields = {column: [] for column in ID_COLUMNS}
+                row.texts = None
                 if not self.skip_bad:
-                    raise RowError(note) from None
-                made.append({"status": BAD, "note": note})
-        return made
+                    raise RowError(row.note) from None
 
-    def _rendered(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The checked row, with the three texts of it that are to be tokenised."""
-        if row.get(MALFORMED) is not None:
-            raise RowError(row[MALFORMED])  # which says where the row is from
-        row = checked_row(row) | {"origin": row["origin"]}
-        if self.with_reference and REFERENCE_COLUMNS[0] not in row:
+    def _render(self, row: _Row) -> None:
+        """Check the row's fields, and render the texts that are to be tokenised."""
+        if row.fields.get(MALFORMED) is not None:
+            raise RowError(row.fields[MALFORMED])  # which says where the row is from
+        row.fields = fields = checked_row(row.fields)
+        if self.with_reference and REFERENCE_COLUMNS[0] not in fields:
             raise FieldError(REFERENCE_COLUMNS[0], "a number, as other rows have one", "no value")
-        if not self.with_reference and REFERENCE_COLUMNS[0] in row:
-            came = row[REFERENCE_COLUMNS[0]]
+        if not self.with_reference and REFERENCE_COLUMNS[0] in fields:
+            came = fields[REFERENCE_COLUMNS[0]]
             raise FieldError(REFERENCE_COLUMNS[0], "none, as the first row has none", came)
-        if "prompt_ids" in row:
-            return row
-        is_chat = is_conversation(row["prompt"])
-        texts = self._chat_texts(row) if is_chat else self._plain_texts(row)
-        return row | {"texts": texts, "is_chat": is_chat}
+        if "prompt_ids" not in fields:
+            row.is_chat = is_conversation(fields["prompt"])
+            row.texts = self._chat_texts(fields) if row.is_chat else self._plain_texts(fields)
 
     def _plain_texts(self, row: dict[str, Any]) -> list[str]:
         end = self.tokenizer.eos_token
@@ -236,12 +256,13 @@ class _Tokenize:
                 "got one without"
             )
         options = {"tools": row.get("tools")} | row.get("chat_template_kwargs", {})
-        texts = [self._render("prompt", row["prompt"], options, add_generation_prompt=True)]
+        texts = [self._written("prompt", row["prompt"], options, add_generation_prompt=True)]
         for field in ("chosen", "rejected"):
-            texts.append(self._render(field, row["prompt"] + row[field], options))
+            texts.append(self._written(field, row["prompt"] + row[field], options))
         return texts
 
-    def _render(self, field: str, messages: list[dict], options: dict, **more: bool) -> str:
+    def _written(self, field: str, messages: list[dict], options: dict, **more: bool) -> str:
+        """The text that the chat template makes of `messages`."""
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, **more, **options)
         except Exception as error:  # a template is code, and may stumble over what it is given
@@ -250,11 +271,11 @@ class _Tokenize:
         check_text(field, text)
         return text
 
-    def _add_ids(self, rows: list[dict]) -> None:
+    def _add_ids(self, rows: list[_Row]) -> None:
         """Tokenise the texts of all rows: one call for plain text, one for conversations."""
         for is_chat in (False, True):
-            group = [row for row in rows if row["is_chat"] is is_chat]
-            texts = [text for row in group for text in row["texts"]]
+            group = [row for row in rows if row.is_chat is is_chat]
+            texts = [text for row in group for text in row.texts]
             if not texts:
                 continue
             # a chat template writes the special tokens itself
@@ -262,7 +283,7 @@ class _Tokenize:
             if not is_chat:
                 all_ids = self._with_one_of_each_end(all_ids, texts[1])
             for i, row in enumerate(group):
-                row["ids"] = all_ids[3 * i : 3 * i + 3]
+                row.ids = all_ids[3 * i : 3 * i + 3]
 
     def _with_one_of_each_end(self, all_ids: list[list[int]], a_text: str) -> list[list[int]]:
         """Without the BOS or EOS that the tokenizer adds to a text that has its own."""
@@ -277,30 +298,32 @@ class _Tokenize:
         """One more than the largest token id: not all below need have a token."""
         return max(self.tokenizer.get_vocab().values()) + 1
 
-    def _split(self, row: dict[str, Any], *, vocab_size: int) -> dict[str, Any]:
-        """The columns of a row that has its ids; vocab_size: what those of the row's own have."""
-        pair = {field: row[field] for field in (*ID_COLUMNS, *REFERENCE_COLUMNS) if field in row}
+    def _split(self, row: _Row, *, vocab_size: int) -> None:
+        """Make the fields the pair's columns. vocab_size bounds ids that came with the row."""
+        given = row.fields
+        pair = {name: given[name] for name in (*ID_COLUMNS, *REFERENCE_COLUMNS) if name in given}
         lost: list[int] = []
-        if "ids" in row:
-            shared = _common_length(*row["ids"])
-            prompt_ids, chosen_ids, rejected_ids = row["ids"]
+        if row.ids is not None:
+            shared = _common_length(*row.ids)
+            prompt_ids, chosen_ids, rejected_ids = row.ids
             ids = (prompt_ids[:shared], chosen_ids[shared:], rejected_ids[shared:])
             pair |= dict(zip(ID_COLUMNS, ids, strict=True))
             lost = prompt_ids[shared:]
         for field in ID_COLUMNS:
             if not pair[field]:
-                text = row[field.removesuffix("_ids")]
+                text = given[field.removesuffix("_ids")]
                 raise FieldError(field.removesuffix("_ids"), "at least one token of its own", text)
-            if field in row and max(pair[field]) >= vocab_size:
+            if field in given and max(pair[field]) >= vocab_size:
                 raise FieldError(field, f"token ids below {vocab_size}", max(pair[field]))
+        row.fields = pair
         if self.limit is not None and len(pair["prompt_ids"]) >= self.limit:
-            note = f"{row['origin']}: its prompt alone fills max_length"
-            return pair | {"status": TOO_LONG, "note": note}
-        status = EQUAL if pair["chosen_ids"] == pair["rejected_ids"] else 0
+            row.status, row.note = TOO_LONG, f"{row.origin}: its prompt alone fills max_length"
+            return
+        if pair["chosen_ids"] == pair["rejected_ids"]:
+            row.status |= EQUAL
         if lost and lost != [self.tokenizer.eos_token_id]:  # the tokenizer's own end of any text
-            note = f"{row['origin']}: {self.tokenizer.decode(lost)!r}"
-            return pair | {"status": status | CUT, "note": note}
-        return pair | {"status": status}
+            row.status |= CUT
+            row.note = f"{row.origin}: {self.tokenizer.decode(lost)!r}"
 
 
 def _common_length(prompt_ids: list[int], chosen_ids: list[int], rejected_ids: list[int]) -> int:

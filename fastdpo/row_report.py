@@ -72,6 +72,8 @@ def counted(
 
 
 def warn(name: str, counts: PairCounts, status: np.ndarray, notes: pa.ChunkedArray) -> None:
+    """Log how many rows are malformed, too long, equal or cut, and which are the first."""
+
     def first(bits: int, at_most: int) -> list[str]:
         return [notes[i].as_py() for i in np.flatnonzero(status & bits)[:at_most]]
 
@@ -90,9 +92,9 @@ def warn(name: str, counts: PairCounts, status: np.ndarray, notes: pa.ChunkedArr
         logger.warning(f"{name} dataset: in {counts.cut} rows {CUT_PROMPT}, first in {note}")
 
 
-class TellTheFirst:
-    """What `tokenize` makes of a stream's rows, with a warning of the first to be dropped, and of
-    the first whose prompt is cut: a stream is not counted."""
+class WarnOnce:
+    """`tokenize` for a stream, whose rows are not counted: warns at the first row that is dropped
+    and at the first whose prompt is cut."""
 
     def __init__(self, tokenize: Callable[[dict, list[int]], dict[str, list]], name: str):
         self._tokenize = tokenize
