@@ -3,33 +3,28 @@
 ModelConfig --peft_config, quantization_config, init_kwargs--> what DPOTrainer takes
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
-from fastdpo.config import DPOConfig
-
-
-def flag(default: Any, text: str, **metadata: Any) -> Any:
-    """A dataclass's field with its help text."""
-    return field(default=default, metadata={"help": text, **metadata})
+from fastdpo.config import DPOConfig, setting
 
 
 @dataclass
 class ScriptArguments:
     """One dataset by its name, in place of `datasets` in a YAML file."""
 
-    dataset_name: str | None = flag(
+    dataset_name: str | None = setting(
         None, "Preference rows: a file, a folder, or a dataset on the Hub."
     )
-    dataset_config: str | None = flag(None, "Which configuration of the dataset.")
-    dataset_train_split: str = flag("train", "The split to train on.")
-    dataset_test_split: str = flag("test", "The split to evaluate on, where eval_strategy asks.")
-    dataset_streaming: bool = flag(False, "Read the rows while training instead of before.")
-    ignore_bias_buffers: bool = flag(
+    dataset_config: str | None = setting(None, "Which configuration of the dataset.")
+    dataset_train_split: str = setting("train", "The split to train on.")
+    dataset_test_split: str = setting("test", "The split to evaluate on, where eval_strategy asks.")
+    dataset_streaming: bool = setting(False, "Read the rows while training instead of before.")
+    ignore_bias_buffers: bool = setting(
         False, "Leave boolean buffers out of DDP's broadcasts (old models' causal masks)."
     )
 
@@ -38,33 +33,35 @@ class ScriptArguments:
 class ModelConfig:
     """The policy, its adapters and its quantisation. ValueError for 8 and 4 bits at once."""
 
-    model_name_or_path: str | None = flag(None, "The policy: a folder or a model on the Hub.")
-    model_revision: str = flag("main", "Branch, tag or commit of the model on the Hub.")
-    dtype: str | None = flag(
+    model_name_or_path: str | None = setting(None, "The policy: a folder or a model on the Hub.")
+    model_revision: str = setting("main", "Branch, tag or commit of the model on the Hub.")
+    dtype: str | None = setting(
         "float32",
         "The dtype the weights are loaded in; auto: as they were saved.",
         choices=["auto", "bfloat16", "float16", "float32"],
     )
-    attn_implementation: str | None = flag(None, "The attention transformers is to use.")
-    use_peft: bool = flag(False, "Train LoRA adapters and leave the model as it is.")
-    lora_r: int = flag(16, "Rank of the adapters.")
-    lora_alpha: int = flag(32, "Adapters count lora_alpha / lora_r.")
-    lora_dropout: float = flag(0.05, "Dropout before the adapters (disable_dropout wins).")
-    lora_target_modules: list[str] | None = flag(
+    attn_implementation: str | None = setting(None, "The attention transformers is to use.")
+    use_peft: bool = setting(False, "Train LoRA adapters and leave the model as it is.")
+    lora_r: int = setting(16, "Rank of the adapters.")
+    lora_alpha: int = setting(32, "Adapters count lora_alpha / lora_r.")
+    lora_dropout: float = setting(0.05, "Dropout before the adapters (disable_dropout wins).")
+    lora_target_modules: list[str] | None = setting(
         None, "Layers that get an adapter, or all-linear; unset: peft's choice for the model."
     )
-    lora_target_parameters: list[str] | None = flag(
+    lora_target_parameters: list[str] | None = setting(
         None, "Parameters that get an adapter where they belong to no linear layer (experts)."
     )
-    lora_modules_to_save: list[str] | None = flag(None, "Layers to train whole, and save.")
-    lora_task_type: str = flag("CAUSAL_LM", "peft's name of the task.")
-    use_rslora: bool = flag(False, "Adapters count lora_alpha / sqrt(lora_r) (arXiv:2312.03732).")
-    use_dora: bool = flag(False, "Train magnitude apart from direction (arXiv:2402.09353).")
-    load_in_8bit: bool = flag(False, "Quantise the frozen model to 8 bits.")
-    load_in_4bit: bool = flag(False, "Quantise the frozen model to 4 bits (QLoRA).")
-    bnb_4bit_quant_type: str = flag("nf4", "The 4-bit number format.", choices=["fp4", "nf4"])
-    use_bnb_nested_quant: bool = flag(False, "Quantise the 4-bit scales too.")
-    bnb_4bit_quant_storage: str | None = flag(None, "The dtype 4-bit weights are stored in.")
+    lora_modules_to_save: list[str] | None = setting(None, "Layers to train whole, and save.")
+    lora_task_type: str = setting("CAUSAL_LM", "peft's name of the task.")
+    use_rslora: bool = setting(
+        False, "Adapters count lora_alpha / sqrt(lora_r) (arXiv:2312.03732)."
+    )
+    use_dora: bool = setting(False, "Train magnitude apart from direction (arXiv:2402.09353).")
+    load_in_8bit: bool = setting(False, "Quantise the frozen model to 8 bits.")
+    load_in_4bit: bool = setting(False, "Quantise the frozen model to 4 bits (QLoRA).")
+    bnb_4bit_quant_type: str = setting("nf4", "The 4-bit number format.", choices=["fp4", "nf4"])
+    use_bnb_nested_quant: bool = setting(False, "Quantise the 4-bit scales too.")
+    bnb_4bit_quant_storage: str | None = setting(None, "The dtype 4-bit weights are stored in.")
 
     def __post_init__(self):
         if self.load_in_8bit and self.load_in_4bit:

@@ -133,9 +133,6 @@ def _varlen_kernel(query: Tensor, value, window, softcap, dropout) -> Callable |
     return None
 
 
-# By segments
-
-
 def _by_segments(query, key, value, tree: Tree, **settings) -> Tensor:
     """Each trunk and each branch by itself; (1, T, H, K)."""
     lengths = [s.stop - s.start for s in (*tree.trunks, *tree.branches)]
@@ -178,7 +175,8 @@ def _attend(query, key, value, *, scale, window, softcap, dropout) -> Tensor:
 
 
 def _causal_mask(n: int, seen: int, window: int | None, device: torch.device) -> Tensor:
-    """(n, seen), True where the last n of `seen` positions look: back to `window`, themselves in"""
+    """(n, seen), True where the last n of `seen` positions look: back to `window`, themselves
+    included."""
     mask = torch.ones(n, seen, dtype=torch.bool, device=device).tril_(seen - n)
     return mask if window is None else mask.triu_(seen - n - window + 1)
 
@@ -196,9 +194,6 @@ def _softcapped(query, key, value, mask, scale, softcap, dropout) -> Tensor:
     scores = scores.masked_fill(~mask, -float("inf"))
     weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32))
     return F.dropout(weights.to(query.dtype), dropout) @ value
-
-
-# By variable-length kernels
 
 
 def _by_varlen(query, key, value, tree: Tree, *, kernel, window, **settings) -> Tensor:
@@ -223,7 +218,7 @@ def _by_varlen(query, key, value, tree: Tree, *, kernel, window, **settings) -> 
 
 
 def _torch_varlen(query, key, value, *bounds, scale, window_size, softcap, dropout) -> Tensor:
-    """torch's own; what its version does not take yet is done beside it."""
+    """torch's varlen_attn; arguments that this torch does not have yet are emulated."""
     settings = {}
     if "scale" in VARLEN_ARGUMENTS:
         settings["scale"] = scale
@@ -238,7 +233,7 @@ def _torch_varlen(query, key, value, *bounds, scale, window_size, softcap, dropo
     else:
         key, value = _ungrouped(query, key, value)
     # torch 2.15 would take cuDNN for the trunks: a plan of its own for each batch's lengths, and a
-    # backward that torch.use_deterministic_algorithms does not rule
+    # backward that torch.use_deterministic_algorithms does not control
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return varlen_attn(query, key, value, *bounds, **settings)
 

@@ -104,9 +104,10 @@ class PairBatch:
 
 
 def no_mask(input_ids: Tensor) -> Tensor:
-    """A mask that transformers takes for one that is ready, and builds none beside a Tree.
+    """A 4-D mask, which transformers passes on instead of building one: a Tree says who sees whom.
 
-    It has no cell, so that a model which does not hand its tree on fails instead of ignoring it.
+    It is empty, so that a model which drops `tree` on the way to attention fails instead of
+    attending without it.
     """
     return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=input_ids.device)
 
@@ -129,5 +130,10 @@ def scored_positions(input_ids_SL: Tensor, completion_mask_SL: Tensor) -> dict[s
     return {
         "scored_rows": positions_C - 1,
         "completion_labels": input_ids_SL.flatten()[positions_C],
-        "cu_seqlens": torch.nn.functional.pad(lengths_S.cumsum(0), (1, 0)).int(),
+        "cu_seqlens": cu_seqlens_of(lengths_S),
     }
+
+
+def cu_seqlens_of(lengths_S: Tensor) -> Tensor:
+    """Where sequences of these lengths start when laid end to end, and where the last one ends."""
+    return torch.nn.functional.pad(lengths_S.cumsum(0), (1, 0)).int()

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.losses import PairLoss, completion_logps, pair_loss
+from fastdpo.batch import cu_seqlens_of
+from fastdpo.kernels.reference import completion_sums
+from fastdpo.losses import PairLoss, pair_loss
 
 
 class PackLogps(NamedTuple):
@@ -41,7 +43,7 @@ class PackLoss:
     def of(self, token_logps_C: Tensor, cu_seqlens: Tensor) -> PairLoss:
         """`pairs`, whose loss_B now has its gradient in token_logps_C, the pack's own again."""
         change_C = token_logps_C - token_logps_C.detach()  # 0, but for its gradient
-        chosen_B, rejected_B = completion_logps(self.slope_C * change_C, cu_seqlens).chunk(2)
+        chosen_B, rejected_B = completion_sums(self.slope_C * change_C, cu_seqlens).chunk(2)
         return self.pairs._replace(loss_B=self.pairs.loss_B + chosen_B + rejected_B)
 
 
@@ -63,7 +65,7 @@ def pack_losses(packs: list[PackLogps], **settings: Any) -> list[PackLoss]:
     """
     token_logps = [pack.token_logps_C.detach().requires_grad_() for pack in packs]
     lengths_S = _one_batch([pack.cu_seqlens.diff() for pack in packs])
-    cu_seqlens = torch.nn.functional.pad(lengths_S.cumsum(0), (1, 0)).int()
+    cu_seqlens = cu_seqlens_of(lengths_S)
     whole = pair_loss(
         torch.cat(token_logps).index_select(0, _tokens_moved(packs, lengths_S, cu_seqlens)),
         cu_seqlens,

@@ -224,9 +224,6 @@ def _save(trainer: "DPOTrainer", path: Path, say: Callable[[str], Any]) -> None:
         say(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
 
 
-# Several processes
-
-
 def _is_launched() -> bool:
     """Whether `accelerate launch`, torchrun or deepspeed has started this process."""
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -288,9 +285,6 @@ def _launch(launch_flags: list[str], argv: Sequence[str]) -> int:
     except subprocess.CalledProcessError as error:  # its process has said why
         return error.returncode
     return 0
-
-
-# Errors
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
     PaddedCollator                  a sequence a row, padded on the right
     PackedCollator(share=False)     sequences end to end in one row, no padding
-    PackedCollator(share=True)      the same, and what sequences begin with alike stands once
+    PackedCollator(share=True)      the same, with common beginnings of sequences there once
 
 Rows hold prompt_ids, chosen_ids and rejected_ids (ints, a list or an array) and, where the
 reference has scored them, ref_chosen_logps and ref_rejected_logps. Of B rows become S = 2B
@@ -46,7 +46,7 @@ class Cut:
         return prompt[max(0, len(prompt) + len(completion) - self.max_length) :], completion
 
     def lengths(self, row: Row) -> tuple[int, int]:
-        """Of the chosen and the rejected sequence of `row`, cut."""
+        """The lengths of `row`'s chosen and rejected sequences, once cut."""
         limit = self.max_length or sys.maxsize
         prompt = len(row["prompt_ids"])
         return (
@@ -60,7 +60,7 @@ class Cut:
 
 
 class Size(NamedTuple):
-    """What decides how many tokens a forward of some rows has; arrays are one for each forward."""
+    """What determines how many tokens a forward has; arrays have one element for each forward."""
 
     sequences: int | ndarray
     longest: int | ndarray
@@ -210,7 +210,7 @@ class PackedCollator:
         }
 
     def size(self, rows: Sequence[Row]) -> Size:
-        """Of rows of one prompt, at the most: what else completions share is not looked for."""
+        """Of rows with one prompt, an upper bound: what else completions share is not counted."""
         lengths = [n for row in rows for n in self.cut.lengths(row)]
         longest, tokens = max(lengths), sum(lengths)
         if self.share and not self.cut.may_split_prompt(longest):

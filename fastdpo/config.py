@@ -6,8 +6,8 @@ there is no GPU, and `logging_nan_inf_filter`.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
@@ -20,7 +20,8 @@ from fastdpo.model import TOKEN_STATS
 logger = logging.get_logger(__name__)
 
 
-def _setting(default: Any, text: str, **metadata: Any) -> Any:
+def setting(default: Any, text: str, **metadata: Any) -> Any:
+    """A dataclass's field with its help text; metadata may have `choices`."""
     metadata["help"] = text
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -39,81 +40,85 @@ class DPOConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # TrainingArguments' fields with another default
-    learning_rate: float = _setting(1e-6, "The initial learning rate.")
-    logging_steps: float = _setting(
+    learning_rate: float = setting(1e-6, "The initial learning rate.")
+    logging_steps: float = setting(
         10, "Log every this many optimizer steps; below 1, a share of all steps."
     )
-    gradient_checkpointing: bool = _setting(
+    gradient_checkpointing: bool = setting(
         True, "Recompute activations in the backward: less memory, about a third more time."
     )
-    bf16: bool | None = _setting(
+    bf16: bool | None = setting(
         None,
         "bfloat16 autocast. Unset: on where a GPU can do it and fp16 is off, else float32 "
         "(TRL turns it on without a GPU too, and then stops or trains in bfloat16 on the CPU).",
     )
-    logging_nan_inf_filter: bool = _setting(
+    logging_nan_inf_filter: bool = setting(
         False,
         "Replace NaN and Inf losses in the log. Off: the log shows what happened, and no step "
         "waits for the GPU to look (TRL keeps transformers' True).",
     )
 
     # The model
-    model_init_kwargs: dict[str, Any] | str | None = _setting(
+    model_init_kwargs: dict[str, Any] | str | None = setting(
         None, "Arguments of `from_pretrained`, when the model is given as a string (a JSON object)."
     )
-    trust_remote_code: bool = _setting(False, "Run model and tokenizer code from the Hub.")
-    router_aux_loss_coef: float | None = _setting(
+    trust_remote_code: bool = setting(False, "Run model and tokenizer code from the Hub.")
+    router_aux_loss_coef: float | None = setting(
         None,
         "Weight of a mixture-of-experts model's load-balancing loss; unset: the model's own, "
         "0: none.",
     )
-    disable_dropout: bool = _setting(True, "Set every dropout of policy and reference to 0.")
+    disable_dropout: bool = setting(True, "Set every dropout of policy and reference to 0.")
 
     # The data
-    dataset_num_proc: int | None = _setting(None, "Processes that tokenise.")
-    max_length: int | None = _setting(
+    dataset_num_proc: int | None = setting(None, "Processes that tokenise.")
+    max_length: int | None = setting(
         1024,
         "Longest prompt + completion, in tokens; longer ones are cut as truncation_mode says.",
     )
-    truncation_mode: str = _setting(
+    truncation_mode: str = setting(
         "keep_start",
         "Which end of a too long sequence stays.",
         choices=["keep_start", "keep_end"],
     )
-    padding_free: bool = _setting(False, "Accepted for TRL's sake: `layout` decides.")
-    pad_to_multiple_of: int | str | None = _setting(
+    padding_free: bool = setting(
+        False, "Accepted for TRL's sake, with a warning, and without effect: `layout` decides."
+    )
+    pad_to_multiple_of: int | str | None = setting(
         "auto",
         "Where the layout pads, pad to a multiple of this many tokens; auto: no further than the "
         "longest.",
     )
-    layout: str = _setting(
+    layout: str = setting(
         "auto",
-        "How pairs stand in a forward. shared: each prompt once, its completions as branches; "
-        "packed: whole sequences end to end; padded: a sequence a row, as in TRL; auto: shared, "
-        "or padded for a model that cannot run it.",
+        "How pairs are laid out. shared: each prompt once, its completions as branches; packed: "
+        "whole sequences end to end; padded: a sequence a row, as in TRL; auto: shared, or padded "
+        "for a model that cannot run it.",
         choices=["auto", *LAYOUTS],
     )
-    strict_layout: bool = _setting(
+    strict_layout: bool = setting(
         False, "End the run, instead of padding, where the layout changes the model's numbers."
     )
-    max_tokens_per_forward: int | str | None = _setting(
+    max_tokens_per_forward: int | str | None = setting(
         None,
         "Run a training batch in packs of at most this many tokens, one after the other, with the "
         "loss and gradients of the whole. auto: as the free memory of the GPU allows, and less "
         "after an out-of-memory error. Unset: the batch in one forward. (With loss_type "
         f"{', '.join(BATCH_LOSSES)} each pack has one more forward, without gradient.)",
     )
-    on_bad_rows: Literal["raise", "skip"] = _setting(
-        "raise", "A malformed row ends the run before it starts, or is left out and counted."
+    on_bad_rows: str = setting(
+        "raise",
+        "A malformed row ends the run before it starts, or is left out and counted.",
+        choices=["raise", "skip"],
     )
 
     # The head
-    head_cache_bytes: int = _setting(
+    head_cache_bytes: int = setting(
         HEAD_CACHE_BYTES,
-        "Memory in which a trained head's tiles of probabilities wait for their gradient; those "
-        "that do not fit are computed again. It changes speed and memory, no number.",
+        "Memory for a trained head's tiles of probabilities, kept for the backward; tiles that do "
+        "not fit are computed again. Affects speed and memory, not results.",
     )
-    head_skip_below: float = _setting(
+    head_skip_below: float = setting(
         0.0,
         "Leave out of the hidden states' gradient the vocabulary tokens that are less likely than "
         "this at every position of a tile (Cut Cross-Entropy's filter, 2**-12 there). An "
@@ -122,57 +127,57 @@ class DPOConfig(TrainingArguments):
     )
 
     # The reference
-    precompute_ref_log_probs: bool = _setting(
+    precompute_ref_log_probs: bool = setting(
         False, "Score all data with the reference before training, which then does without it."
     )
-    precompute_ref_batch_size: int | None = _setting(
+    precompute_ref_batch_size: int | None = setting(
         None, "Pairs per forward while doing so; unset: the train or eval batch size."
     )
-    sync_ref_model: bool = _setting(False, "TR-DPO: let the reference follow. Not there yet.")
-    ref_model_mixup_alpha: float = _setting(0.6, "Used by sync_ref_model.")
-    ref_model_sync_steps: int = _setting(512, "Used by sync_ref_model.")
+    sync_ref_model: bool = setting(False, "TR-DPO: let the reference follow. Not there yet.")
+    ref_model_mixup_alpha: float = setting(0.6, "Used by sync_ref_model.")
+    ref_model_sync_steps: int = setting(512, "Used by sync_ref_model.")
 
     # The loss
-    loss_type: list[str] = _setting(
+    loss_type: list[str] = setting(
         ["sigmoid"],
         f"One or more of {', '.join(LOSS_TYPES)}; more than one are summed. What a pair costs in "
         f"{', '.join(BATCH_LOSSES)} depends on the other pairs of its batch, on its own device.",
     )
-    loss_weights: list[float] | None = _setting(
+    loss_weights: list[float] | None = setting(
         None, "A weight for each of loss_type in that sum; unset: 1."
     )
-    beta: float = _setting(
-        0.1, "How strongly the policy is held to the reference; the tau of IPO's paper."
+    beta: float = setting(
+        0.1, "How strongly the policy is kept near the reference; tau in the IPO paper."
     )
-    label_smoothing: float = _setting(
+    label_smoothing: float = setting(
         0.0,
         "Probability that a preference is the wrong way round, in [0, 0.5): read by sigmoid "
         "(conservative DPO; TRL's ignores it), robust, aot, aot_unpaired, and exo_pair, which "
         "needs it above 0.",
     )
-    ld_alpha: float | None = _setting(
+    ld_alpha: float | None = setting(
         None,
         "LD-DPO: weight, in [0, 1], of tokens past the length of the pair's shorter completion; "
         "unset: 1.",
     )
-    f_divergence_type: str = _setting(
+    f_divergence_type: str = setting(
         "reverse_kl",
-        "f-DPO: what holds policy to reference. Others than reverse_kl go with loss_type "
+        "f-DPO: the divergence between policy and reference. All but reverse_kl need loss_type "
         f"{', '.join(WITH_F_DIVERGENCE)}.",
         choices=[*F_DIVERGENCES],
     )
-    f_alpha_divergence_coef: float = _setting(
+    f_alpha_divergence_coef: float = setting(
         0.5, "Used by f_divergence_type alpha_divergence: at 0 it is forward_kl, at 1 reverse_kl."
     )
-    use_weighting: bool = _setting(
+    use_weighting: bool = setting(
         False,
-        "WPO (arXiv:2406.11827): a pair weighs the more, the likelier the policy is to write its "
+        "WPO (arXiv:2406.11827): weight each pair by how likely the policy is to write its "
         f"completions itself. Not with loss_type {', '.join(BATCH_LOSSES)}.",
     )
-    discopop_tau: float = _setting(0.05, "Used by loss_type discopop; above 0.")
-    activation_offloading: bool = _setting(False, "Activations to CPU memory. Not there yet.")
+    discopop_tau: float = setting(0.05, "Used by loss_type discopop; above 0.")
+    activation_offloading: bool = setting(False, "Activations to CPU memory. Not there yet.")
 
-    pad_token: str | None = _setting(None, "Deprecated in TRL: set tokenizer.pad_token instead.")
+    pad_token: str | None = setting(None, "Deprecated in TRL: set tokenizer.pad_token instead.")
 
     def __post_init__(self):
         if self.bf16 is None:
@@ -184,11 +189,12 @@ class DPOConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         self.pad_to_multiple_of = _pad_multiple(self.pad_to_multiple_of)
         self.max_tokens_per_forward = _max_tokens(self.max_tokens_per_forward)
-        if self.accelerator_config is None:
-            # batches move to the GPU from pinned memory while the CPU goes on
-            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
+        has_own_accelerator_config = self.accelerator_config is not None
         super().__post_init__()
+        if not has_own_accelerator_config:  # the CPU goes on while batches move from pinned memory
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
         self._check_loop()
+        self._check_choices()
         self._check_values()
         self._check_loss()
         self._check_unsupported()
@@ -198,7 +204,9 @@ class DPOConfig(TrainingArguments):
             given = self.liger_kernel_config or {}
             self.liger_kernel_config = {**given, "fused_linear_cross_entropy": False}
         if self.padding_free:
-            logger.warning("padding_free=True changes nothing: `layout` says how pairs stand.")
+            logger.warning(
+                "padding_free=True changes nothing: `layout` decides how pairs are laid out."
+            )
 
     @property
     def length_column(self) -> str | None:
@@ -213,7 +221,7 @@ class DPOConfig(TrainingArguments):
 
     @property
     def token_stats(self) -> tuple[str, ...]:
-        """What a training step asks of the head beside log-probabilities."""
+        """The statistics that a training step needs besides log-probabilities."""
         return (*TOKEN_STATS, "log_sum_p2") if self.use_weighting else TOKEN_STATS
 
     @property
@@ -257,7 +265,7 @@ class DPOConfig(TrainingArguments):
         }
 
     def _check_loop(self):
-        """What transformers looks at once rows and model have been read, or takes for no steps."""
+        """Values that transformers would refuse late, or train no step with."""
         counts = ("per_device_train_batch_size", "per_device_eval_batch_size")
         for name in (*counts, "gradient_accumulation_steps"):
             _want(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
@@ -265,11 +273,15 @@ class DPOConfig(TrainingArguments):
             value = getattr(self, name)
             _want(0 <= value < math.inf, f"{name} >= 0", value)
 
+    def _check_choices(self):
+        for each in fields(self):
+            choices, value = each.metadata.get("choices"), getattr(self, each.name)
+            if choices and each.name in DPOConfig.__annotations__:  # transformers checks its own
+                _want(value in choices, f"{each.name} in {choices}", value)
+
     def _check_values(self):
         # one token cannot be predicted and predict
         _want(self.max_length is None or self.max_length >= 2, "max_length >= 2", self.max_length)
-        modes = ("keep_start", "keep_end")
-        _want(self.truncation_mode in modes, f"truncation_mode in {modes}", self.truncation_mode)
         _want(self.head_cache_bytes >= 0, "head_cache_bytes >= 0", self.head_cache_bytes)
         _want(0 <= self.head_skip_below < 1, "head_skip_below in [0, 1)", self.head_skip_below)
         coef, batch_size = self.router_aux_loss_coef, self.precompute_ref_batch_size
@@ -278,9 +290,6 @@ class DPOConfig(TrainingArguments):
         weights, alpha = self.loss_weights, self.f_alpha_divergence_coef
         _want(weights is None or _are_finite(weights), "loss_weights as finite numbers", weights)
         _want(_are_finite([alpha]), "a finite f_alpha_divergence_coef", alpha)
-        layouts = ("auto", *LAYOUTS)
-        _want(self.layout in layouts, f"layout of {layouts}", self.layout)
-        _want(self.on_bad_rows in ("raise", "skip"), "on_bad_rows raise or skip", self.on_bad_rows)
         _want(
             self.max_tokens_per_forward is None or self.include_num_input_tokens_seen == "no",
             "include_num_input_tokens_seen no with max_tokens_per_forward (num_tokens is logged)",
@@ -310,7 +319,6 @@ class DPOConfig(TrainingArguments):
         alpha = self.ld_alpha
         _want(alpha is None or 0 <= alpha <= 1, "ld_alpha in [0, 1]", alpha)
         divergence = self.f_divergence_type
-        _want(divergence in F_DIVERGENCES, f"f_divergence_type in {F_DIVERGENCES}", divergence)
         _want(
             divergence == "reverse_kl" or set(self.loss_type) <= set(WITH_F_DIVERGENCE),
             f"f_divergence_type reverse_kl with loss_type {self.loss_type} (others go with "

@@ -106,9 +106,6 @@ def _demo(folder: Path, size: Size) -> int:
     return 0
 
 
-# The task
-
-
 def held_out():
     return make_questions()[:HELD_OUT]
 
@@ -263,9 +260,6 @@ def naive_logps(model, batch: list[dict], side: str, pad_token_id: int) -> torch
     logits = model(input_ids=ids, attention_mask=(positions < ends).long()).logits.float()
     logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
     return (logps * ((positions >= starts) & (positions < ends))[:, 1:]).sum(1)
-
-
-# What is shown
 
 
 def _report(runs: dict, answers: dict[str, list[str]], apart: float) -> str:

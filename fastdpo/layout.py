@@ -32,7 +32,7 @@ Probe = Callable[[nn.Module, str], str | None]
 
 
 class Layout(NamedTuple):
-    """The layout of a run, and in a line what it is or why it is no better one."""
+    """A run's layout, and a line that describes it or says why the run fell back to it."""
 
     name: str
     line: str
@@ -44,8 +44,6 @@ def why_padded(model: nn.Module) -> str | None:
     name, config = type(causal_lm).__name__, causal_lm.config.get_text_config()
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return f"{model.active_peft_config.peft_type.value} puts tokens of its own before each row"
-    if causal_lm.config.is_encoder_decoder:
-        return f"{name} is an encoder-decoder"
     if causal_lm._is_stateful:
         return f"{name} carries a state from token to token"
     others = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
@@ -69,7 +67,7 @@ def choose_layout(
     strict: bool,
     has_to_pad: str | None = None,
 ) -> Layout:
-    """The layout that all `models` run, and make those models ready for it.
+    """Pick a layout that all `models` can run, and switch their attention to it.
 
     wanted: "auto" or one of collate.LAYOUTS. probe(model, layout): how the two layouts differ on a
     real pair, None for not at all; None where the weights are not in one piece. has_to_pad: why the
@@ -96,7 +94,7 @@ def choose_layout(
 
 
 def _why_not(name: str, models: Sequence[nn.Module], probe: Probe | None) -> str | None:
-    """How one of `models` computes otherwise in layout `name`; None if all are ready for it."""
+    """How the numbers of one of `models` differ in layout `name`; None if all are switched."""
     for model in models:
         attend_along_trees(causal_lm_of(model))
     differences = (probe(model, name) for model in models) if probe else ()

@@ -1,4 +1,4 @@
-"""Does a model compute the same in a packed layout as in the padded one? Asked of one real pair."""
+"""Does a model compute the same packed as padded? Checked on one real pair."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -36,7 +36,7 @@ class LayoutCheck:
     autocast: Callable[[], AbstractContextManager]
 
     def difference(self, model: nn.Module, collator: Collator) -> str | None:
-        """What `model` computes otherwise in `collator`'s layout than padded; None for nothing.
+        """What `model` computes differently in `collator`'s layout than padded; None for nothing.
 
         Two forwards of one pair; four, to find the layer, where they differ. What fails padded
         fails: that is no layout's doing.

@@ -1,12 +1,13 @@
 """Log-probabilities of policy and reference -> PairLoss, by the names of the losses."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdpo import ops
 from fastdpo.kernels import reference
+from fastdpo.kernels.reference import completion_sums
 
 BATCH_LOSSES = tuple(reference.BATCH_LOSSES)  # a pair's depends on the other pairs of its batch
 LOSS_TYPES = (*reference.LOSSES, *BATCH_LOSSES)
@@ -42,27 +43,27 @@ class PairLoss(NamedTuple):
         return self.metrics_MB[4:].flatten()
 
 
-def completion_logps(
-    token_logps_C: Tensor, cu_seqlens: Tensor, ld_alpha: float | None = None
-) -> Tensor:
-    """logps_S: the sum of each completion's token log-probabilities, float32 (S,).
-
-    With ld_alpha, tokens past the length of the pair's shorter completion weigh ld_alpha.
-    """
-    return ops.completion_logps(token_logps_C, cu_seqlens, ld_alpha)
-
-
 def pair_loss(
-    token_logps_C: Tensor, cu_seqlens: Tensor, reference_logps_S: Tensor, **settings
+    token_logps_C: Tensor,
+    cu_seqlens: Tensor,
+    reference_logps_S: Tensor,
+    *,
+    log_sum_p2_C: Tensor | None = None,
+    **settings: Any,
 ) -> PairLoss:
     """The weighted sum of one or more losses for each pair: kernels/reference.py has the formulas.
 
-    With one of BATCH_LOSSES, the pairs given here are the batch.
+    With one of BATCH_LOSSES, the pairs given here are the batch. With log_sum_p2_C, each pair's
+    loss is multiplied by its weight: pair_weights.
 
     token_logps_C: float32, C tokens of S = 2B completions end to end, chosen 0..B-1 then
-    rejected; cu_seqlens: int32 (S + 1,). settings: as kernels.pair_loss.pair_loss has them.
+    rejected; cu_seqlens: int32 (S + 1,). settings: those of kernels.pair_loss.pair_loss.
     """
-    return PairLoss(*ops.pair_loss(token_logps_C, cu_seqlens, reference_logps_S, **settings))
+    losses = PairLoss(*ops.pair_loss(token_logps_C, cu_seqlens, reference_logps_S, **settings))
+    if log_sum_p2_C is None:
+        return losses
+    weight_B = pair_weights(token_logps_C, log_sum_p2_C, cu_seqlens)
+    return losses._replace(loss_B=losses.loss_B * weight_B)
 
 
 @torch.no_grad()
@@ -73,6 +74,6 @@ def pair_weights(token_logps_C: Tensor, log_sum_p2_C: Tensor, cu_seqlens: Tensor
     its tokens, p' the probabilities of the whole vocabulary. log_sum_p2_C: the logarithm of that
     sum. Tokens and cu_seqlens as pair_loss has them; an empty completion weighs 1.
     """
-    logs_S = completion_logps(token_logps_C - log_sum_p2_C, cu_seqlens)
+    logs_S = completion_sums(token_logps_C - log_sum_p2_C, cu_seqlens)
     chosen_B, rejected_B = (logs_S / cu_seqlens.diff().clamp(min=1)).exp().chunk(2)
     return chosen_B * rejected_B

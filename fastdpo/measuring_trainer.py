@@ -1,7 +1,8 @@
 """MeasuringTrainer: transformers.Trainer whose log and evaluations have DPO's metrics.
 
-Sums stay on the device. A log reads those of training since the log before, an evaluation its own,
-of every pair once and all alike, whatever batches, packs and ranks it ran in.
+Sums stay on the device until they are logged. A training log averages over what ran since the log
+before it; an evaluation over its pairs, each counted once and with the same weight, whatever the
+batch size, the packs and the number of ranks.
 """
 
 import torch
@@ -28,7 +29,7 @@ class MeasuringTrainer(PackTrainer):
         self.counts = RunCounts(self.args.device)
 
     def _inner_training_loop(self, *args, **kwargs):
-        """As transformers', which runs it again where it tries smaller batches."""
+        """As transformers'; auto_find_batch_size runs it again with smaller batches."""
         self.counts = RunCounts(self.args.device)
         return super()._inner_training_loop(*args, **kwargs)
 
@@ -43,8 +44,8 @@ class MeasuringTrainer(PackTrainer):
     ) -> None:
         """Add a forward to what this logging interval, or this evaluation, has measured.
 
-        tokens: that the body ran for a training forward; None for an evaluation's. Training's waits
-        for nothing.
+        tokens: those that a training forward ran; None in an evaluation. In training, the CPU does
+        not wait for the device here.
         """
         counts = self.counts
         if tokens is not None:
@@ -63,7 +64,7 @@ class MeasuringTrainer(PackTrainer):
         """Add an interval's metrics to training's `logs`: the moment that waits for the device."""
         if "loss" in logs or "train_runtime" in logs:
             logs |= self.counts.read(self.counts.train, self.accelerator)
-        if "train_runtime" in logs:
+        if "train_runtime" in logs:  # the dictionary that train() returns, so changed in place
             logs |= self.counts.tokens.over_ranks(self.accelerator)
         super().log(logs, start_time)
 
@@ -88,8 +89,9 @@ class MeasuringTrainer(PackTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """As transformers.Trainer's, of evaluations and predictions, with DPO's metrics.
 
-        The loss is the pairs' mean: transformers weighs the batches of a stream alike, and counts
-        rows of tokens. And it would cut the last batch's sequences to the number of its pairs.
+        The loss is a mean over pairs; transformers' would be one over batches for a stream, and
+        over rows otherwise. The chosen and the rejected half are gathered separately: transformers
+        cuts the last batch to its number of pairs.
         """
         gather, counts = self.gather_function, self.counts
         self.gather_function = lambda x_S: torch.cat([gather(half) for half in x_S.chunk(2)])

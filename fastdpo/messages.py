@@ -90,8 +90,8 @@ def _check_order(
 
 
 def as_sent(messages: list[Any]) -> list[Any]:
-    """The messages as they were before Arrow kept them: read, where they stand as JSON text
-    (rows.py), and without the None-valued keys that it adds to make them all alike."""
+    """The messages as they were before Arrow stored them: messages kept as JSON text (rows.py) are
+    decoded, and the None values are dropped that Arrow adds to give all the same keys."""
     return [
         {key: value for key, value in message.items() if value is not None}
         if isinstance(message, dict)

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdpo.batch import PairBatch, TokensRun
-from fastdpo.losses import PAIR_METRICS, PairLoss, completion_logps
+from fastdpo.batch import PairBatch, TokensRun, cu_seqlens_of
+from fastdpo.kernels.reference import completion_sums
+from fastdpo.losses import PAIR_METRICS, PairLoss
 from fastdpo.model import ScoredOutput
 
 TOKEN_METRICS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
@@ -32,7 +33,7 @@ class MetricSums:
             self._sums[names] = self._sums[names].add_(sums_2M) if names in self._sums else sums_2M
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Each sum over its weight, over all ranks; starts again. The wait for the device"""
+        """Weighted means over all ranks; the sums start again at 0. Waits for the device."""
         if not self._sums:
             return {}
         groups = sorted(self._sums)
@@ -86,14 +87,13 @@ def evaluation_metrics(
 def _first_pairs(
     batch: PairBatch, scored: ScoredOutput, losses: PairLoss, count: int
 ) -> tuple[PairBatch, ScoredOutput, PairLoss]:
-    """What the metrics of the first `count` pairs are made of. Waits for the device"""
+    """What pair_metrics needs for the first `count` pairs alone. Waits for the device."""
     lengths_2B = batch.cu_seqlens.diff().view(2, -1)
     is_first_2B = torch.arange(batch.num_pairs, device=lengths_2B.device).expand(2, -1) < count
     tokens_C = is_first_2B.flatten().repeat_interleave(lengths_2B.flatten()).nonzero().squeeze(1)
     lengths_S = lengths_2B[:, :count].flatten()
-    cu_seqlens = nn.functional.pad(lengths_S.cumsum(0), (1, 0)).int()
     return (
-        replace(batch, cu_seqlens=cu_seqlens),
+        replace(batch, cu_seqlens=cu_seqlens_of(lengths_S)),
         scored.of_rows(tokens_C),
         PairLoss(losses.loss_B[:count], losses.metrics_MB[:, :count]),
     )
@@ -109,7 +109,7 @@ def pair_metrics(batch: PairBatch, scored: ScoredOutput, losses: PairLoss) -> Su
     B = batch.num_pairs
     chosen_tokens, all_tokens = batch.cu_seqlens[B], batch.cu_seqlens[-1]
     is_chosen_C = torch.arange(len(scored.is_top1_C), device=chosen_tokens.device) < chosen_tokens
-    mean_logit_S = completion_logps(scored.mean_logit_C, batch.cu_seqlens)
+    mean_logit_S = completion_sums(scored.mean_logit_C, batch.cu_seqlens)
     token_sums = [
         scored.entropy_C.sum(),
         (scored.is_top1_C & is_chosen_C).sum(),

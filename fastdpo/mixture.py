@@ -3,12 +3,13 @@
 ScriptArguments, DatasetMixtureConfig --load_datasets--> preference rows
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
-from fastdpo.arguments import ScriptArguments, flag
+from fastdpo.arguments import ScriptArguments
+from fastdpo.config import setting
 from fastdpo.preferences import ORIGIN
 from fastdpo.rows import AnyDataset, in_one_kind, load_rows
 
@@ -30,15 +31,13 @@ class DatasetConfig:
 class DatasetMixtureConfig:
     """Several datasets, one after the other, from a YAML file's `datasets:`."""
 
-    datasets: list[DatasetConfig] = field(
-        default_factory=list,
-        metadata={
-            "help": "Several datasets instead of dataset_name: in a YAML file a list of mappings "
-            "with path and, where needed, name, data_dir, data_files, split, columns, fraction."
-        },
+    datasets: list[DatasetConfig] = setting(
+        [],
+        "Several datasets instead of dataset_name: in a YAML file a list of mappings with path "
+        "and, where needed, name, data_dir, data_files, split, columns, fraction.",
     )
-    streaming: bool = flag(False, "As dataset_streaming, for `datasets`.")
-    test_split_size: float | None = flag(
+    streaming: bool = setting(False, "As dataset_streaming, for `datasets`.")
+    test_split_size: float | None = setting(
         None, "Rows of the mixture held out for evaluation: a share below 1, or a count."
     )
 

@@ -5,6 +5,7 @@ wait for the GPU at each call.
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from fastdpo.kernels.products import HeadRows
 
 
 def implementation(device: torch.device) -> str:
-    """ "triton" on a CUDA device, "torch" on any other."""
+    """The backend for `device`: "triton" on CUDA, "torch" elsewhere."""
     return "triton" if device.type == "cuda" else "torch"
 
 
 @torch.compiler.disable  # a compiler would unroll the walk over the vocabulary; torch 2.11's errs
-def linear_logps(hidden_ND: Tensor, head_VD: Tensor | HeadRows, labels_N: Tensor, **settings):
+def linear_logps(
+    hidden_ND: Tensor, head_VD: Tensor | HeadRows, labels_N: Tensor, **settings: Any
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """kernels.linear_logps.linear_logps, its tiles folded by what suits the device.
 
     With FASTDPO_DEBUG=1, a label outside the vocabulary or a hidden state that is not finite is a
@@ -29,8 +32,8 @@ def linear_logps(hidden_ND: Tensor, head_VD: Tensor | HeadRows, labels_N: Tensor
     """
     if os.environ.get("FASTDPO_DEBUG") == "1":
         _check_rows(hidden_ND, head_VD.shape[0], labels_N)
-    fold = implementation(hidden_ND.device)
-    return _linear_logps.linear_logps(hidden_ND, head_VD, labels_N, fold=fold, **settings)
+    backend = implementation(hidden_ND.device)
+    return _linear_logps.linear_logps(hidden_ND, head_VD, labels_N, backend=backend, **settings)
 
 
 def _check_rows(hidden_ND: Tensor, V: int, labels_N: Tensor) -> None:
@@ -43,17 +46,9 @@ def _check_rows(hidden_ND: Tensor, V: int, labels_N: Tensor) -> None:
         raise ValueError(f"want finite hidden states, got NaN or Inf in row {broken[0].item()}")
 
 
-def completion_logps(
-    token_logps_C: Tensor, cu_seqlens: Tensor, ld_alpha: float | None = None
-) -> Tensor:
-    """kernels.reference.completion_logps on every device: torch's one launch is all there is.
-
-    pair_loss's kernel makes its own, in another order: float64 too, so that hardly a bit differs.
-    """
-    return reference.completion_logps(token_logps_C, cu_seqlens, ld_alpha)
-
-
-def pair_loss(token_logps_C: Tensor, cu_seqlens: Tensor, reference_logps_S: Tensor, **settings):
+def pair_loss(
+    token_logps_C: Tensor, cu_seqlens: Tensor, reference_logps_S: Tensor, **settings: Any
+) -> tuple[Tensor, Tensor]:
     """kernels.pair_loss.pair_loss on CUDA, kernels.reference.pair_loss elsewhere.
 
     With one of reference.BATCH_LOSSES among loss_type it is the latter on CUDA too: a few dozen

@@ -1,16 +1,16 @@
-"""PackTrainer: transformers.Trainer that runs a training batch in packs of bounded size.
+"""PackTrainer: transformers.Trainer that runs each training batch in packs of bounded size.
 
-Each pack's loss is its share of the update's, so that gradients add up to those of the whole batch,
-and are reduced over ranks once. (A load-balancing loss of experts is each pack's own, as it is each
-microbatch's.)
+A pack's loss is its share of the whole update's, so that the accumulated gradients are those of the
+whole batch; ranks reduce them once. (A load-balancing loss of experts is each pack's own, as it is
+each microbatch's.)
 
-A budget that may shrink does so when memory runs out in a forward or a backward: the update starts
-again from its first batch, in smaller packs. With several ranks (DDP), all of them have to, and one
-that waits for the others in a collective cannot be told. So no pack has one: all run under no_sync,
-then the ranks say what budget they need, and an update that none failed in has its gradients
-averaged. That costs a collective of one number a batch, which the CPU waits for, and the overlap of
-the reduction with the last backward. What cannot be mended: an error within these collectives, and
-a rank whose single pair is too large, which ends the run on all of them.
+With a budget of "auto", memory that runs out in a forward or a backward halves the budget, and the
+update runs again from its first batch. Under DDP all ranks must do so, and a rank that waits in a
+collective cannot be told. So packs run under no_sync; after each batch the ranks agree on a budget
+(one number, which the CPU waits for), and gradients are averaged once no rank has failed. The price
+is that wait, and a reduction that does not overlap with the last backward. Not recoverable: memory
+that runs out within these collectives, and a single pair that does not fit, which ends the run on
+all ranks.
 """
 
 import contextlib
@@ -42,12 +42,12 @@ Batch = dict[str, Any]
 class PackTrainer(Trainer):
     """Subclasses set `budget`, None for whole batches, and `counted`.
 
-    counted: names of the attributes that compute_loss adds to; an update that starts again puts
-    them back, and the random state with them.
+    counted: names of the attributes that compute_loss adds to; an update that starts again restores
+    them, and the random state.
 
-    compute_loss sees one pack at a time, and has no collective of its own: ranks may have unequal
-    numbers of packs. One with is_filler is run for the number of forwards alone, which FSDP wants
-    alike on every rank: its loss must weigh nothing.
+    compute_loss is called with one pack at a time and must have no collective of its own, as ranks
+    may have different numbers of packs. A pack with is_filler runs only because FSDP needs the same
+    number of forwards on every rank: its loss must be 0.
     """
 
     budget: TokenBudget | None = None
@@ -65,7 +65,7 @@ class PackTrainer(Trainer):
         self._random_states: list[Tensor] = []
 
     def before_packs(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
-        """A batch's packs as compute_loss is to see them, in a number that fits every rank."""
+        """Hook: a batch's packs as compute_loss is to see them, as many as came."""
         return packs
 
     def choose_budget(self) -> TokenBudget | None:
@@ -95,7 +95,7 @@ class PackTrainer(Trainer):
         return super()._inner_training_loop(*args, **kwargs)
 
     def _tokens_that_fit(self) -> int:
-        """As far as the longest pairs show."""
+        """Estimated from a forward and a backward of the longest pairs."""
         rows = longest_rows(self.train_dataset)
         one, two = (self.to_device(self.data_collator(each)) for each in (rows[:1], rows[:2]))
         gradients = 1 if self.accelerator.num_processes == 1 else 2  # DDP's buckets are as large
@@ -116,8 +116,6 @@ class PackTrainer(Trainer):
             scored.token_logps_C.sum().backward()
         finally:
             self.model.zero_grad()  # where memory runs out, some have a gradient already
-
-    # The data
 
     def get_train_dataloader(self):
         if self.budget is None:
@@ -158,7 +156,7 @@ class PackTrainer(Trainer):
         return self.accelerator.num_processes > 1 and not is_ddp
 
     def _even_out(self, batches: list[Batch]) -> None:
-        """Give each batch as many packs as it has on the rank where it has most."""
+        """Give each batch as many packs as it has on the rank with the most."""
         counts = torch.tensor([len(inputs["packs"]) for inputs in batches], device=self.args.device)
         of_ranks = self.accelerator.gather(counts).view(-1, len(batches))
         for inputs, count in zip(batches, of_ranks.amax(0).tolist(), strict=True):  # a wait
@@ -169,8 +167,6 @@ class PackTrainer(Trainer):
 
     def _lay_out_anew(self, inputs: Batch, at_least: int = 1) -> None:
         inputs |= self.to_device(self._pack_collator(inputs["rows"].rows, at_least))
-
-    # The step
 
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: int | None = None
@@ -185,12 +181,12 @@ class PackTrainer(Trainer):
         if not self.budget.may_shrink:
             return run(inputs)
         if not self._done:
-            self._remember()
+            self._save_state()
         with self.accelerator.no_sync(model):
             losses = self._attempt(run, [inputs])
             while losses is None:
                 # not in _attempt's handler, where the error would still hold what it failed with
-                self._forget()
+                self._restore_state()
                 losses = self._attempt(run, [*self._done, inputs])
         self._done.append(inputs)
         if self.accelerator.sync_gradients:  # the last batch of the update
@@ -234,13 +230,13 @@ class PackTrainer(Trainer):
         )
         return None
 
-    def _remember(self) -> None:
-        """An update starts; _forget may have to come back to here."""
+    def _save_state(self) -> None:
+        """At the start of an update: what _restore_state goes back to."""
         self._before = copy.deepcopy({name: getattr(self, name) for name in self.counted})
         self._random_states = [generator.get_state() for generator in self._generators()]
 
-    def _forget(self) -> None:
-        """What this update did so far is void: its gradients, counts and random numbers."""
+    def _restore_state(self) -> None:
+        """Undo what this update did so far: gradients, counts and random numbers."""
         for name, value in copy.deepcopy(self._before).items():
             setattr(self, name, value)
         for generator, state in zip(self._generators(), self._random_states, strict=True):

@@ -26,7 +26,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class PackCollator:
-    """Rows -> the inputs of each pack of a batch. A pack larger than the budget is a single pair"""
+    """Rows -> the inputs of each pack of a batch. Only a single pair may exceed the budget."""
 
     collator: Collator
     budget: TokenBudget
@@ -71,7 +71,7 @@ def _by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def into_more(packs: list[list[Row]], at_least: int) -> list[list[Row]]:
-    """As many packs as other ranks have, as far as there are pairs: the fullest in halves."""
+    """Split the fullest packs in halves until there are `at_least`, or each is a single pair."""
     packs = list(packs)
     while len(packs) < at_least:
         fullest = max(packs, key=len)

@@ -97,11 +97,11 @@ def with_adapters(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
 
 def load_adapters(policy: PeftModel, checkpoint: str) -> None:
-    """Load all adapters from `checkpoint`: active, trained and frozen ones stay what they are.
+    """Load the weights of every adapter; which are active, trained or frozen does not change.
 
-    PEFT writes the one called "default" into the folder itself, others into folders of their name,
-    of which transformers resumes the first active one alone, or takes none as the best. ValueError
-    where an adapter is not there.
+    PEFT writes the adapter "default" into the checkpoint's folder, others into folders of their
+    name. (transformers would resume only the first active one, and find none for the best model.)
+    ValueError where an adapter is missing.
     """
     for name in policy.peft_config:
         folder = Path(checkpoint, "" if name == "default" else name)
@@ -122,7 +122,7 @@ def make_ready(
     without_dropout: bool,
     reentrant_checkpoints: bool,
 ) -> None:
-    """What the two models need before they are placed: the pad token, dropout off, checkpoints."""
+    """Before the models are moved to a device: pad token, dropout off, reentrant checkpoints."""
     for config in (policy.config.get_text_config(), policy.generation_config):
         if config is not None:
             config.pad_token_id = pad_token_id

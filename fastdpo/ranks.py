@@ -1,4 +1,4 @@
-"""What the ranks of a run settle together between forwards; alone, a process settles it at once."""
+"""Collectives between forwards; with a single process they do nothing."""
 
 from collections.abc import Iterable, Iterator
 
@@ -17,10 +17,10 @@ def least_of_ranks(count: int, accelerator: Accelerator) -> int:
 
 
 def pairs_not_repeated(num_pairs: int, accelerator: Accelerator) -> int:
-    """How many of this rank's pairs, the first of its batch, come for the first time.
+    """How many pairs of this rank's batch, the first ones, are not repeats.
 
-    At the end of a data set accelerate begins again at its start, until every rank has a batch as
-    large. Counted as its gather_for_metrics does: a stream, of no known length, seems to have none.
+    At the end of a dataset accelerate repeats its first rows to fill every rank's last batch. They
+    are counted as gather_for_metrics does: a stream, of unknown length, seems to have none.
     """
     state = accelerator.gradient_state
     if not state.end_of_dataloader or state.remainder <= 0:

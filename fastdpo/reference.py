@@ -1,12 +1,12 @@
-"""Whose log-probabilities the policy's are held against, in order of cost.
+"""Where the reference's log-probabilities come from, cheapest first.
 
-    RowLogps        they stand in the rows: nothing runs
+    RowLogps        the rows have them: nothing runs
     AdaptersOff     the policy without its new adapters
     FrozenModel     a second model, or a copy of what trains in the policy
 
-`make_reference` picks one. Each answers `logps(policy, batch, ld_alpha) -> (S,)` and says in
-`source` what it is. ld_alpha weighs tokens as losses.completion_logps says, None for all alike;
-what stands in the rows is taken as it is.
+`make_reference` picks one. Each has `logps(policy, batch, ld_alpha) -> (S,)` and a `source`, which
+describes it. ld_alpha weighs tokens as kernels.reference.completion_sums does, None weighs
+all alike; log-probabilities in the rows are taken as they are.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from fastdpo.batch import PairBatch
 from fastdpo.collate import REFERENCE_COLUMNS
-from fastdpo.losses import completion_logps
+from fastdpo.kernels.reference import completion_sums
 from fastdpo.model import attach_scorer, frozen_token_logps
 
 
@@ -78,7 +78,7 @@ def _frozen_logps(model: nn.Module, batch: PairBatch, ld_alpha: float | None) ->
         raise ValueError(
             "want one reference, got log-probabilities in the rows, as the training rows have none"
         )
-    return completion_logps(frozen_token_logps(model, batch), batch.cu_seqlens, ld_alpha)
+    return completion_sums(frozen_token_logps(model, batch), batch.cu_seqlens, ld_alpha)
 
 
 @contextlib.contextmanager
@@ -97,13 +97,13 @@ def _adapters_alone_train(policy: PeftModel) -> bool:
         return not any(parameter.requires_grad for parameter in policy.parameters())
 
 
-def frozen_copy(policy: nn.Module, *, in_common: bool = True) -> nn.Module:
+def frozen_copy(policy: nn.Module, *, share_frozen: bool = True) -> nn.Module:
     """A copy of `policy` as it is now, in evaluation mode, that no optimizer will change.
 
-    in_common: the two have the same tensors where nothing trains, and not a copy each.
+    share_frozen: parameters that are not trained are shared with `policy`, not copied.
     """
     tensors = []
-    if in_common:
+    if share_frozen:
         tensors += (parameter for parameter in policy.parameters() if not parameter.requires_grad)
         tensors += policy.buffers()
         # a bitsandbytes layer moves its weight's scales there in its first forward
@@ -124,10 +124,10 @@ def make_reference(
 ) -> Reference:
     """The cheapest reference that these rows, models and adapters have, on `device`.
 
-    in_rows: whether the rows have log-probabilities. has_new_adapters: that change nothing yet, so
-    that the policy without them is the reference. precompute: it is asked before training alone.
-    is_sharded: the policy's weights will be cut up, so that none can be its reference's too.
-    ValueError where the rows and ref_model are two.
+    in_rows: whether the rows have log-probabilities. has_new_adapters: whether the policy without
+    its adapters is the reference, as they change nothing yet. precompute: whether it is needed only
+    before training. is_sharded: whether the policy's weights will be sharded, so that the reference
+    cannot share any. ValueError if both the rows and ref_model provide a reference.
     """
     if in_rows and ref_model is not None:
         raise ValueError(f"want one reference, got ref_model and {REFERENCE_COLUMNS} in the rows")
@@ -139,7 +139,7 @@ def make_reference(
         return AdaptersOff(policy)
     if precompute:
         return FrozenModel(policy, "the policy before training")
-    copied = frozen_copy(policy, in_common=not is_sharded)
+    copied = frozen_copy(policy, share_frozen=not is_sharded)
     return _placed(copied, "a frozen copy of the policy", device)
 
 
@@ -151,25 +151,25 @@ def _placed(model: nn.Module, source: str, device: torch.device) -> FrozenModel:
 
 
 def are_scored(datasets: Mapping[str, Dataset | IterableDataset]) -> bool:
-    """Whether the rows of all data sets have reference log-probabilities.
+    """Whether the rows of all datasets have reference log-probabilities.
 
-    ValueError where those of some have them and others' do not.
+    ValueError if only some do.
     """
     required = set(REFERENCE_COLUMNS)
     scored = [name for name, rows in datasets.items() if required <= set(rows.column_names)]
     others = [name for name in datasets if name not in scored]
     if scored and others:
         raise ValueError(
-            f"want {' and '.join(REFERENCE_COLUMNS)} in all data sets or in none, got them in "
+            f"want {' and '.join(REFERENCE_COLUMNS)} in all datasets or in none, got them in "
             f"{', '.join(scored)} and not in {', '.join(others)}"
         )
     return bool(scored)
 
 
-def once_precomputed(reference: Reference, policy: nn.Module) -> RowLogps:
-    """`reference`, its log-probabilities in all rows from here on.
+def after_precompute(reference: Reference, policy: nn.Module) -> RowLogps:
+    """`reference`, now that all rows have its log-probabilities.
 
-    New rows it scores as before, unless it was the policy, which is about to change.
+    It still scores new rows, unless it is the policy itself, which is about to change.
     """
     is_gone = isinstance(reference, FrozenModel) and reference.model is policy
     source = f"{reference.source}, all rows scored before training"
@@ -196,7 +196,7 @@ def with_reference_logps(
     scored = []
     for inputs in accelerator.prepare(loader):
         logps_S = reference_logps(PairBatch.from_inputs(inputs))
-        # without the rows that were added to even the ranks out
+        # without the rows that accelerate repeats to fill the last batch
         scored.append(torch.stack(accelerator.gather_for_metrics(logps_S.chunk(2))))
     for name, logps_B in zip(REFERENCE_COLUMNS, torch.cat(scored, 1).cpu(), strict=True):
         dataset = dataset.add_column(name, logps_B.tolist())

@@ -113,7 +113,7 @@ def _from_disk(path: Path, split: str) -> Dataset:
 
 
 def as_dataset(rows: Iterable[dict[str, Any]], source: str = "rows") -> Dataset:
-    """`rows` in memory, with the columns of all of them: Dataset.from_list has the first one's.
+    """`rows` in memory, with the columns of all rows (Dataset.from_list has only the first row's).
 
     Messages that are more than a role and a text stand as JSON text, each for itself: Arrow would
     give every tool call the arguments of all. RowError names the first row of `source` whose value
@@ -261,7 +261,7 @@ def _kinds(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _check_alike(row: dict[str, Any], first: dict[str, str]) -> None:
-    """FieldError where a row lacks the prompt that the file's first has, or is no text as it is."""
+    """FieldError if a text field is missing, new or of another type than in the first row."""
     kinds = _kinds(row)
     for field in TEXT_FIELDS if kinds else ():
         if kinds.get(field) != first.get(field):
@@ -272,10 +272,10 @@ def _check_alike(row: dict[str, Any], first: dict[str, str]) -> None:
 
 
 def in_one_kind(rows: AnyDataset, source: str, *, skip_bad: bool) -> AnyDataset:
-    """`rows` with the fields of a checked row alone, and with messages and options as JSON text.
+    """`rows` in one schema for all sources, so that several can be concatenated: known fields only,
+    with an explicit prompt, and messages and options as JSON text.
 
-    Rows of any sources are then alike in all their parts, and can stand one behind the other. A
-    malformed one is RowError that names `source`, or stands as load_rows leaves it.
+    A malformed row is a RowError that names `source`, or with skip_bad what load_rows makes of it.
     """
 
     def checked(row: dict[str, Any], index: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run's folder holds: a run to go on with, a finished one, another's, or nothing yet.
+"""Decide what to do with a run's folder: start, resume, report that it is finished, or refuse.
 
 run.json, written before the first step, names every setting that decides the numbers of the run
 (its identity). The same identity goes on from the last whole checkpoint, or says that it is
@@ -63,9 +63,6 @@ class RunFolder:
     notes: tuple[str, ...] = ()
 
 
-# What decides the numbers
-
-
 def run_identity(
     script_args: ScriptArguments,
     training_args: DPOConfig,
@@ -74,8 +71,8 @@ def run_identity(
 ) -> dict[str, Any]:
     """Every setting that decides the numbers of a run, as flat JSON values by name.
 
-    A local file or folder stands there by its last name and a hash: all bytes of data, but for what
-    `datasets` caches beside it and the run writes; of a model's weights a sample.
+    A local path is replaced by its last component and a hash: of all bytes of data, except caches
+    that `datasets` writes beside it and the run's own output, and of a sample of a model's weights.
     """
     settings = {
         **asdict(script_args),
@@ -145,9 +142,6 @@ def mark_finished(path: Path) -> None:
     _write(path, {**_read(path), "finished": True})
 
 
-# Whose folder it is
-
-
 def _check_ownership(
     path: Path, identity: dict[str, Any], *, named: Path | None, resume_last: bool
 ) -> None:
@@ -199,9 +193,6 @@ def _make_next_free(path: Path) -> Path:
         except FileExistsError:
             continue  # also when another process took it just now
         return candidate
-
-
-# Checkpoints
 
 
 def _checkpoints(path: Path) -> list[Path]:
@@ -274,9 +265,6 @@ def _write(path: Path, run: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path / RUN_FILE)
-
-
-# What stands for a file
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

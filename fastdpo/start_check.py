@@ -1,6 +1,6 @@
-"""Does a run start where DPO starts? At step 0, the policy's log-probabilities are the reference's.
+"""Check that policy and reference agree before the first step.
 
-That makes every log-ratio 0, and the sigmoid loss ln 2; what other losses are then, is up to them.
+Then every log-ratio is 0 and the sigmoid loss is ln 2; other losses start elsewhere.
 """
 
 from peft import PeftModel

@@ -1,6 +1,7 @@
 """What `fastdpo verify` looks at: a policy and a few pairs, loaded as `fastdpo train` loads them.
 
-Adapters that start at zero get small values: half of their gradients would be zero.
+Adapter weights that start at zero get small random values: otherwise half of the adapters'
+gradients would be zero, and prove nothing.
 """
 
 from contextlib import AbstractContextManager

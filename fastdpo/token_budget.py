@@ -9,13 +9,13 @@ import torch
 from fastdpo.batch import count_pairs
 
 UNBOUNDED = sys.maxsize  # tokens
-SAFE_SHARE = 0.8  # of the free memory that a budget may count on: fragments take the rest
+SAFE_SHARE = 0.8  # of free memory that a budget may use; the rest is left for fragmentation
 
 
 class TokenBudget:
     """At most max_tokens in a forward; fewer when memory runs out, if it may shrink.
 
-    The number stands in shared memory: a data loader's workers see it shrink.
+    The number is kept in shared memory, so that a data loader's workers see it shrink.
     """
 
     def __init__(self, max_tokens: int = UNBOUNDED, *, may_shrink: bool = False):
@@ -52,7 +52,7 @@ def tokens_that_fit(
     *,
     kept_bytes: int,
 ) -> int:
-    """Tokens of a forward and backward in what is free of `device` but for kept_bytes.
+    """How many tokens of a forward and backward fit into `device`'s free memory, less kept_bytes.
 
     The peaks of run(smaller) and run(larger) differ by what their tokens cost: what does not grow
     with tokens, as gradients do not, is in both. UNBOUNDED, until memory runs out, where the device

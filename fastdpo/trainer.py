@@ -30,7 +30,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
 from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck, longest_rows
-from fastdpo.losses import pair_loss, pair_weights
+from fastdpo.losses import pair_loss
 from fastdpo.measuring_trainer import MeasuringTrainer
 from fastdpo.model import (
     attach_scorer,
@@ -43,9 +43,9 @@ from fastdpo.policy import load_adapters, load_tokenizer, make_policy, make_read
 from fastdpo.reference import (
     FrozenModel,
     RowLogps,
+    after_precompute,
     are_scored,
     make_reference,
-    once_precomputed,
     with_reference_logps,
 )
 from fastdpo.row_report import PairCounts
@@ -54,7 +54,9 @@ from fastdpo.summary import describe_run
 from fastdpo.trainer_check import check_arguments, check_best_metric, check_models, check_pairs
 
 OWN_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
-NOISY = "neftune_noise_alpha scales its noise by the length of a row, padded a sequence's"
+NOISY = (
+    "neftune_noise_alpha scales its noise by a row's length: a sequence's only where it is padded"
+)
 
 Rows = Dataset | IterableDataset
 
@@ -157,9 +159,9 @@ class DPOTrainer(MeasuringTrainer):
     def _set_up_models(
         self, ref_model: PreTrainedModel | None, row: Row, *, has_new_adapters: bool
     ) -> None:
-        """Policy and reference, able to score, and held against the data and `row`.
+        """Attach the scorer to policy and reference, and check both against the data and `row`.
 
-        ValueError for token ids beyond a model's vocabulary, or a head that is not what it seems.
+        ValueError for token ids beyond a model's vocabulary, or logits that are not hidden @ headᵀ.
         """
         args = self.args
         attach_scorer(self.model, **args.head_settings)
@@ -197,8 +199,6 @@ class DPOTrainer(MeasuringTrainer):
         """What is about to run: model, pairs, dropped rows, layout, kernels, reference, updates."""
         return describe_run(self)
 
-    # The data
-
     def _prepare(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
         """`dataset` as token ids, its rows counted under `name`; token ids stay as they are."""
         if isinstance(dataset, dict):
@@ -209,7 +209,7 @@ class DPOTrainer(MeasuringTrainer):
         return pairs
 
     def _prepare_new(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
-        """As _prepare, of rows that come when the models are there to be held against."""
+        """As _prepare, for rows that come once the models are loaded: checked against them too."""
         pairs = self._prepare(dataset, name)
         check_pairs(_by_name(pairs, name), self._models().values(), self.args)
         return pairs
@@ -260,8 +260,6 @@ class DPOTrainer(MeasuringTrainer):
         self.data_collator = self._collator(layout.name)
         return layout
 
-    # The reference
-
     def _reference_logps(self, policy: nn.Module, batch: PairBatch) -> Tensor:
         with self.accelerator.autocast():  # as the policy's forward has it
             return self.reference.logps(policy, batch, self.args.ld_alpha)
@@ -283,12 +281,10 @@ class DPOTrainer(MeasuringTrainer):
                 self.eval_dataset[name] = scored(dataset, batch_size=batch_size)
         elif self.eval_dataset is not None:
             self.eval_dataset = scored(self.eval_dataset, batch_size=batch_size)
-        self.reference = once_precomputed(self.reference, self.model)
-
-    # The step
+        self.reference = after_precompute(self.reference, self.model)
 
     def before_packs(self, model: nn.Module, packs: list[dict]) -> list[dict]:
-        """Packs, each with its part of a loss that can only be taken of all of them."""
+        """The packs, each with its part of the batch's loss where that mixes their pairs."""
         if not self.args.mixes_pairs or len(packs) == 1:
             return packs
         score_pack = functools.partial(self._pack_logps, model)
@@ -318,11 +314,13 @@ class DPOTrainer(MeasuringTrainer):
         if part:
             losses = part.of(token_logps_C, cu_seqlens)
         else:
-            settings = self.args.loss_settings
-            losses = pair_loss(token_logps_C, cu_seqlens, reference_logps_S, **settings)
-        if self.args.use_weighting:
-            weight_B = pair_weights(token_logps_C, scored.log_sum_p2_C, cu_seqlens)
-            losses = losses._replace(loss_B=losses.loss_B * weight_B)
+            losses = pair_loss(
+                token_logps_C,
+                cu_seqlens,
+                reference_logps_S,
+                log_sum_p2_C=scored.log_sum_p2_C,  # None without use_weighting
+                **self.args.loss_settings,
+            )
         if self.aux_loss_weight:
             losses = losses._replace(loss_B=losses.loss_B + self.aux_loss_weight * scored.aux_loss)
         loss = losses.loss_B.sum() / (num_items_in_batch or batch.num_pairs)

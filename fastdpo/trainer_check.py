@@ -35,6 +35,8 @@ def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
     if not isinstance(ref_model, PreTrainedModel | PeftModel | None):
         raise TypeError(f"want ref_model as a loaded model, got {type(ref_model).__name__}")
     for name, each in {"model": model, "ref_model": ref_model}.items():
+        if isinstance(each, PreTrainedModel | PeftModel) and each.config.is_encoder_decoder:
+            raise ValueError(f"want {name} as a decoder-only model, got {type(each).__name__}")
         if isinstance(each, PeftModel):
             _check_adapters(each.active_peft_config, name)
     weights = () if isinstance(model, str) else model.parameters()

@@ -5,15 +5,15 @@
     engine      what a training step runs: collator, score, pair_loss, in each layout
 
 Compared are the log-probability of every completion token, the loss of every pair and the gradient
-of every trained parameter. Both ways stand in one precision, that of the run.
+of every trained parameter. Both ways run in the precision of the run.
 
-The policy is held against log-probabilities up to 1 / beta off its own, as a reference equal to it
-would make all losses alike. The reference model, dropout, gradient checkpointing and experts'
-load-balancing loss are left out.
+The reference's log-probabilities are the policy's own plus offsets of up to 1 / beta: equal ones
+would give every pair the same loss. The reference model, dropout, gradient checkpointing and the
+experts' load-balancing loss are left out.
 
 A loss of a whole batch (aot, aot_unpaired, sft) mixes per_device_train_batch_size pairs both ways.
-AOT ranks them: two log-ratios no further apart than rounding may change ranks, which shows as a
-difference, and is none.
+AOT sorts them: two log-ratios that differ by less than rounding may swap places, which is reported
+as a difference, though neither way is wrong.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from fastdpo.batch import PairBatch
 from fastdpo.collate import ID_COLUMNS, LAYOUTS, Row, make_collator
 from fastdpo.kernels import reference
 from fastdpo.layout import why_padded
-from fastdpo.losses import pair_loss, pair_weights
+from fastdpo.losses import pair_loss
 from fastdpo.model import attach_scorer, causal_lm_of, score
 from fastdpo.subject import Subject
 
@@ -73,7 +73,7 @@ class PlainPairs(NamedTuple):
 
 
 class Plain(NamedTuple):
-    """The plain answer; the log-probabilities that the policy is held against, (B, 2); for each
+    """The plain answer; the reference's log-probabilities, (B, 2); for each
     pair the length of its loss's gradient in the token log-probabilities; and the standard
     deviation of the logits of a token, rms over tokens."""
 
@@ -121,16 +121,13 @@ HEADER = (
 )
 
 
-# The plain way
-
-
 def plain_way(subject: Subject) -> Plain:
     """A sequence at a time, by the model's own forward and kernels/reference.py.
 
     ValueError, with pair, token and layer, where a log-probability comes out NaN or Inf.
     """
     args, num_pairs = subject.args, len(subject.pairs)
-    # pairs that meet in a loss are held together, all their logits with them
+    # pairs that meet in a loss are kept together, with all their logits
     together = args.per_device_train_batch_size if args.mixes_pairs else 1
     # rewards in [-1, 1], no two pairs' alike
     offsets_B2 = torch.arange(2.0 * num_pairs).sin().view(-1, 2) / args.beta
@@ -163,7 +160,7 @@ def _plain_pairs(subject: Subject, few: list[int], offsets_B2: Tensor) -> PlainP
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     cu_seqlens = cu_seqlens.to(token_logps_C.device)
     # as the loss sums them, or the reference is as far off as what ld_alpha leaves out
-    logps_S = reference.completion_logps(token_logps_C.detach(), cu_seqlens, args.ld_alpha)
+    logps_S = reference.completion_sums(token_logps_C.detach(), cu_seqlens, args.ld_alpha)
     reference_logps_S = logps_S - offsets_B2.T.flatten().to(logps_S)
     loss_B, _ = reference.pair_loss(
         token_logps_C, cu_seqlens, reference_logps_S, **args.loss_settings
@@ -223,9 +220,6 @@ def _take_gradients(subject: Subject) -> dict[str, Tensor | None]:
     return gradients
 
 
-# The engine
-
-
 def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Answer:
     """As a training step has it, batches of per_device_train_batch_size pairs in `layout`."""
     args, B = subject.args, len(subject.pairs)
@@ -242,12 +236,9 @@ def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Ans
             scored.token_logps_C,
             batch.cu_seqlens,
             reference_logps_B2[chunk].T.flatten(),  # chosen, then rejected
+            log_sum_p2_C=scored.log_sum_p2_C,
             **args.loss_settings,
         ).loss_B
-        if args.use_weighting:
-            loss_B = loss_B * pair_weights(
-                scored.token_logps_C, scored.log_sum_p2_C, batch.cu_seqlens
-            )
         (loss_B.sum() / B).backward()
         completions = scored.token_logps_C.detach().split(batch.cu_seqlens.diff().tolist())
         chosen, rejected = completions[: len(chunk)], completions[len(chunk) :]
@@ -258,9 +249,6 @@ def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Ans
 
 def _without_reference(pair: Row) -> dict[str, Any]:
     return {name: pair[name] for name in ID_COLUMNS}
-
-
-# Held against each other
 
 
 def describe(subject: Subject, plain: Plain) -> str:
@@ -308,11 +296,11 @@ def compare(subject: Subject, plain: Plain) -> Iterator[Finding]:
         except (TypeError, ValueError, RuntimeError) as error:  # a model the layout does not fit
             yield Finding(layout, "forward and backward", False, " ".join(str(error).split()))
             continue
-        for hold in (_hold_tokens, _hold_losses, _hold_gradients):
-            yield hold(subject, layout, plain, answer, tolerance)
+        for compare_one in (_compare_tokens, _compare_losses, _compare_gradients):
+            yield compare_one(subject, layout, plain, answer, tolerance)
 
 
-def _hold_tokens(subject, layout, plain: Plain, answer: Answer, tolerance: Tolerance) -> Finding:
+def _compare_tokens(subject, layout, plain: Plain, answer: Answer, tolerance: Tolerance) -> Finding:
     ours, theirs = answer.token_logps, plain.answer.token_logps
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if len(a) != len(b):
@@ -329,7 +317,7 @@ def _hold_tokens(subject, layout, plain: Plain, answer: Answer, tolerance: Toler
     )
 
 
-def _hold_losses(subject, layout, plain: Plain, answer: Answer, tolerance: Tolerance) -> Finding:
+def _compare_losses(subject, layout, plain: Plain, answer: Answer, tolerance: Tolerance) -> Finding:
     """A loss may be as far off as its tokens, each its tolerance off and in its own direction."""
     loss_B = plain.answer.loss_B
     rounding_B = 16 * torch.finfo(loss_B.dtype).eps * (1 + loss_B.abs())
@@ -342,7 +330,9 @@ def _hold_losses(subject, layout, plain: Plain, answer: Answer, tolerance: Toler
     )
 
 
-def _hold_gradients(subject, layout, plain: Plain, answer: Answer, tolerance: Tolerance) -> Finding:
+def _compare_gradients(
+    subject, layout, plain: Plain, answer: Answer, tolerance: Tolerance
+) -> Finding:
     """Each parameter's difference, as a share of its gradient's length."""
     names = list(subject.trained)
     theirs = [_or_zero(plain.answer.gradients[name]) for name in names]

@@ -1,4 +1,4 @@
-"""One tile of logits taken into what is known of its rows: in torch, and in one Triton launch.
+"""Online softmax over one tile of logits (the fold): in torch, and in one Triton launch.
 
     peak, total, target, rescale <- z_NT = cap(scale * (products_NT + bias_T))
     p_NT = exp(z - peak) * c, 0 for the label   c = 1 - (z / softcap)², or 1 without a cap
@@ -22,7 +22,7 @@ BLOCK_V = 1024  # columns that a program of the Triton fold reads at a time
 
 @dataclass(frozen=True, slots=True)
 class RunningSoftmax:
-    """What the walk knows of each row so far; float32, or float64 for float64 inputs."""
+    """The state of each row's online softmax; float32, or float64 for float64 inputs."""
 
     peak_N: Tensor  # largest logit
     total_N: Tensor  # sum of exp(z - peak)
@@ -44,6 +44,7 @@ class RunningSoftmax:
         return cls(full(-float("inf")), full(0.0), full(float("nan")), full(0.0), *sums)
 
     def block(self, rows: slice) -> "RunningSoftmax":
+        """The state of some rows: views, so that a fold of them changes this one."""
         parts = (getattr(self, field.name) for field in fields(self))
         return RunningSoftmax(*(None if part is None else part[rows] for part in parts))
 
@@ -64,7 +65,7 @@ def label_columns(labels_N: Tensor, start: int, width: int) -> tuple[Tensor, Ten
 
 
 def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
-    """Take the products z_NT of one tile into `rows`, and leave its p_NT."""
+    """Update `rows` with the products z_NT of one tile, and write its p_NT."""
     if bias_T is not None:
         z_NT.add_(bias_T)
     if scale != 1.0:

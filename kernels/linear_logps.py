@@ -106,11 +106,11 @@ def linear_logps(
     stats: tuple[str, ...] = (),
     head_cache_bytes: int = HEAD_CACHE_BYTES,
     skip_below: float = 0.0,
-    fold: str = "triton",
+    backend: str = "triton",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probability of each row's label: float32 (N,), from float32 logits.
 
-    hidden_ND, head_VD: float16, bfloat16 or float32 (float64 with fold="torch", which then
+    hidden_ND, head_VD: float16, bfloat16 or float32 (float64 with backend="torch", which then
     returns it). head_VD may be a HeadRows, dequantised a tile at a time, the labels' rows once
     more at the end. On a GPU it is taken in hidden_ND's dtype, or autocast's.
     labels_N: int64 in [0, V), unchecked: looking would make the CPU wait for the GPU. A label
@@ -127,11 +127,11 @@ def linear_logps(
     head_cache_bytes: tiles of p kept for a trained weight's gradient; the others cost a product
         more. No setting changes the result by more than rounding.
     skip_below: leave tokens out of the second product whose p c is less than this in every row
-        of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12). No logp changes; a row's
-        gradient in hidden_ND by at most its own gradient of logp times scale, times the
-        probability left out, times the longest head row; those of weights not at all. The label's
-        part is exact, however unlikely it is. Faster for peaked rows alone.
-    fold: "triton" (a GPU, or Triton's interpreter) or "torch" takes a tile into the result.
+        of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12). Log-probabilities and weights'
+        gradients do not change; a row of hidden_ND's gradient by at most |dlogp| * scale * (the
+        probability left out) * (the norm of the longest head row). The label's part stays exact.
+        Faster for peaked rows alone.
+    backend: "triton" (a GPU, or Triton's interpreter) or "torch" for all but the product of a tile.
 
     Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles: on
     a CPU 4 MiB or 2 MiB and 2048 D bytes, for operands of another dtype than float32 also 4 D
@@ -145,7 +145,7 @@ def linear_logps(
     ValueError for shapes, dtypes or names that do not fit. The same with full logits:
     reference.linear_logps.
     """
-    _check(hidden_ND, head_VD, labels_N, bias_V, low_rank, stats, fold)
+    _check(hidden_ND, head_VD, labels_N, bias_V, low_rank, stats, backend)
     if not 0 <= skip_below < 1:
         raise ValueError(f"want skip_below in [0, 1), got {skip_below}")
     num_rows, device = len(labels_N), hidden_ND.device
@@ -163,7 +163,7 @@ def linear_logps(
         stats=tuple(stats),
         head_cache_bytes=head_cache_bytes,
         skip_below=float(skip_below),
-        fold=fold,
+        backend=backend,
         operand_dtype=operand_dtype,
         rounded_to=rounded_to,
         term_grads=tuple(zip(grads[::2], grads[1::2], strict=True)),
@@ -176,7 +176,7 @@ def linear_logps(
     return (answers[0], dict(zip(stats, answers[1:], strict=True))) if stats else answers[0]
 
 
-def _check(hidden_ND, head_VD, labels_N, bias_V, low_rank, stats, fold) -> None:
+def _check(hidden_ND, head_VD, labels_N, bias_V, low_rank, stats, backend) -> None:
     N, D = hidden_ND.shape if hidden_ND.ndim == 2 else (-1, -1)
     if len(head_VD.shape) != 2 or head_VD.shape[1] != D or labels_N.shape != (N,):
         came = f"{(*hidden_ND.shape,)}, {(*head_VD.shape,)}, {(*labels_N.shape,)}"
@@ -189,14 +189,14 @@ def _check(hidden_ND, head_VD, labels_N, bias_V, low_rank, stats, fold) -> None:
         if (len(down_NR), len(up_VR)) != (N, head_VD.shape[0]) or len({*ranks}) != 1:
             came = f"{(*down_NR.shape,)}, {(*up_VR.shape,)}"
             raise ValueError(f"want low_rank ({N}, R) and ({head_VD.shape[0]}, R), got {came}")
-    if not set(stats) <= set(STATS) or fold not in FOLDS:
-        raise ValueError(f"want stats of {STATS}, fold of {(*FOLDS,)}, got {stats}, {fold!r}")
+    if not set(stats) <= set(STATS) or backend not in FOLDS:
+        raise ValueError(f"want stats of {STATS}, backend of {(*FOLDS,)}, got {stats}, {backend!r}")
     if labels_N.dtype != torch.int64 or not hidden_ND.is_floating_point():
         raise ValueError(
             f"want float hidden, int64 labels, got {hidden_ND.dtype}, {labels_N.dtype}"
         )
-    if hidden_ND.dtype == torch.float64 and fold != "torch":
-        raise ValueError(f"want fold='torch' for float64, got {fold!r}")
+    if hidden_ND.dtype == torch.float64 and backend != "torch":
+        raise ValueError(f"want backend='torch' for float64, got {backend!r}")
 
 
 def _wants_grad(x: Tensor | HeadRows | None) -> bool:

@@ -55,7 +55,7 @@ class Term:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
-    """out = a @ b, or out += a @ b: accumulated and left in out's dtype, never rounded before."""
+    """out = a @ b, or out += a @ b, accumulated in out's dtype without rounding in between."""
     if a.dtype != out.dtype:
         if accumulate:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
@@ -75,8 +75,8 @@ def torch_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 def has_onednn() -> bool:
     """Whether float32 products go to oneDNN: it has AVX-512 on all CPUs that do, MKL not.
 
-    Only where it sums a row alike in few rows and in many, as MKL does: looked at once, in a shape
-    in which that of torch 2.10 and 2.11 does not.
+    But only if a row's sums do not depend on the number of rows, as MKL's do not: tested once, in a
+    shape in which oneDNN's do under torch 2.10 and 2.11.
     """
     if not torch.backends.mkldnn.is_available():
         return False

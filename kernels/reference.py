@@ -47,10 +47,10 @@ def linear_logps(
     return token_logps_N, {name: every[name] for name in stats}
 
 
-def completion_logps(
-    token_logps_C: Tensor, cu_seqlens: Tensor, ld_alpha: float | None = None
-) -> Tensor:
-    """logps_S: the sum of each completion's token log-probabilities, (S,), rounded once.
+def completion_sums(values_C: Tensor, cu_seqlens: Tensor, ld_alpha: float | None = None) -> Tensor:
+    """The sum of each completion's values, such as its token log-probabilities: (S,).
+
+    Summed in float64, one launch on any device, and rounded once to the dtype of values_C.
 
     With ld_alpha, tokens past the length of the pair's shorter completion weigh ld_alpha: LD-DPO,
     arXiv:2409.06411. The cu_seqlens are then of S = 2B completions, chosen 0..B-1, then rejected.
@@ -58,14 +58,14 @@ def completion_logps(
     if ld_alpha is not None:
         lengths_S = cu_seqlens.diff()
         shared_ends_S = cu_seqlens[:-1] + torch.minimum(*lengths_S.chunk(2)).repeat(2)
-        C = token_logps_C.numel()
+        C = values_C.numel()
         shared_ends_C = shared_ends_S.repeat_interleave(lengths_S, output_size=C)
-        is_shared_C = torch.arange(C, device=token_logps_C.device) < shared_ends_C
-        token_logps_C = torch.where(is_shared_C, token_logps_C, ld_alpha * token_logps_C)
+        is_shared_C = torch.arange(C, device=values_C.device) < shared_ends_C
+        values_C = torch.where(is_shared_C, values_C, ld_alpha * values_C)
     offsets = cu_seqlens.long()
     # it adds one token after the other: in float32, the sum of 512 was off by 1e-3 nats
-    logps_S = torch.segment_reduce(token_logps_C.double(), "sum", offsets=offsets, unsafe=True)
-    return logps_S.to(token_logps_C.dtype)
+    sums_S = torch.segment_reduce(values_C.double(), "sum", offsets=offsets, unsafe=True)
+    return sums_S.to(values_C.dtype)
 
 
 def pair_loss(
@@ -86,7 +86,7 @@ def pair_loss(
 
     Beside what the kernel knows, loss_type may name BATCH_LOSSES.
     """
-    logps_S = completion_logps(_wide(token_logps_C), cu_seqlens, ld_alpha)
+    logps_S = completion_sums(_wide(token_logps_C), cu_seqlens, ld_alpha)
     logratios_S = logps_S - reference_logps_S
     scores_S = SCORES[f_divergence_type](logratios_S, f_alpha_divergence_coef)
     rewards = (beta * scores_S).chunk(2)
@@ -263,7 +263,7 @@ def _sft(logps_S, reference_logps_S, *, token_logps_C, cu_seqlens, **_):
     A pair's cost is its tokens' share, times B: their mean is that mean. No token weighs ld_alpha.
     """
     B = len(logps_S) // 2
-    chosen_logps_B = completion_logps(token_logps_C, cu_seqlens)[:B]
+    chosen_logps_B = completion_sums(token_logps_C, cu_seqlens)[:B]
     return -B * chosen_logps_B / cu_seqlens[B].clamp(min=1)
 
 

@@ -1,7 +1,8 @@
-"""The walk of linear_logps over the vocabulary, a tile of logits at a time, and back again.
+"""The loops of linear_logps over (rows, vocabulary) tiles of logits, forward and backward.
 
-Forward, every tile is taken into what is known of its rows and into u = sum_v p_v c_v w_v; back,
-it is made again, or was kept, for the gradient of the weights. README.md has the maths.
+The forward folds each tile into its rows' online softmax and into u = sum_v p_v c_v w_v. The
+backward takes the tile from the cache, or computes it again, for the gradient of the weights.
+README.md has the maths.
 """
 
 from typing import NamedTuple
@@ -27,7 +28,7 @@ class Settings(NamedTuple):
     stats: tuple[str, ...]
     head_cache_bytes: int
     skip_below: float
-    fold: str
+    backend: str
     operand_dtype: torch.dtype  # of the products' operands
     rounded_to: torch.dtype | None  # what autocast makes of them, where that is narrower
     term_grads: tuple[tuple[bool, bool], ...]  # of hidden and head, of down and up
@@ -61,19 +62,19 @@ class Tiles:
         self.terms, self.settings, self.labels_N = terms, settings, labels_N
         self.bias_V = None if bias_V is None else bias_V.contiguous()
         self.z = torch.empty(rows * self._stride(columns), dtype=settings.wide, device=device)
-        self.p, dtype = self.z, settings.operand_dtype
-        if dtype != settings.wide:
-            self.p = torch.empty_like(self.z, dtype=dtype)
+        is_wide = settings.operand_dtype == settings.wide
+        self.p = self.z if is_wide else torch.empty_like(self.z, dtype=settings.operand_dtype)
 
     def fold(self, block: slice, columns: slice, rows: RunningSoftmax, memory: Tensor) -> Tensor:
-        """Take one piece into `rows` and return its p, at the beginning of `memory`."""
+        """Fold one piece into `rows` and return its p, at the beginning of `memory`."""
         p_NT = self._piece(memory, block, columns)
         z_NT = p_NT if self.z.dtype == self.p.dtype else self._piece(self.z, block, columns)
         for k, term in enumerate(self.terms):
             product(term.x_pieces[block], term.w_pieces[columns].T, z_NT, accumulate=k > 0)
         bias_T = None if self.bias_V is None else self.bias_V[columns].to(z_NT.dtype)
         labels_N, scale, softcap = self.labels_N[block], self.settings.scale, self.settings.softcap
-        FOLDS[self.settings.fold](z_NT, p_NT, bias_T, labels_N, columns.start, rows, scale, softcap)
+        fold = FOLDS[self.settings.backend]
+        fold(z_NT, p_NT, bias_T, labels_N, columns.start, rows, scale, softcap)
         return p_NT
 
     def dlogits(self, p_NT, scale_N, label_N, block: slice, columns: slice) -> Tensor:
@@ -84,6 +85,17 @@ class Tiles:
         is_here_N, column_N1 = label_columns(self.labels_N[block], columns.start, width)
         label_N = (label_N * is_here_N).to(out_NT.dtype)
         return out_NT.scatter_add_(1, column_N1, label_N[:, None])  # what p left out, or 0
+
+    def zeros_like_x(self, term: Term) -> Tensor:
+        return torch.zeros(term.x_NK.shape, dtype=self.settings.wide, device=self.z.device)
+
+    def new_cache(self) -> Tensor:
+        """Memory for the p of as many tiles as head_cache_bytes allows; none without a backward."""
+        settings = self.settings
+        budget = settings.head_cache_bytes // self.p.element_size() if settings.trained else 0
+        all_rows = slice(0, len(self.labels_N))
+        most = sum(self.size(all_rows, columns) for columns in self.columns)
+        return self.p.new_empty(min(budget, most))
 
     def few_rows(self, term: Term) -> list[slice]:
         """All rows, in pieces whose float32 copy takes a quarter of a tile's memory."""
@@ -103,10 +115,10 @@ class Tiles:
 
 
 def _tile_shape(kind: str, N: int, V: int, D: int) -> tuple[int, int]:
-    """Rows and columns of a tile: all with as many rows; on a GPU the fewer, the more columns.
+    """Rows and columns of a tile; the rows are shared out evenly.
 
-    But no more than leave the rows of the head that they need, which may have to be widened,
-    narrowed or dequantised, as few elements as a tile of logits has.
+    On a GPU, fewer rows allow more columns, up to the point where the head's (columns, D) slice,
+    which may have to be converted or dequantised, would be larger than the tile of logits.
     """
     rows, columns = -(-N // -(-N // TILE_ROWS[kind])), TILE_COLUMNS[kind]
     if kind == "cuda":
@@ -120,30 +132,25 @@ def slices(total: int, step: int) -> list[slice]:
 
 
 def walk(tiles: Tiles, rows: RunningSoftmax) -> tuple[list[Tensor | None], dict]:
-    """Take every tile into `rows`; u_NK of each term (None without dx), and the p that fit.
+    """Fold every tile into `rows`. Returns u_NK of each term (None without dx), and the cached p.
 
-    A piece of p is kept under (block, columns) by number, with the peak that it was made with.
+    A tile's p is cached under its (column, block) numbers, with the peak that it was made with.
     """
-    settings, p, us, kept = tiles.settings, tiles.p, [], {}
-    second_product = SECOND_PRODUCTS[settings.fold]
-    like_u = {"dtype": settings.wide, "device": p.device}
-    for term in tiles.terms:
-        us.append(torch.zeros(term.x_NK.shape, **like_u) if term.x_grad else None)
-    budget = settings.head_cache_bytes // p.element_size() if settings.trained else 0
-    all_rows = slice(0, len(tiles.labels_N))
-    most = sum(tiles.size(all_rows, columns) for columns in tiles.columns)
-    room = torch.empty(min(budget, most), dtype=p.dtype, device=p.device)
+    settings = tiles.settings
+    second_product = SECOND_PRODUCTS[settings.backend]
+    us = [tiles.zeros_like_x(term) if term.x_grad else None for term in tiles.terms]
+    cache, kept = tiles.new_cache(), {}
     for c, columns in enumerate(tiles.columns):
         for r, block in enumerate(tiles.blocks):
-            size, at = tiles.size(block, columns), rows.block(block)
-            keep = size <= len(room)
-            p_NT = tiles.fold(block, columns, at, room if keep else p)
-            if keep:
-                kept[r, c], room = (p_NT, at.peak_N.clone()), room[size:]
+            size, block_rows = tiles.size(block, columns), rows.block(block)
+            is_cached = size <= len(cache)
+            p_NT = tiles.fold(block, columns, block_rows, cache if is_cached else tiles.p)
+            if is_cached:
+                kept[c, r], cache = (p_NT, block_rows.peak_N.clone()), cache[size:]
             for term, u_NK in zip(tiles.terms, us, strict=True):
                 if u_NK is not None:
                     w_TK = term.w_pieces[columns]
-                    second_product(p_NT, w_TK, u_NK[block], at, settings.skip_below)
+                    second_product(p_NT, w_TK, u_NK[block], block_rows, settings.skip_below)
     return us, kept
 
 
@@ -152,7 +159,7 @@ def weight_gradients(
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """dw_VK = dlogits_NVᵀ x_NK of each term that wants it, and dbias_V in float32.
 
-    dlogits are dz_N p_NV, and -dz_N label_share_N for the label. What `kept` holds goes from it.
+    dlogits are dz_N p_NV, and -dz_N label_share_N for the label. Empties `kept`.
     """
     settings, wide, device = tiles.settings, lse_N.dtype, lse_N.device
     trained = [_Trained(term, tiles) for term in tiles.terms if term.w_grad]
@@ -160,7 +167,7 @@ def weight_gradients(
     dbias_V = torch.zeros_like(tiles.bias_V, dtype=wide) if settings.bias_grad else None
     for c, columns in enumerate(tiles.columns):
         for r, block in enumerate(tiles.blocks):
-            p_NT, peak_N = kept.pop((r, c), (None, None))
+            p_NT, peak_N = kept.pop((c, r), (None, None))
             if p_NT is None:
                 fresh = RunningSoftmax.start(block.stop - block.start, wide, device)
                 p_NT, peak_N = tiles.fold(block, columns, fresh, tiles.p), fresh.peak_N

@@ -22,6 +22,12 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Each test draws the same numbers in every run, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

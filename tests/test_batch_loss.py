@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from watches import Watch
 
 from fastdpo.batch_loss import PackLogps, pack_losses, with_parts
-from fastdpo.losses import LOSS_TYPES, completion_logps, pair_loss
+from fastdpo.kernels.reference import completion_sums
+from fastdpo.losses import LOSS_TYPES, pair_loss
 
 SETTINGS = {"beta": 0.3, "label_smoothing": 0.1, "discopop_tau": 0.4}
 MIX = {"loss_type": ["aot", "sigmoid", "sft"], "loss_weights": [1.0, 0.5, 0.1]}
@@ -33,7 +34,7 @@ def made(lengths, seed=0, dtype=torch.float64):
     token_logps_C = -torch.rand(sum(lengths), generator=random, dtype=dtype)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     noise_S = 4 * torch.rand(len(lengths), generator=random, dtype=dtype) - 2
-    logps_S = completion_logps(token_logps_C, cu_seqlens)
+    logps_S = completion_sums(token_logps_C, cu_seqlens)
     return PackLogps(token_logps_C, cu_seqlens, logps_S + noise_S)
 
 

@@ -44,7 +44,8 @@ TRL_DEFAULTS = {
 
 
 def config(tmp_path, **settings):
-    return DPOConfig(output_dir=tmp_path, report_to="none", use_cpu=True, **settings)
+    defaults = {"output_dir": tmp_path, "report_to": "none", "use_cpu": True}
+    return DPOConfig(**defaults | settings)
 
 
 def test_defaults_are_trls(tmp_path):
@@ -321,8 +322,10 @@ def test_a_json_object_may_stand_for_model_init_kwargs(tmp_path):
 
 
 def test_memory_is_pinned_for_copies_that_do_not_wait_unless_told(tmp_path):
-    assert config(tmp_path).accelerator_config.non_blocking is True
+    assert config(tmp_path, use_cpu=False).accelerator_config.non_blocking is True
     assert config(tmp_path, dataloader_pin_memory=False).accelerator_config.non_blocking is False
+    on_cpu = config(tmp_path)  # where transformers pins nothing
+    assert on_cpu.accelerator_config.non_blocking is on_cpu.dataloader_pin_memory is False
     told = config(tmp_path, accelerator_config={"non_blocking": False, "even_batches": False})
     assert told.accelerator_config.non_blocking is told.accelerator_config.even_batches is False
     assert told.accelerator_config.dispatch_batches is False

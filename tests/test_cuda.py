@@ -23,7 +23,8 @@ from fastdpo.kernels import fold, reference, second_product, vocabulary_walk
 from fastdpo.kernels import pair_loss as pair_loss_module
 from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.products import has_onednn
-from fastdpo.losses import completion_logps, pair_loss, pair_weights
+from fastdpo.kernels.reference import completion_sums
+from fastdpo.losses import pair_loss, pair_weights
 from fastdpo.metrics import MetricSums, pair_metrics
 from fastdpo.model import TOKEN_STATS, attach_scorer, frozen_token_logps, score
 from fastdpo.token_budget import UNBOUNDED
@@ -143,7 +144,7 @@ def model_on(body_device, head_device=GPU, trained_head=True, **head_settings):
 def step(model, batch, dtype=None, **settings):
     """Reference, policy, loss and metrics of a training step; the loss."""
     with autocast(dtype):
-        reference_logps_S = completion_logps(frozen_token_logps(model, batch), batch.cu_seqlens)
+        reference_logps_S = completion_sums(frozen_token_logps(model, batch), batch.cu_seqlens)
     with autocast(dtype):
         scored = score(model, batch, stats=STATS)
     tokens = scored.token_logps_C, batch.cu_seqlens

@@ -44,7 +44,7 @@ def test_products_are_as_few_as_promised(kind, wanted):
     head_VD.requires_grad_(kind.get("head", False))
     with counting_flops() as counter, torch.set_grad_enabled(kind.get("grad", True)):
         logps_N = linear_logps(
-            hidden_ND.requires_grad_(), head_VD, labels_N, fold="torch", **settings
+            hidden_ND.requires_grad_(), head_VD, labels_N, backend="torch", **settings
         )
         if logps_N.requires_grad:
             logps_N.sum().backward()
@@ -63,7 +63,7 @@ def test_an_adapter_on_a_frozen_head_takes_thin_products_only(cache, wanted):
             head_VD,
             labels_N,
             low_rank=low_rank,
-            fold="torch",
+            backend="torch",
             head_cache_bytes=cache,
         ).sum().backward()
     assert counter.get_total_flops() == 2 * N * V * (wanted * D + (wanted + 1) * R)
@@ -77,7 +77,7 @@ def test_nothing_waits_and_no_logits_are_held(trained):
     head_VD.requires_grad_(trained)
     with Watch() as watch:
         linear_logps(
-            hidden_ND.requires_grad_(), head_VD, labels_N, fold="torch", head_cache_bytes=0
+            hidden_ND.requires_grad_(), head_VD, labels_N, backend="torch", head_cache_bytes=0
         ).sum().backward()
     logits = 4 * 64 * 64 * BLOCK_V
     assert watch.largest <= (head_VD.nbytes if trained else logits // 50)
@@ -89,7 +89,7 @@ def test_a_frozen_heads_workspace_is_bounded(dtype):
     hidden_ND, head_VD, labels_N, _ = inputs(shape, dtype)
     hidden_ND.requires_grad_()
     with Live() as live:
-        logps_N = linear_logps(hidden_ND, head_VD, labels_N, fold="torch")
+        logps_N = linear_logps(hidden_ND, head_VD, labels_N, backend="torch")
         assert live.peak <= 4 * N * D + (32 << 20)
         logps_N.sum().backward()
     assert live.peak <= 4 * N * D + max(32 << 20, hidden_ND.nbytes + (1 << 20))
@@ -98,7 +98,7 @@ def test_a_frozen_heads_workspace_is_bounded(dtype):
 def test_without_a_gradient_there_is_no_sum_of_head_rows():
     hidden_ND, head_VD, labels_N, _ = inputs((1100, 4096, 1500), torch.float32)
     with Live() as live, torch.no_grad():
-        linear_logps(hidden_ND.requires_grad_(), head_VD, labels_N, fold="torch")
+        linear_logps(hidden_ND.requires_grad_(), head_VD, labels_N, backend="torch")
     assert live.peak <= 4 << 20 < hidden_ND.nbytes
 
 
@@ -110,7 +110,7 @@ def test_tiles_are_kept_within_their_budget(dtype):
 
     def peak(head_cache_bytes):
         with Live() as live:
-            settings = {"fold": "torch", "head_cache_bytes": head_cache_bytes}
+            settings = {"backend": "torch", "head_cache_bytes": head_cache_bytes}
             linear_logps(hidden_ND, head_VD, labels_N, **settings).sum().backward()
         return live.peak
 
@@ -163,7 +163,7 @@ def test_tiles_that_were_kept_go_with_the_backward():
     hidden_ND, head_VD, labels_N, _ = inputs((64, 8, 32 * BLOCK_V), torch.float32)
     head_VD.requires_grad_()
     with Live() as live:
-        loss = linear_logps(hidden_ND, head_VD, labels_N, fold="torch").sum()
+        loss = linear_logps(hidden_ND, head_VD, labels_N, backend="torch").sum()
         held = live.live
         loss.backward(retain_graph=True)
         assert held - live.live > 64 * 32 * BLOCK_V * 4 - head_VD.nbytes, "a loss is often kept"
@@ -184,7 +184,7 @@ def threads(request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rows_answer_does_not_depend_on_the_others(dtype):
     hidden_ND, head_VD, labels_N, _ = inputs((1030, 96, 2500), dtype)
-    together_N = linear_logps(hidden_ND, head_VD, labels_N, fold="torch")
+    together_N = linear_logps(hidden_ND, head_VD, labels_N, backend="torch")
     for rows in (slice(0, 1), slice(3, 10), slice(700, 723), slice(5, 518), slice(1029, 1030)):
-        alone_N = linear_logps(hidden_ND[rows], head_VD, labels_N[rows], fold="torch")
+        alone_N = linear_logps(hidden_ND[rows], head_VD, labels_N[rows], backend="torch")
         assert torch.equal(alone_N, together_N[rows]), rows

@@ -107,7 +107,7 @@ def compiled(kernel):
 def head(N, V, **settings):
     leaves = [torch.zeros(n, 8, requires_grad=True) for n in (N, V)]
     labels_N = torch.zeros(N, dtype=torch.int64)
-    settings |= {"fold": "triton", "head_cache_bytes": 1 << 20}
+    settings |= {"backend": "triton", "head_cache_bytes": 1 << 20}
     linear_logps(*leaves, labels_N, **settings).sum().backward()
 
 def losses(*lengths):

@@ -72,12 +72,10 @@ def test_layers_of_another_kind_than_attention_stay_padded(kind):
     assert why_padded(model) == f"LlamaForCausalLM has layers of type {kind}"
 
 
-def test_encoder_decoders_and_sinks_by_any_name_stay_padded():
+def test_attention_sinks_by_any_name_stay_padded():
     model = families.model("llama", torch.float32)
     model.model.layers[0].self_attn.sink = torch.nn.Parameter(torch.zeros(2))
     assert "has attention sinks" in why_padded(model)
-    model.config.is_encoder_decoder = True
-    assert "is an encoder-decoder" in why_padded(model)
 
 
 def test_attention_without_its_soft_capping_stays_padded_and_says_what_to_do():

@@ -18,7 +18,7 @@ SHAPES = {
     "ragged-last-block": (5, 16, BLOCK_V + 7),
     "ragged-last-tile-and-rows": (11, 16, 5 * BLOCK_V + 1),
 }
-FOLDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton"]
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
@@ -58,41 +58,41 @@ def assert_all_as_accurate(ours, same_dtype, truth, times):
             assert_as_accurate(ours[name], same_dtype[name], exact, times)
 
 
-@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_value_and_gradients_are_as_accurate_as_pytorch(fold, shape, trained, device):
+def test_value_and_gradients_are_as_accurate_as_pytorch(backend, shape, trained, device):
     args = inputs(shape, torch.float32, device)
-    ours = run(linear_logps, *args, torch.float32, trained, fold=fold)
+    ours = run(linear_logps, *args, torch.float32, trained, backend=backend)
     same = run(reference.linear_logps, *args, torch.float32, trained)
     truth = run(reference.linear_logps, *args, torch.float64, trained)
     # 4: sums over tiles are rescaled to each new maximum, a rounding a tile
     assert_all_as_accurate(ours, same, truth, times=4)
 
 
-@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "capped"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_heads_of_every_kind_are_as_accurate(fold, softcap, bias, scale, device):
+def test_heads_of_every_kind_are_as_accurate(backend, softcap, bias, scale, device):
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.float32, device, bias)
     kind = {"softcap": softcap, "scale": scale}
-    ours = run(linear_logps, *args, torch.float32, fold=fold, **kind)
+    ours = run(linear_logps, *args, torch.float32, backend=backend, **kind)
     same = run(reference.linear_logps, *args, torch.float32, **kind)
     truth = run(reference.linear_logps, *args, torch.float64, **kind)
     assert_all_as_accurate(ours, same, truth, times=4)
 
 
-@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_inputs_keep_float32_logits(fold, dtype, device):
+def test_half_inputs_keep_float32_logits(backend, dtype, device):
     shape = SHAPES["ragged-last-block"]
     hidden_ND, head_VD, labels_N, bias_V = inputs(shape, dtype, device, bias=True)
-    ours = linear_logps(hidden_ND, head_VD, labels_N, fold=fold)
+    ours = linear_logps(hidden_ND, head_VD, labels_N, backend=backend)
     truth = reference.linear_logps(hidden_ND.double(), head_VD.double(), labels_N)
     assert ours.dtype == torch.float32
     assert (ours - truth).abs().max() < 1e-4  # logits rounded to bfloat16 are off by 0.03
-    grads = run(linear_logps, hidden_ND, head_VD, labels_N, bias_V, dtype, fold=fold)
+    grads = run(linear_logps, hidden_ND, head_VD, labels_N, bias_V, dtype, backend=backend)
     wide = run(reference.linear_logps, hidden_ND, head_VD, labels_N, bias_V, torch.float64)
     for name in ("dhidden", "dhead", "dbias"):
         assert grads[name].dtype == dtype
@@ -120,11 +120,11 @@ def narrow_operands(monkeypatch):
 
 
 @pytest.mark.usefixtures("narrow_operands")
-@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head_cache_bytes", [0, 1 << 30])
-def test_a_gpus_tiles_of_narrow_operands_are_as_accurate(fold, head_cache_bytes, device):
+def test_a_gpus_tiles_of_narrow_operands_are_as_accurate(backend, head_cache_bytes, device):
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.bfloat16, device, bias=True)
-    settings = {"fold": fold, "head_cache_bytes": head_cache_bytes, "softcap": 5.0}
+    settings = {"backend": backend, "head_cache_bytes": head_cache_bytes, "softcap": 5.0}
     ours = run(linear_logps, *args, torch.bfloat16, **settings)
     truth = run(reference.linear_logps, *args, torch.float64, softcap=5.0)
     assert (ours["token_logps"] - truth["token_logps"]).abs().max() < 1e-4
@@ -134,16 +134,16 @@ def test_a_gpus_tiles_of_narrow_operands_are_as_accurate(fold, head_cache_bytes,
 
 
 @pytest.mark.usefixtures("narrow_operands")
-@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "capped"])
-def test_a_sure_models_gradients_are_not_rounded_away(fold, softcap, device):
+def test_a_sure_models_gradients_are_not_rounded_away(backend, softcap, device):
     """Where p of the label is 0.99, its part in the gradient is 1 - p: in 16 bits 0 or 1 / 128."""
     N, D, V = 11, 64, 5 * BLOCK_V + 1
     _, head_VD, labels_N, _ = inputs((N, D, V), torch.float32, device)
     head_VD = (head_VD / 8).bfloat16()
     hidden_ND = 22 * head_VD[labels_N]
     args = (hidden_ND, head_VD, labels_N, None)
-    ours = run(linear_logps, *args, torch.bfloat16, fold=fold, softcap=softcap)
+    ours = run(linear_logps, *args, torch.bfloat16, backend=backend, softcap=softcap)
     truth = run(reference.linear_logps, *args, torch.float64, softcap=softcap)
     assert truth["token_logps"].exp().mean() > 0.98
     for name in ("dhidden", "dhead"):
@@ -152,11 +152,11 @@ def test_a_sure_models_gradients_are_not_rounded_away(fold, softcap, device):
 
 
 @pytest.mark.usefixtures("narrow_operands")
-@pytest.mark.parametrize("fold", FOLDS)
-def test_statistics_of_narrow_operands_are_exact(fold, device):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_of_narrow_operands_are_exact(backend, device):
     hidden_ND, head_VD, labels_N, _ = inputs((5, 16, 100), torch.bfloat16, device)
     hidden_ND.requires_grad_()
-    _, stats = linear_logps(hidden_ND, head_VD, labels_N, stats=STATS, fold=fold)
+    _, stats = linear_logps(hidden_ND, head_VD, labels_N, stats=STATS, backend=backend)
     _, exact = reference.linear_logps(hidden_ND.double(), head_VD.double(), labels_N, stats=STATS)
     for name in STATS:
         torch.testing.assert_close(
@@ -164,27 +164,34 @@ def test_statistics_of_narrow_operands_are_exact(fold, device):
         )
 
 
-@pytest.mark.parametrize("fold", FOLDS)
-def test_inputs_may_lie_any_way_in_memory(fold, device):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_may_lie_any_way_in_memory(backend, device):
     args = inputs((17, 24, BLOCK_V + 7), torch.float32, device, bias=True)
     strided = [args[0].T.contiguous().T, args[1].T.contiguous().T]
     strided += [torch.stack([x, x], 1).flatten()[::2] for x in args[2:]]
     assert not any(x.is_contiguous() for x in strided)
-    straight = run(linear_logps, *args, torch.float32, fold=fold)
+    straight = run(linear_logps, *args, torch.float32, backend=backend)
     leaves = [strided[0].requires_grad_(), strided[1].requires_grad_()]
-    logps_N = linear_logps(*leaves, strided[2], bias_V=strided[3], fold=fold)
+    logps_N = linear_logps(*leaves, strided[2], bias_V=strided[3], backend=backend)
     (logps_N * torch.arange(1.0, 18.0, device=device)).sum().backward()
     found = {"token_logps": logps_N, "dhidden": leaves[0].grad, "dhead": leaves[1].grad}
     for name, ours in found.items():
         torch.testing.assert_close(ours, straight[name], atol=1e-4, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("fold", FOLDS)
-def test_the_cache_changes_no_gradient(fold, device):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_cache_changes_no_gradient(backend, device):
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.float32, device, bias=True)
     tile_bytes = 4 * 4 * 2 * BLOCK_V
     none, some, all_of_it = (
-        run(linear_logps, *args, torch.float32, fold=fold, head_cache_bytes=budget, softcap=5.0)
+        run(
+            linear_logps,
+            *args,
+            torch.float32,
+            backend=backend,
+            head_cache_bytes=budget,
+            softcap=5.0,
+        )
         for budget in (0, 2 * tile_bytes, 1 << 30)
     )
     for name in ("token_logps", "dhidden", "dhead", "dbias"):
@@ -193,20 +200,27 @@ def test_the_cache_changes_no_gradient(fold, device):
         assert (none[name] - all_of_it[name]).abs().max() <= bound, name
 
 
-@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "capped"])
 @pytest.mark.parametrize("broken", ["label-below", "label-above", "nan", "inf"])
-def test_a_broken_row_is_nan_and_no_other(fold, softcap, broken, device):
+def test_a_broken_row_is_nan_and_no_other(backend, softcap, broken, device):
     hidden_ND, head_VD, labels_N, _ = inputs((9, 16, 2 * BLOCK_V + 7), torch.float32, device)
     whole = run(
-        linear_logps, hidden_ND, head_VD, labels_N, None, torch.float32, fold=fold, softcap=softcap
+        linear_logps,
+        hidden_ND,
+        head_VD,
+        labels_N,
+        None,
+        torch.float32,
+        backend=backend,
+        softcap=softcap,
     )
     if broken.startswith("label"):
         labels_N[4] = -100 if broken == "label-below" else len(head_VD)
     else:
         hidden_ND[4, 3] = float(broken)
     args = (hidden_ND, head_VD, labels_N, None, torch.float32)
-    found = run(linear_logps, *args, fold=fold, softcap=softcap)
+    found = run(linear_logps, *args, backend=backend, softcap=softcap)
     others = torch.arange(9, device=device) != 4
     for name in ("token_logps", "dhidden"):
         assert found[name][4].isnan().all(), name
@@ -214,10 +228,10 @@ def test_a_broken_row_is_nan_and_no_other(fold, softcap, broken, device):
     assert found["dhead"].isnan().all()
 
 
-@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head_cache_bytes", [0, 1 << 30])
 @pytest.mark.parametrize("head_grad", [False, True], ids=["frozen", "trained"])
-def test_a_low_rank_term_is_as_accurate(fold, head_cache_bytes, head_grad, device):
+def test_a_low_rank_term_is_as_accurate(backend, head_cache_bytes, head_grad, device):
     hidden_ND, head_VD, labels_N, _ = inputs((11, 16, 2 * BLOCK_V + 7), torch.float32, device)
     A_RD, B_VR = (x.to(device) for x in (torch.randn(3, 16), torch.randn(len(head_VD), 3)))
 
@@ -231,34 +245,34 @@ def test_a_low_rank_term_is_as_accurate(fold, head_cache_bytes, head_grad, devic
         grads = {f"d{i}": x.grad for i, x in enumerate(leaves) if x.requires_grad}
         return {"token_logps": logps_N.detach()} | grads | stats
 
-    ours = answers(linear_logps, torch.float32, fold=fold, head_cache_bytes=head_cache_bytes)
+    ours = answers(linear_logps, torch.float32, backend=backend, head_cache_bytes=head_cache_bytes)
     same = answers(reference.linear_logps, torch.float32)
     truth = answers(reference.linear_logps, torch.float64)
     assert_all_as_accurate(ours, same, truth, times=4)
 
 
-@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "capped"])
-def test_a_low_rank_term_that_is_not_finite_breaks_its_row_alone(fold, softcap, device):
+def test_a_low_rank_term_that_is_not_finite_breaks_its_row_alone(backend, softcap, device):
     hidden_ND, head_VD, labels_N, _ = inputs((5, 4, 40), torch.float32, device)
     down_NR, up_VR = torch.ones(5, 2, device=device), torch.ones(40, 2, device=device)
     down_NR[3, 1] = torch.inf
-    settings = {"fold": fold, "softcap": softcap, "low_rank": (down_NR, up_VR)}
+    settings = {"backend": backend, "softcap": softcap, "low_rank": (down_NR, up_VR)}
     logps_N = linear_logps(hidden_ND, head_VD, labels_N, **settings)
     assert logps_N.isnan().tolist() == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize(
-    ("fold", "peakedness"), [("torch", 1.0), ("torch", 6.0), ("triton", 6.0), ("triton", 12.0)]
+    ("backend", "peakedness"), [("torch", 1.0), ("torch", 6.0), ("triton", 6.0), ("triton", 12.0)]
 )
 @pytest.mark.parametrize("likely", [True, False], ids=["chosen-like", "rejected-like"])
-def test_skipping_unlikely_tokens_keeps_its_bound(fold, peakedness, likely, device):
+def test_skipping_unlikely_tokens_keeps_its_bound(backend, peakedness, likely, device):
     hidden_ND, head_VD, labels_N, _ = inputs((11, 16, 3 * BLOCK_V + 7), torch.float32, device)
     p_NV = (peakedness * hidden_ND.double() @ head_VD.double().T / 4).softmax(1)
     labels_N = p_NV.argmax(1) if likely else p_NV.argmin(1)
     args = (hidden_ND, head_VD * peakedness / 4, labels_N, None, torch.float32)
-    whole = run(linear_logps, *args, fold=fold)
-    some = run(linear_logps, *args, fold=fold, skip_below=2**-12)
+    whole = run(linear_logps, *args, backend=backend)
+    some = run(linear_logps, *args, backend=backend, skip_below=2**-12)
     for name in whole.keys() - {"dhidden", "entropy", "mean_logit"}:
         assert torch.equal(some[name], whole[name]), name
     for name in ("entropy", "mean_logit"):
@@ -271,21 +285,23 @@ def test_skipping_unlikely_tokens_keeps_its_bound(fold, peakedness, likely, devi
     assert (error_N <= bound_N + 1e-4).all()
 
 
-@pytest.mark.parametrize("fold", FOLDS)
-def test_skipping_what_no_token_is_changes_nothing(fold, device):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_skipping_what_no_token_is_changes_nothing(backend, device):
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.float32, device, bias=True)
-    some = run(linear_logps, *args, torch.float32, fold=fold, skip_below=1e-30)
+    some = run(linear_logps, *args, torch.float32, backend=backend, skip_below=1e-30)
     same = run(reference.linear_logps, *args, torch.float32)
     truth = run(reference.linear_logps, *args, torch.float64)
     assert_all_as_accurate(some, same, truth, times=4)
 
 
-@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_statistics_need_no_gradient_and_no_wide_inputs(fold, dtype, device):
+def test_statistics_need_no_gradient_and_no_wide_inputs(backend, dtype, device):
     hidden_ND, head_VD, labels_N, _ = inputs((5, 8, 100), dtype, device)
-    _, stats = linear_logps(hidden_ND, head_VD, labels_N, stats=STATS, fold=fold)
-    _, with_u = linear_logps(hidden_ND.requires_grad_(), head_VD, labels_N, stats=STATS, fold=fold)
+    _, stats = linear_logps(hidden_ND, head_VD, labels_N, stats=STATS, backend=backend)
+    _, with_u = linear_logps(
+        hidden_ND.requires_grad_(), head_VD, labels_N, stats=STATS, backend=backend
+    )
     _, exact = reference.linear_logps(hidden_ND.double(), head_VD.double(), labels_N, stats=STATS)
     for name in STATS:
         for found in (stats, with_u):
@@ -294,11 +310,11 @@ def test_statistics_need_no_gradient_and_no_wide_inputs(fold, dtype, device):
             )
 
 
-@pytest.mark.parametrize("fold", FOLDS)
-def test_a_bias_trains_where_it_alone_does(fold, device):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_trains_where_it_alone_does(backend, device):
     hidden_ND, head_VD, labels_N, bias_V = inputs((5, 8, 100), torch.float32, device, bias=True)
     grads = []
-    for function, more in ((linear_logps, {"fold": fold}), (reference.linear_logps, {})):
+    for function, more in ((linear_logps, {"backend": backend}), (reference.linear_logps, {})):
         leaf = bias_V.clone().requires_grad_()
         function(hidden_ND, head_VD, labels_N, bias_V=leaf, **more).sum().backward()
         grads.append(leaf.grad)
@@ -306,20 +322,20 @@ def test_a_bias_trains_where_it_alone_does(fold, device):
 
 
 @pytest.mark.parametrize("skip_below", [0.0, 2**-12])
-@pytest.mark.parametrize("fold", FOLDS)
-def test_the_same_inputs_give_the_same_bits(fold, skip_below, device):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_inputs_give_the_same_bits(backend, skip_below, device):
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.float32, device, bias=True)
-    settings = {"fold": fold, "skip_below": skip_below}
+    settings = {"backend": backend, "skip_below": skip_below}
     first, second = (run(linear_logps, *args, torch.float32, **settings) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("fold", FOLDS)
-def test_large_logits_neither_overflow_nor_vanish(fold, device):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_logits_neither_overflow_nor_vanish(backend, device):
     hidden_ND, head_VD, labels_N, _ = inputs((3, 4, 3 * BLOCK_V), torch.float32, device)
     ours = run(
-        linear_logps, 100 * hidden_ND, 100 * head_VD, labels_N, None, torch.float32, fold=fold
+        linear_logps, 100 * hidden_ND, 100 * head_VD, labels_N, None, torch.float32, backend=backend
     )
     truth = run(
         reference.linear_logps, 100 * hidden_ND, 100 * head_VD, labels_N, None, torch.float64
@@ -335,7 +351,7 @@ def test_gradcheck_in_float64():
     leaves = [x.requires_grad_() for x in (hidden_ND, head_VD, bias_V)]
     assert torch.autograd.gradcheck(
         lambda h, w, b: linear_logps(
-            h, w, labels_N, bias_V=b, scale=0.5, softcap=2.0, fold="torch", head_cache_bytes=0
+            h, w, labels_N, bias_V=b, scale=0.5, softcap=2.0, backend="torch", head_cache_bytes=0
         ),
         leaves,
     )
@@ -348,8 +364,8 @@ def test_any_shape_agrees(N, D, V, seed):
     args = inputs((N, D, V), torch.float32, device, seed=seed)
     truth = run(reference.linear_logps, *args, torch.float64)
     same = run(reference.linear_logps, *args, torch.float32)
-    for fold in FOLDS:
-        ours = run(linear_logps, *args, torch.float32, fold=fold)
+    for backend in BACKENDS:
+        ours = run(linear_logps, *args, torch.float32, backend=backend)
         del ours["is_top1"]  # two logits may be closer than float32 can tell
         exact = {name: truth[name] for name in ours}
         assert_all_as_accurate(ours, same, exact, times=8)
@@ -361,9 +377,9 @@ def test_autocast_narrows_operands_and_not_logits():
     rounded = reference.linear_logps(*operands, labels_N)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, stats = linear_logps(
-            hidden_ND.requires_grad_(), head_VD, labels_N, fold="torch", stats=("entropy",)
+            hidden_ND.requires_grad_(), head_VD, labels_N, backend="torch", stats=("entropy",)
         )
-        exact = linear_logps(hidden_ND.double(), head_VD.double(), labels_N, fold="torch")
+        exact = linear_logps(hidden_ND.double(), head_VD.double(), labels_N, backend="torch")
     assert ours.dtype == torch.float32 and (ours - rounded).abs().max() < 1e-5
     wide = reference.linear_logps(hidden_ND.double(), head_VD.double(), labels_N)
     assert (exact - wide).abs().max() < 1e-12, "float64 is not narrowed"
@@ -380,11 +396,11 @@ WRONG = {
     "low-rank-of-two-ranks": ({"low_rank": (torch.zeros(3, 1), torch.zeros(7, 2))}, "low_rank"),
     "bias-too-short": ({"bias_V": torch.zeros(5)}, "want bias"),
     "unknown-statistic": ({"stats": ("mode",)}, "want stats"),
-    "unknown-fold": ({"fold": "cuda"}, "want stats"),
+    "unknown-backend": ({"backend": "cuda"}, "want stats"),
     "everything-unlikely": ({"skip_below": 1.0}, "want skip_below in"),
     "float64-in-triton": (
-        {"hidden_ND": torch.zeros(3, 5).double(), "fold": "triton"},
-        "fold='torch'",
+        {"hidden_ND": torch.zeros(3, 5).double(), "backend": "triton"},
+        "backend='torch'",
     ),
 }
 

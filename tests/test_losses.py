@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdpo.kernels.reference import completion_sums
 from fastdpo.losses import (
     LOSS_TYPES,
     PAIR_METRICS,
     SMOOTHED,
     WITH_F_DIVERGENCE,
-    completion_logps,
     pair_loss,
     pair_weights,
 )
@@ -36,7 +36,7 @@ def loss_of(token_logps, *loss_types, **settings):
 
 
 def test_a_completions_logp_is_the_sum_of_its_tokens():
-    logps_S = completion_logps(torch.tensor(TOKEN_LOGPS), CU_SEQLENS)
+    logps_S = completion_sums(torch.tensor(TOKEN_LOGPS), CU_SEQLENS)
     assert logps_S.tolist() == [-1.5, -2.0, -2.0, -3.0]
 
 
@@ -236,7 +236,7 @@ def test_ld_alpha_weighs_what_is_longer_than_the_other():
     token_logps = torch.tensor(TOKEN_LOGPS, requires_grad=True)
     losses = loss_of(token_logps, ld_alpha=0.25)
     assert losses.logps_S.tolist() == [-1.5, -2.0, -1.25, -3.0]
-    assert completion_logps(token_logps, CU_SEQLENS, 0.25).tolist() == [-1.5, -2.0, -1.25, -3.0]
+    assert completion_sums(token_logps, CU_SEQLENS, 0.25).tolist() == [-1.5, -2.0, -1.25, -3.0]
     margin = BETA * (1.0 - -0.25)
     assert losses.loss_B[0].item() == pytest.approx(math.log1p(math.exp(-margin)))
     losses.loss_B[0].backward()
@@ -249,12 +249,12 @@ def test_a_completions_sum_is_rounded_once():
     token_logps_C = -20 * torch.rand(3000, generator=torch.Generator().manual_seed(0))
     cu_seqlens = torch.tensor([0, 1000, 3000], dtype=torch.int32)
     exact = [part.double().sum().float() for part in token_logps_C.split([1000, 2000])]
-    assert torch.equal(completion_logps(token_logps_C, cu_seqlens), torch.stack(exact))
+    assert torch.equal(completion_sums(token_logps_C, cu_seqlens), torch.stack(exact))
 
 
 def test_at_the_reference_the_sigmoid_loss_is_ln_2():
     token_logps = torch.tensor(TOKEN_LOGPS)
-    logps_S = completion_logps(token_logps, CU_SEQLENS)
+    logps_S = completion_sums(token_logps, CU_SEQLENS)
     losses = pair_loss(token_logps, CU_SEQLENS, logps_S, beta=0.1)
     assert losses.loss_B.tolist() == pytest.approx([math.log(2)] * 2)
 

@@ -189,7 +189,7 @@ def test_tensors_may_have_any_strides_and_a_tie_is_no_win(function, device):
 def test_where_policy_and_reference_agree_rewards_are_zero(ld_alpha, function, device):
     token_logps_C, cu_seqlens, _ = inputs(LENGTHS["ragged-last-block"], device)
     token_logps_C *= 20
-    logps_S = ops.completion_logps(token_logps_C, cu_seqlens, ld_alpha)
+    logps_S = reference.completion_sums(token_logps_C, cu_seqlens, ld_alpha)
     _, metrics_MB = function(token_logps_C, cu_seqlens, logps_S, **SETTINGS, ld_alpha=ld_alpha)
     assert metrics_MB[:3].tolist() == [[0.0, 0.0]] * 3  # by the bit, in whatever order they add
     assert torch.equal(metrics_MB[4:].flatten(), logps_S)

@@ -14,7 +14,13 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
 
 from fastdpo import DPOConfig, DPOTrainer, data, trainer, trainer_check
 from fastdpo.trainer_check import check_pairs
@@ -126,6 +132,14 @@ def test_a_reference_may_share_what_does_not_train(tokenizer):
     other = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     build(tokenizer, model=model, ref_model=other)
+
+
+@pytest.mark.parametrize("name", ["model", "ref_model"])
+def test_an_encoder_decoder_is_refused(tokenizer, nothing_spent, name):
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 300}
+    t5 = T5ForConditionalGeneration(T5Config(**sizes))
+    with pytest.raises(ValueError, match=f"want {name} as a decoder-only model, got T5For"):
+        build(tokenizer, **{name: t5})
 
 
 def test_a_policy_with_nothing_to_train_is_refused(tokenizer, nothing_spent, tmp_path):

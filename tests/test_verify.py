@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from fastdpo import attention, cli, head, ops, verify
+from fastdpo import attention, cli, head, losses, ops, verify
 from fastdpo.kernels import reference
 from fastdpo.losses import pair_loss
 from fastdpo.parser import VerifyParser
@@ -101,7 +101,7 @@ def test_cut_pairs_agree(here, mode, capsys):
 def test_weighted_pairs_agree_and_a_wrong_weight_is_found(here, monkeypatch, capsys):
     for dtype in ("bfloat16", "float32"):
         assert run(here, "--use_weighting", "True", "--loss_type", "ipo", "--dtype", dtype) == 0
-    monkeypatch.setattr(verify, "pair_weights", lambda *tensors: 1.01)
+    monkeypatch.setattr(losses, "pair_weights", lambda *tensors: 1.01)
     capsys.readouterr()
     assert run(here, "--use_weighting", "True", "--loss_type", "ipo") == 1
     assert {what for _, what in what_differs(capsys)} == {"pair", "gradients"}
