@@ -14,6 +14,7 @@ import statistics
 import pytest
 import torch
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bench.length_profiles import TARGETS, TINY, random_pairs
 from bench.measure import CUDA, DEVICE, seconds
@@ -98,7 +99,7 @@ class Case:
             self.key,
             self.value,
             self.mask,
-            native="sdpa",
+            native=sdpa_attention_forward,
             tree=self.tree,
         )
         output.backward(self.doutput)

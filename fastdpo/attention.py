@@ -1,7 +1,7 @@
 """Attention along a Tree, for every model that asks transformers' attention interface for one.
 
-`attend_along_trees` registers it under a name of its own and lets a model ask for that name. A
-forward that passes `tree=` then attends along it; any other attends as the model did before.
+`attend_along_trees` puts it in place of a model's own attention. A forward that passes `tree=` then
+attends along it; any other attends as the model did before.
 
     by segments     scaled_dot_product_attention for each trunk and each branch; any device
     varlen          two launches of variable-length flash attention; CUDA, 16 bits or autocast to 16
@@ -14,6 +14,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,24 +35,50 @@ except ImportError:  # not installed, or built for another torch
 PREFIX = "fastdpo_"
 HALF = (torch.float16, torch.bfloat16)
 VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)  # they grew with torch
+CHOOSES_BACKEND = torch.__version__ >= "2.15"  # varlen_attn does, by sdpa_kernel's setting
 
 
 def attend_along_trees(causal_lm: PreTrainedModel) -> None:
     """Let `causal_lm` attend along a Tree where its forward is given one, else as it does now."""
-    native = causal_lm.config.get_text_config()._attn_implementation
-    if native.startswith(PREFIX):
+    name = causal_lm.config.get_text_config()._attn_implementation
+    native = _eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    if name.startswith(PREFIX) or _is_ours(native):
         return
-    name = PREFIX + native
-    AttentionInterface.register(name, functools.partial(tree_attention, native=native))
+    ours = functools.partial(tree_attention, native=native)
+    if _is_looked_up(name):
+        AttentionInterface.register(name, ours)
+        return
+    AttentionInterface.register(PREFIX + name, ours)
     # where there is no tree, its masks are made as before
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[native])
-    causal_lm.set_attn_implementation(name)
+    AttentionMaskInterface.register(PREFIX + name, AttentionMaskInterface()[name])
+    causal_lm.set_attn_implementation(PREFIX + name)
 
 
 def attend_as_before(causal_lm: PreTrainedModel) -> None:
     """Undo attend_along_trees."""
     name = causal_lm.config.get_text_config()._attn_implementation
-    causal_lm.set_attn_implementation(name.removeprefix(PREFIX))
+    if not _is_looked_up(name):
+        causal_lm.set_attn_implementation(name.removeprefix(PREFIX))
+    elif _is_ours(ALL_ATTENTION_FUNCTIONS[name]):
+        AttentionInterface.register(name, ALL_ATTENTION_FUNCTIONS[name].keywords["native"])
+
+
+def _is_looked_up(name: str) -> bool:
+    """Whether transformers imports what this name stands for: flash attention, a kernel of the Hub.
+
+    Such a name must stay as it is, so that ours is registered in its place, for all models alike.
+    """
+    return "flash" in name or "/" in name
+
+
+def _is_ours(attend: Callable) -> bool:
+    return isinstance(attend, functools.partial) and attend.func is tree_attention
+
+
+def _eager(module: nn.Module, *arguments: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
+    """A function of each modelling file, registered nowhere."""
+    attend = sys.modules[type(module).__module__].eager_attention_forward
+    return attend(module, *arguments, **settings)
 
 
 def tree_attention(
@@ -61,23 +88,26 @@ def tree_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    native: str,
+    native: Callable,
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers' attention functions return: (1, T, H, K), and no weights.
 
     query: (1, H, T, K); key, value: (1, G, T, K); settings: tree, scaling, dropout, sliding_window
-    and softcap, and whatever else a model passes. ValueError for attention that a Tree does not
-    describe: sinks, biases by position, two directions.
+    and softcap, and whatever else a model passes. native: what attends where there is no tree.
+    ValueError for attention that a Tree does not describe: sinks, biases by position, two
+    directions, a window that is in the mask alone.
     """
     if settings.get("tree") is None:
-        attend = _native(module, native)
-        return attend(module, query, key, value, attention_mask, **settings)
+        return native(module, query, key, value, attention_mask, **settings)
     for name in ("s_aux", "position_bias"):
         if settings.get(name) is not None:
             raise ValueError(f"want attention by dot products alone, got {name}")
     if not settings.get("is_causal", getattr(module, "is_causal", True)):
         raise ValueError("want causal attention, got attention in both directions")
+    window = settings.get("sliding_window")
+    if window is None and (in_mask := _window_of(module)) is not None:
+        raise ValueError(f"want a sliding window as an argument, got {in_mask} in the mask alone")
     scaling = settings.get("scaling")
     output = _along_tree(
         query,
@@ -86,16 +116,19 @@ def tree_attention(
         settings["tree"],
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=settings.get("dropout") or 0.0,
-        window=settings.get("sliding_window"),
+        window=window,
         softcap=settings.get("softcap"),
     )
     return output, None
 
 
-def _native(module: nn.Module, name: str) -> Callable:
-    if name == "eager":  # a function of each modelling file, registered nowhere
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[name]
+def _window_of(module: nn.Module) -> int | None:
+    """The sliding window that this layer has by its config."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[module.layer_idx] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 @torch.compiler.disable  # each batch has lengths of its own: compiled, it would be so every time
@@ -228,13 +261,13 @@ def _torch_varlen(query, key, value, *bounds, scale, window_size, softcap, dropo
         settings["window_size"] = window_size
     else:
         settings["is_causal"] = True
-    if "enable_gqa" in VARLEN_ARGUMENTS:
+    if "enable_gqa" in VARLEN_ARGUMENTS:  # else grouped heads pass unasked
         settings["enable_gqa"] = query.shape[1] != key.shape[1]
-    else:
-        key, value = _ungrouped(query, key, value)
     # torch 2.15 would take cuDNN for the trunks: a plan of its own for each batch's lengths, and a
-    # backward that torch.use_deterministic_algorithms does not control
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    # backward that torch.use_deterministic_algorithms does not control. (Asking costs 50 to 90 us
+    # of CPU time, so older ones, which have flash attention alone, are not asked.)
+    asked = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if CHOOSES_BACKEND else nullcontext()
+    with asked:
         return varlen_attn(query, key, value, *bounds, **settings)
 
 

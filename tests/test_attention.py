@@ -8,9 +8,12 @@ import pytest
 import torch
 from test_layouts import ROWS
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo import attention
-from fastdpo.attention import attend_along_trees
+from fastdpo.attention import attend_along_trees, attend_as_before
 from fastdpo.batch import PairBatch
 from fastdpo.collate import PackedCollator
 from fastdpo.model import attach_scorer, score
@@ -43,12 +46,11 @@ def flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window, causal=Tru
 
 
 def torch_2_10(query, key, value, *bounds, is_causal=False):
-    assert query.shape[1] == key.shape[1]  # it has no grouped heads
     return flash(query, key, value, *bounds, None, (-1, 0), is_causal)
 
 
 def torch_2_11(query, key, value, *bounds, scale=None, window_size=(-1, -1)):
-    assert query.shape[1] == key.shape[1] and window_size[1] == 0
+    assert window_size[1] == 0
     return flash(query, key, value, *bounds, scale, window_size)
 
 
@@ -160,8 +162,10 @@ def test_only_what_flash_attention_can_run_is_handed_to_it(changed, runs, monkey
     assert (attention._varlen_kernel(query, value, *rest) is not None) == runs
 
 
-def test_torchs_own_kernel_is_flash_attention_alone(monkeypatch):
+@pytest.mark.parametrize("chooses", [True, False])
+def test_torchs_own_kernel_is_flash_attention_alone(chooses, monkeypatch):
     """cuDNN, which torch 2.15 prefers, would make a plan for the lengths of each batch."""
+    monkeypatch.setattr(attention, "CHOOSES_BACKEND", chooses)
     enabled = []
 
     def varlen(query, *arguments, **settings):
@@ -171,7 +175,7 @@ def test_torchs_own_kernel_is_flash_attention_alone(monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", varlen)
     x, settings = torch.zeros(3, 2, 8), {"window_size": (-1, 0), "softcap": None, "dropout": 0.0}
     attention._torch_varlen(x, x, x, scale=1.0, **settings)
-    assert enabled == [(True, False)]
+    assert enabled == [(True, not chooses)]
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "capped"])
@@ -183,9 +187,9 @@ def test_attention_drops_weights_and_scales_by_the_heads_size(softcap):
     def attend(value, **settings):
         settings = {"tree": tree, "softcap": softcap} | settings
         module = torch.nn.Module()
-        return attention.tree_attention(module, query, key, value, None, native="sdpa", **settings)[
-            0
-        ]
+        return attention.tree_attention(
+            module, query, key, value, None, native=sdpa_attention_forward, **settings
+        )[0]
 
     assert (attend(value) - 1).abs().max() < 1e-6
     dropped = attend(value, dropout=0.5)
@@ -204,7 +208,9 @@ def test_a_compiler_leaves_each_batchs_tree_alone():
         return graph
 
     def attend(x):
-        return attention.tree_attention(None, 2 * x, x, x, None, native="sdpa", tree=tree)[0]
+        return attention.tree_attention(
+            None, 2 * x, x, x, None, native=sdpa_attention_forward, tree=tree
+        )[0]
 
     assert torch.equal(torch.compile(attend, backend=backend)(x), attend(x))
     calls = [node.name for g in graphs for node in g.graph.nodes if node.op.startswith("call")]
@@ -225,4 +231,45 @@ def test_attention_that_a_tree_does_not_describe_is_refused(settings, module_is_
     module.is_causal = module_is_causal
     x = torch.zeros(1, 4, 3, 8)
     with pytest.raises(ValueError, match=message):
-        attention.tree_attention(module, x, x, x, None, native="sdpa", tree=tree, **settings)
+        attention.tree_attention(
+            module, x, x, x, None, native=sdpa_attention_forward, tree=tree, **settings
+        )
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_attention_that_transformers_imports_by_name_keeps_its_name(name, monkeypatch):
+    model = families.model("llama")
+    attach_scorer(model)
+    attend_along_trees(model)
+    expected = logps_and_gradients(model, ROWS)
+    attend_as_before(model)
+    calls = []
+
+    def flash(module, query, key, value, attention_mask, **settings):
+        calls.append(settings.get("tree"))
+        return sdpa_attention_forward(module, query, key, value, None, **settings)
+
+    for mapping in (AttentionInterface._global_mapping, ALL_ATTENTION_FUNCTIONS._global_mapping):
+        monkeypatch.setitem(mapping, name, flash)
+    model.config._attn_implementation_internal = name
+    attend_along_trees(model)
+    attend_along_trees(model)
+    assert model.config._attn_implementation == name
+    for ours, theirs in zip(logps_and_gradients(model, ROWS), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    assert calls == []
+    with families.all_in_float64():
+        model(torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
+    assert calls == [None] * 2
+    attend_as_before(model)
+    assert ALL_ATTENTION_FUNCTIONS[name] is flash
+
+
+def test_a_window_that_a_model_keeps_in_its_mask_is_refused():
+    """A Tree is no mask: pairs longer than the window would see past it."""
+    settings = {"sliding_window": 6, "num_local_experts": 4, **families.EXPERTS}
+    model = families.model("phimoe", **settings)
+    attach_scorer(model)
+    attend_along_trees(model)
+    with pytest.raises(ValueError, match="sliding window as an argument, got 6 in the mask alone"):
+        logps_and_gradients(model, ROWS)
