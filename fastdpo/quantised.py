@@ -29,7 +29,9 @@ class FourBitRows:
         V, D = self.shape = tuple(state.shape)
         if D % state.blocksize:
             raise ValueError(f"want rows of whole blocks of {state.blocksize}, got rows of {D}")
-        self.dtype, self._code, self._blocksize = dtype, state.code.float(), state.blocksize
+        self.dtype, self._blocksize = dtype, state.blocksize
+        byte, code = torch.arange(256, device=packed.device), state.code.float()
+        self._code_256x2 = torch.stack([code[byte >> 4], code[byte & 15]], 1)
         largest = state.absmax
         if state.nested:  # the largest values are quantised too
             outer = state.state2
@@ -39,11 +41,10 @@ class FourBitRows:
         self._packed_VH, self._largest_VK = packed.view(V, -1), largest.view(V, -1)  # H = D / 2
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        packed_RH = self._packed_VH[rows]
-        bits_RD = torch.stack([packed_RH >> 4, packed_RH & 15], -1).flatten(1)
         largest_RK = self._largest_VK[rows].float()
-        weight = self._code[bits_RD.int()].view(*largest_RK.shape, self._blocksize)
-        return (weight * largest_RK[..., None]).flatten(1).to(self.dtype)
+        weight = self._code_256x2[self._packed_VH[rows].int()]
+        weight = weight.view(*largest_RK.shape, self._blocksize).mul_(largest_RK[..., None])
+        return weight.flatten(1).to(self.dtype)
 
 
 def quantised_rows(layer: nn.Module, dtype: torch.dtype) -> Int8Rows | FourBitRows | None:

@@ -105,7 +105,7 @@ def _logit(z_ptr, bias_ptr, v, mask, scale, softcap, HAS_BIAS: tl.constexpr, CAP
     z_V *= scale
     if CAP:
         # softcap * tanh(z / softcap), with an exp that cannot overflow
-        decay_V = tl.exp(-2.0 * tl.abs(z_V) / softcap)
+        decay_V = tl.exp(tl.abs(z_V) * (-2.0 / softcap))
         tanh_V = (1.0 - decay_V) / (1.0 + decay_V)
         z_V = softcap * tl.where(z_V < 0, -tanh_V, tanh_V)
     return z_V
@@ -168,7 +168,8 @@ def _fold_kernel(
         if SQUARES:
             squares_V += exp_V * exp_V
         if CAP:
-            exp_V *= 1.0 - (z_V / softcap) * (z_V / softcap)
+            capped_V = z_V * (1.0 / softcap)
+            exp_V *= 1.0 - capped_V * capped_V
         exp_V = tl.where(v == column, 0.0, exp_V)
         tl.store(p_ptr + v, exp_V.to(p_ptr.dtype.element_ty), mask=v < width)
     if (column >= 0) & (column < width):

@@ -89,7 +89,7 @@ def _finish_directions(us: list[Tensor | None], tiles: Tiles, total_N, label_sha
         last = term.w_VK.shape[0] - 1
         for some in tiles.few_rows(term):
             u_NK[some].div_(-total_N[some, None]).addcmul_(
-                term.w_VK[tiles.labels_N[some].clamp(0, last)].to(u_NK.dtype),
+                term.w_pieces.at(tiles.labels_N[some].clamp(0, last)).to(u_NK.dtype),
                 label_share_N[some, None],
             ).mul_(tiles.settings.scale)
 
@@ -121,6 +121,7 @@ def linear_logps(
     low_rank: (down_NR, up_VR), a term down_NR upᵀ beside hidden headᵀ; of a LoRA adapter A, B,
         it is (s * hidden Aᵀ, B).
     scale, softcap: logits are softcap * tanh(scale * (hidden headᵀ + down upᵀ + bias) / softcap).
+        For a temperature T, divide both by it.
     stats: of "lse", "entropy", "mean_logit", "log_sum_p2" (log sum_v p_v²), float32, and
         "is_top1" (bool; a tie counts), from the same pass and without gradient; the answer is
         then (token_logps_N, {name: (N,)}).
@@ -135,12 +136,14 @@ def linear_logps(
 
     Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles: on
     a CPU 4 MiB or 2 MiB and 2048 D bytes, for operands of another dtype than float32 also 4 D
-    (512 + 1024) bytes; on a GPU at most 256 MiB, 272 for a head of another dtype or that trains.
+    (512 + 1024) bytes; on a GPU at most 256 MiB for a frozen head in hidden_ND's dtype, 280 for
+    another one, 448 for a head that trains.
     A trained weight keeps its inputs and the cache as well, until the backward has used it.
 
-    The same inputs give the same bits. On a CPU a row's answer does not depend on the other rows
-    either, not in one bit, as far as its matrix product sums a row alike in 16 rows and in 512
-    (oneDNN and MKL do, by tests/test_head_cost.py); cuBLAS chooses by shape, and does not.
+    The same inputs give the same bits. On a CPU a row's log-probability does not depend on the
+    other rows either, not in one bit, nor do its statistics but the entropy, as far as the matrix
+    product sums a row alike in 16 rows and in 512 (oneDNN and MKL do, by tests/test_head_cost.py);
+    its entropy and its gradient may differ in the last bits. cuBLAS chooses by shape.
 
     ValueError for shapes, dtypes or names that do not fit. The same with full logits:
     reference.linear_logps.

@@ -6,6 +6,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# Elements of a HeadRows that are made at a time: a few times their memory is needed on the way. The
+# CPU's stay in its cache; a GPU's are launches of some size.
+MADE_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 21}
+
 
 class HeadRows(Protocol):
     """A head that makes its rows when asked, such as a quantised one: no gradient flows to it."""
@@ -24,25 +28,47 @@ class Operand:
     """
 
     def __init__(
-        self, of: Tensor | HeadRows, dtype: torch.dtype, rounded_to: torch.dtype | None = None
+        self,
+        of: Tensor | HeadRows,
+        dtype: torch.dtype,
+        rounded_to: torch.dtype | None,
+        device: torch.device,
     ):
         self._of, self._dtype, self._rounded_to = of, dtype, rounded_to
+        self._device = device
         self._rows = self._piece = self._memory = None
 
     def __getitem__(self, rows: slice) -> Tensor:
         if rows != self._rows:
-            self._rows, piece = rows, self._of[rows]
-            if self._rounded_to is not None:
-                piece = piece.to(self._rounded_to)
-            if piece.dtype != self._dtype:
-                piece = self._room_for(piece).copy_(piece)
-            self._piece = piece
+            self._rows, self._piece = rows, self._made(rows)
         return self._piece
 
-    def _room_for(self, piece: Tensor) -> Tensor:
-        if self._memory is None or len(self._memory) < len(piece):
-            self._memory = torch.empty_like(piece, dtype=self._dtype)
-        return self._memory[: len(piece)]
+    def at(self, rows: Tensor) -> Tensor:
+        """The rows of these indices, with the values that the products have."""
+        return self._rounded(self._of[rows]).to(self._dtype)
+
+    def _made(self, rows: slice) -> Tensor:
+        if isinstance(self._of, Tensor):
+            piece = self._rounded(self._of[rows])
+            return piece if piece.dtype == self._dtype else self._room_for(len(piece)).copy_(piece)
+        made, few = self._room_for(rows.stop - rows.start), self._rows_at_once()
+        for start in range(rows.start, rows.stop, few):
+            some = slice(start, min(start + few, rows.stop))
+            made[some.start - rows.start : some.stop - rows.start] = self._rounded(self._of[some])
+        return made
+
+    def _rounded(self, piece: Tensor) -> Tensor:
+        return piece if self._rounded_to is None else piece.to(self._rounded_to)
+
+    def _rows_at_once(self) -> int:
+        elements = MADE_AT_ONCE["cpu" if self._device.type == "cpu" else "cuda"]
+        return max(1, elements // self._of.shape[1])
+
+    def _room_for(self, count: int) -> Tensor:
+        if self._memory is None or len(self._memory) < count:
+            shape = (count, self._of.shape[1])
+            self._memory = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return self._memory[:count]
 
 
 class Term:
@@ -50,8 +76,8 @@ class Term:
 
     def __init__(self, x_NK, w_VK: Tensor | HeadRows, grads, dtype, rounded_to):
         self.x_NK, self.w_VK, self.x_grad, self.w_grad = x_NK, w_VK, *grads
-        self.x_pieces = Operand(x_NK, dtype, rounded_to)
-        self.w_pieces = Operand(w_VK, dtype, rounded_to)
+        self.x_pieces = Operand(x_NK, dtype, rounded_to, x_NK.device)
+        self.w_pieces = Operand(w_VK, dtype, rounded_to, x_NK.device)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
@@ -85,9 +111,10 @@ def has_onednn() -> bool:
 
 def sums_rows_alike() -> bool:
     """Whether oneDNN's product of 512 rows has the bits of that of its first 16."""
-    a = torch.arange(512.0 * 896).view(512, 896).sin()
-    b = torch.arange(896.0 * 1024).view(896, 1024).cos()
-    many, few = torch.empty(512, 1024), torch.empty(16, 1024)
+    kind = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+    a = torch.arange(512 * 896, **kind).view(512, 896).sin()
+    b = torch.arange(896 * 1024, **kind).view(896, 1024).cos()
+    many, few = torch.empty(512, 1024, **kind), torch.empty(16, 1024, **kind)
     onednn_product(a, b, many, accumulate=False)
     onednn_product(a[:16], b, few, accumulate=False)
     return torch.equal(many[:16], few)

@@ -57,7 +57,7 @@ class Tiles:
         kind = kind if kind in TILE_ROWS else "cuda"
         rows, columns = _tile_shape(kind, len(labels_N), *terms[0].w_VK.shape)
         self._row_multiple = ROW_MULTIPLE[kind]
-        self.blocks = slices(len(labels_N), rows)
+        self.blocks = even_slices(len(labels_N), rows)
         self.columns = slices(terms[0].w_VK.shape[0], columns)
         self.terms, self.settings, self.labels_N = terms, settings, labels_N
         self.bias_V = None if bias_V is None else bias_V.contiguous()
@@ -129,6 +129,12 @@ def _tile_shape(kind: str, N: int, V: int, D: int) -> tuple[int, int]:
 
 def slices(total: int, step: int) -> list[slice]:
     return [slice(first, min(first + step, total)) for first in range(0, total, step)]
+
+
+def even_slices(total: int, most: int) -> list[slice]:
+    """As few as hold at most `most` each, as large as one another: none is left with a few rows."""
+    count = -(-total // most) if total else 0
+    return [slice(i * total // count, (i + 1) * total // count) for i in range(count)]
 
 
 def walk(tiles: Tiles, rows: RunningSoftmax) -> tuple[list[Tensor | None], dict]:

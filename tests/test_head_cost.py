@@ -1,6 +1,7 @@
 """What linear_logps takes: products, memory, no wait for a GPU; and what a row's bits rest on."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastdpo.kernels import second_product, vocabulary_walk
 from fastdpo.kernels.fold import BLOCK_V
 from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.products import has_onednn
+from fastdpo.quantised import FourBitRows, Int8Rows
 
 PRODUCTS = {
     "no-grad": ({"grad": False}, 1),
@@ -83,10 +85,23 @@ def test_nothing_waits_and_no_logits_are_held(trained):
     assert watch.largest <= (head_VD.nbytes if trained else logits // 50)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_frozen_heads_workspace_is_bounded(dtype):
-    shape = N, D, _ = (1100, 4096, 1500)
+def int8_rows(V, D):
+    return Int8Rows(torch.empty(V, D, dtype=torch.int8), torch.empty(V), torch.bfloat16)
+
+
+def four_bit_rows(V, D):
+    numbers = {"code": torch.empty(16), "absmax": torch.empty(V * D // 64)}
+    state = SimpleNamespace(shape=(V, D), blocksize=64, nested=False, **numbers)
+    packed = torch.empty(V * D // 2, 1, dtype=torch.uint8)
+    return FourBitRows(packed, state, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, int8_rows, four_bit_rows], ids=str)
+def test_a_frozen_heads_workspace_is_bounded(kind):
+    shape = N, D, V = (1100, 4096, 1500)
+    dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16
     hidden_ND, head_VD, labels_N, _ = inputs(shape, dtype)
+    head_VD = head_VD if dtype is kind else kind(V, D)
     hidden_ND.requires_grad_()
     with Live() as live:
         logps_N = linear_logps(hidden_ND, head_VD, labels_N, backend="torch")
@@ -126,17 +141,25 @@ class NoLaunch:
         return lambda *arguments, **constants: None
 
 
-GPU_HEADS = {  # dtype of the head, whether it trains, settings, MiB beside u and the gradients
-    "frozen": (torch.bfloat16, False, {}, 256),
-    "filtered": (torch.bfloat16, False, {"skip_below": 2**-12}, 256),
-    "wide": (torch.float32, False, {}, 272),
-    "trained": (torch.bfloat16, True, {"head_cache_bytes": 0}, 272),
+def head_in(dtype, trains=False):
+    return lambda V, D: torch.empty(V, D, dtype=dtype, requires_grad=trains)
+
+
+GPU_HEADS = {  # dtype of the hidden states, head, settings, MiB beside u and the gradients
+    "frozen": (torch.bfloat16, head_in(torch.bfloat16), {}, 256),
+    "filtered": (torch.bfloat16, head_in(torch.bfloat16), {"skip_below": 2**-12}, 256),
+    "wide": (torch.bfloat16, head_in(torch.float32), {}, 280),
+    "int8": (torch.bfloat16, int8_rows, {}, 280),
+    "4 bits": (torch.bfloat16, four_bit_rows, {}, 280),
+    "trained": (torch.bfloat16, head_in(torch.bfloat16, True), {"head_cache_bytes": 0}, 448),
+    "autocast": (torch.float32, head_in(torch.float32, True), {"head_cache_bytes": 0}, 448),
 }
 
 
-@pytest.mark.parametrize("N", [128, 512, 2048, 8192, 20000])
-@pytest.mark.parametrize(("dtype", "trained", "settings", "mib"), GPU_HEADS.values(), ids=GPU_HEADS)
-def test_a_heads_workspace_on_a_gpu_is_bounded(N, dtype, trained, settings, mib, monkeypatch):
+@pytest.mark.parametrize("D", [4096, 8192])
+@pytest.mark.parametrize("N", [512, 4096, 8192, 20000])
+@pytest.mark.parametrize(("dtype", "head", "settings", "mib"), GPU_HEADS.values(), ids=GPU_HEADS)
+def test_a_heads_workspace_on_a_gpu_is_bounded(N, D, dtype, head, settings, mib, monkeypatch):
     """A GPU's tiles and dtypes at a real size, on tensors without memory and by no arithmetic."""
     monkeypatch.setitem(vocabulary_walk.FOLDS, "triton", lambda *args: None)
     for user in (vocabulary_walk, second_product):
@@ -146,15 +169,16 @@ def test_a_heads_workspace_on_a_gpu_is_bounded(N, dtype, trained, settings, mib,
     tile_shape = vocabulary_walk._tile_shape
     monkeypatch.setattr(vocabulary_walk, "_tile_shape", lambda _, *args: tile_shape("cuda", *args))
     monkeypatch.setattr(module, "_operand_dtypes", lambda hidden_ND: (torch.bfloat16, None))
-    D, V = 4096, 151937
+    V = 151937
     with FakeTensorMode(), Live() as live:
-        hidden_ND = torch.empty(N, D, dtype=torch.bfloat16, requires_grad=True)
-        head_VD = torch.empty(V, D, dtype=dtype, requires_grad=trained)
+        hidden_ND = torch.empty(N, D, dtype=dtype, requires_grad=True)
+        head_VD = head(V, D)
         labels_N = torch.empty(N, dtype=torch.int64)
         before = live.live
         logps_N = linear_logps(hidden_ND, head_VD, labels_N, **settings)
         logps_N.backward(torch.empty_like(logps_N))
-    gradients = hidden_ND.nbytes + trained * head_VD.nbytes
+    trains = isinstance(head_VD, torch.Tensor) and head_VD.requires_grad
+    gradients = hidden_ND.nbytes + (head_VD.nbytes if trains else 0)
     assert 4 * N * D < live.peak - before <= 4 * N * D + gradients + (mib << 20)
 
 
@@ -188,3 +212,13 @@ def test_a_rows_answer_does_not_depend_on_the_others(dtype):
     for rows in (slice(0, 1), slice(3, 10), slice(700, 723), slice(5, 518), slice(1029, 1030)):
         alone_N = linear_logps(hidden_ND[rows], head_VD, labels_N[rows], backend="torch")
         assert torch.equal(alone_N, together_N[rows]), rows
+
+
+@pytest.mark.parametrize("N", [513, 1030, 261_633])
+def test_no_block_of_rows_is_left_with_a_few(N):
+    blocks = vocabulary_walk.even_slices(N, 512)
+    assert [n for block in blocks for n in (block.start, block.stop)][1:-1:2] == [
+        block.start for block in blocks[1:]
+    ]
+    sizes = {block.stop - block.start for block in blocks}
+    assert blocks[-1].stop == N and max(sizes) <= 512 and max(sizes) - min(sizes) <= 1

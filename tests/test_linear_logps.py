@@ -326,6 +326,7 @@ def test_a_bias_trains_where_it_alone_does(backend, device):
 def test_the_same_inputs_give_the_same_bits(backend, skip_below, device):
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.float32, device, bias=True)
     settings = {"backend": backend, "skip_below": skip_below}
+    torch.use_deterministic_algorithms(False)  # which would hide an operator that is not
     first, second = (run(linear_logps, *args, torch.float32, **settings) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -385,6 +386,20 @@ def test_autocast_narrows_operands_and_not_logits():
     assert (exact - wide).abs().max() < 1e-12, "float64 is not narrowed"
     log_p_NV = (operands[0] @ operands[1].T).log_softmax(1)
     assert (stats["entropy"] + (log_p_NV.exp() * log_p_NV).sum(1)).abs().max() < 1e-5
+    ours.sum().backward()
+    h = operands[0].requires_grad_()
+    reference.linear_logps(h, operands[1], labels_N).sum().backward()
+    assert (hidden_ND.grad - h.grad).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_temperature_divides_scale_and_cap(softcap):
+    hidden_ND, head_VD, labels_N, _ = inputs((7, 8, 40), torch.float64)
+    z_NV = hidden_ND @ head_VD.T
+    z_NV = z_NV if softcap is None else softcap * torch.tanh(z_NV / softcap)
+    expected_N = (z_NV / 0.7).log_softmax(1).gather(1, labels_N[:, None]).squeeze(1)
+    kind = {"scale": 1 / 0.7, "softcap": softcap and softcap / 0.7, "backend": "torch"}
+    torch.testing.assert_close(linear_logps(hidden_ND, head_VD, labels_N, **kind), expected_N)
 
 
 WRONG = {

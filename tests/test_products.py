@@ -46,3 +46,13 @@ def test_onednn_is_good_with_avx512_and_rows_summed_alike(monkeypatch, capabilit
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(products, "onednn_product", product)
     assert products.has_onednn.__wrapped__() == good
+
+
+def test_onednn_is_tried_in_float32_whatever_torchs_default_is():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert products.sums_rows_alike() in (True, False)
+    finally:
+        torch.set_default_dtype(before)
