@@ -12,6 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+# of a collator written for TRL, and what fastdpo adds to it
+NOT_THE_MODELS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "part", "tokens")
+
 
 @dataclass(frozen=True, slots=True)
 class TokensRun:
@@ -78,16 +81,17 @@ class PairBatch:
         The padded collator pads on the right, where causal attention never looks from a token: the
         model needs no mask and runs its fastest attention. (transformers waits for the device once
         in such a forward, to see that no row holds several sequences.) A collator written for TRL
-        gives input_ids, attention_mask and completion_mask alone: the mask is then passed on, and
-        the scored rows are looked up on the device, which makes the CPU wait.
+        gives input_ids, attention_mask and completion_mask: the mask is then passed on, with all
+        else that it gives, and the scored rows are looked up on the device, which makes the CPU
+        wait.
         """
         model_inputs = {"input_ids": inputs["input_ids"]}
         if "tree" in inputs:
             model_inputs |= {name: inputs[name] for name in ("position_ids", "tree")}
             model_inputs["attention_mask"] = no_mask(inputs["input_ids"])
         if "scored_rows" not in inputs:
+            model_inputs = {name: x for name, x in inputs.items() if name not in NOT_THE_MODELS}
             inputs = {**inputs, **scored_positions(inputs["input_ids"], inputs["completion_mask"])}
-            model_inputs["attention_mask"] = inputs["attention_mask"]
         reference_logps_S = None
         if "ref_chosen_logps" in inputs:
             logps = (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])

@@ -238,6 +238,7 @@ class DPOConfig(TrainingArguments):
             "on_bad_rows": self.on_bad_rows,
             "num_proc": self.dataset_num_proc,
             "length_column": self.length_column,
+            "keep_columns": not self.remove_unused_columns,
         }
 
     @property

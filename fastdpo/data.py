@@ -27,7 +27,9 @@ from fastdpo.row_report import (
     CUT,
     DROPPED,
     EQUAL,
+    NOTE,
     REPORT,
+    STATUS,
     TOO_LONG,
     PairCounts,
     WarnOnce,
@@ -52,14 +54,15 @@ def prepare_pairs(
     on_bad_rows: str = "raise",
     num_proc: int | None = None,
     length_column: str | None = None,
+    keep_columns: bool = False,
 ) -> tuple[Dataset | IterableDataset, PairCounts | None]:
     """`dataset` with the columns prompt_ids, chosen_ids, rejected_ids, and what was counted.
 
     ref_chosen_logps and ref_rejected_logps stay, where the rows have them. A row whose prompt
     alone fills max_length is dropped (keep_start would cut all of its completion); cutting is
     the collator's. length_column: one more column, the tokens of prompt, chosen and rejected, for
-    samplers by length. A streamed dataset is read up to its first pair, the rest as it trains,
-    and not counted: None.
+    samplers by length. keep_columns: the rows' other columns stay too, but for a stream's. A
+    streamed dataset is read up to its first pair, the rest as it trains, and not counted: None.
 
     RowError at the first malformed row, or with on_bad_rows="skip" a warning that counts them;
     ValueError where columns are missing or no row is left.
@@ -77,20 +80,22 @@ def prepare_pairs(
     )
     if isinstance(dataset, IterableDataset):
         return _as_it_comes(dataset, tokenize, columns), None
+    made = {*tokenize.features, MALFORMED, ORIGIN, length_column}
+    others = set(dataset.column_names) - made if keep_columns else set()
     pairs = dataset.map(
         tokenize,
         batched=True,
         with_indices=True,
-        remove_columns=dataset.column_names,
-        features=tokenize.features,
+        remove_columns=[column for column in dataset.column_names if column not in others],
+        features=Features({name: dataset.features[name] for name in others} | tokenize.features),
         num_proc=num_proc and min(num_proc, len(dataset)),
         desc=f"Tokenizing the {name} dataset",
     ).with_format(None)
-    status = pairs.data["status"].to_numpy()
+    status = pairs.data[STATUS].to_numpy()
     kept = status & DROPPED == 0
     tokens = {column: pc.list_value_length(pairs.data[column]).to_numpy() for column in ID_COLUMNS}
     counts = counted(status, *(tokens[column][kept] for column in ID_COLUMNS), max_length)
-    warn(name, counts, status, pairs.data["note"])
+    warn(name, counts, status, pairs.data[NOTE])
     if counts.pairs == 0:
         raise ValueError(
             f"{name} dataset: no row is left of {counts.rows}: in {counts.too_long} the prompt "
@@ -135,7 +140,7 @@ def _as_it_comes(
         batch_size=STREAMED_AT_ONCE,
         with_indices=True,
         remove_columns=columns,
-    ).filter(_is_kept, input_columns="status")
+    ).filter(_is_kept, input_columns=STATUS)
     # a later row may have had columns that the first one had not
     features = Features({k: v for k, v in tokenize.features.items() if k not in REPORT})
     pairs = pairs.select_columns([*features]).cast(features)
@@ -187,7 +192,7 @@ class _Tokenize:
         ids = {column: ListOf(Value("int64")) for column in ID_COLUMNS}
         columns = REFERENCE_COLUMNS if self.with_reference else ()
         logps = {column: Value("float64") for column in columns}
-        return Features(ids | logps | {"status": Value("int8"), "note": Value("string")})
+        return Features(ids | logps | {STATUS: Value("int8"), NOTE: Value("string")})
 
     def __call__(self, batch: dict[str, Sequence], indices: list[int]) -> dict[str, list]:
         names = [name for name in FIELDS if name in batch]
@@ -203,7 +208,7 @@ class _Tokenize:
             partial(self._split, vocab_size=self._vocab_size() if has_own_ids else 0), rows
         )
         columns = {name: [row.fields.get(name) for row in rows] for name in self.features}
-        return columns | {name: [getattr(row, name) for row in rows] for name in REPORT}
+        return columns | {STATUS: [row.status for row in rows], NOTE: [row.note for row in rows]}
 
     def _attempt(self, step: Callable[[_Row], None], rows: list[_Row]) -> None:
         """Take `step` with each row that is not dropped yet; a malformed one is dropped.

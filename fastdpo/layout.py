@@ -44,6 +44,9 @@ def why_padded(model: nn.Module) -> str | None:
     name, config = type(causal_lm).__name__, causal_lm.config.get_text_config()
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return f"{model.active_peft_config.peft_type.value} puts tokens of its own before each row"
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    if any(getattr(config, "alora_invocation_tokens", None) for config in adapters):
+        return "aLoRA looks for its invocation once in each row"
     if causal_lm._is_stateful:
         return f"{name} carries a state from token to token"
     others = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)

@@ -5,8 +5,12 @@ before it; an evaluation over its pairs, each counted once and with the same wei
 batch size, the packs and the number of ranks.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from fastdpo.batch import PairBatch, TokensRun
 from fastdpo.losses import PairLoss
@@ -86,22 +90,38 @@ class MeasuringTrainer(PackTrainer):
         ids_SL = inputs["input_ids"]
         return loss, logits[:, -ids_SL.shape[1] :], ids_SL  # behind tokens of the model's own
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ):
         """As transformers.Trainer's, of evaluations and predictions, with DPO's metrics.
 
         The loss is a mean over pairs; transformers' would be one over batches for a stream, and
-        over rows otherwise. The chosen and the rejected half are gathered separately: transformers
-        cuts the last batch to its number of pairs.
+        over rows otherwise.
         """
-        gather, counts = self.gather_function, self.counts
-        self.gather_function = lambda x_S: torch.cat([gather(half) for half in x_S.chunk(2)])
+        own_gather, counts = self.gather_function, self.counts
+        self.gather_function = partial(_gather_pairs, own_gather)
         counts.start_evaluation()  # an earlier one may have failed
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         finally:
-            self.gather_function = gather
+            self.gather_function = own_gather
         metrics = counts.read(counts.eval, self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": metrics[name] for name in metrics})
         num_evaluated = torch.tensor(counts.num_evaluated, device=self.args.device)
         num_samples = self.accelerator.reduce(num_evaluated, "sum").item()
         return output._replace(num_samples=num_samples)
+
+
+def _gather_pairs(gather: Callable, x: Tensor) -> Tensor:
+    """`x` of all ranks, without repeats: accelerate cuts the last batch to its number of pairs.
+
+    x: (S, ...), chosen and rejected; or (B,), the loss of a batch as many times.
+    """
+    return gather(x) if x.ndim == 1 else torch.cat([gather(half) for half in x.chunk(2)])

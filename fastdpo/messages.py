@@ -3,10 +3,6 @@
 import json
 from typing import Any
 
-SYSTEM_ROLES = ("system", "developer")
-TOOL_ROLES = ("tool", "function", "ipython")
-ROLES = (*SYSTEM_ROLES, "user", "assistant", *TOOL_ROLES)
-
 
 class FieldError(ValueError):
     """What is wrong with one field of a row: `field`, what was wanted, what came."""
@@ -36,15 +32,16 @@ def is_conversation(value: Any) -> bool:
 
 
 def check_conversation(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> None:
-    """FieldError unless prompt + completion is in order, for both completions."""
+    """FieldError unless these are messages that a chat template can render, one after the other.
+
+    Roles and their order are the template's to judge, but for a completion that goes on as the
+    user, such as one with the prompt in it once more.
+    """
     for field, messages in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         _check_messages(field, messages)
-    _check_order("prompt", prompt, may_be_system=True, previous=None)
     for field, messages in (("chosen", chosen), ("rejected", rejected)):
-        if messages[0]["role"] != "assistant":
-            wanted = "a first message of role 'assistant'"
-            raise FieldError(field, wanted, f"role {messages[0]['role']!r}")
-        _check_order(field, messages, may_be_system=False, previous=prompt[-1]["role"])
+        if prompt[-1]["role"] == messages[0]["role"] == "user":
+            raise FieldError(field, "a first message of another role than 'user'", messages[0])
 
 
 def _check_messages(field: str, messages: list[Any]) -> None:
@@ -54,8 +51,8 @@ def _check_messages(field: str, messages: list[Any]) -> None:
         where = f"{field}[{i}]"
         if not isinstance(message, dict) or "role" not in message:
             raise FieldError(where, "a message with 'role' and 'content'", message)
-        if message["role"] not in ROLES:
-            raise FieldError(f"{where}.role", f"one of {ROLES}", message["role"])
+        if not isinstance(message["role"], str) or not message["role"]:
+            raise FieldError(f"{where}.role", "the name of a role", message["role"])
         _check_content(f"{where}.content", message)
         for key, value in message.items():
             if isinstance(value, str):
@@ -64,29 +61,15 @@ def _check_messages(field: str, messages: list[Any]) -> None:
 
 def _check_content(where: str, message: dict[str, Any]) -> None:
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text":
                 raise FieldError(where, "text (vision-language rows are not supported yet)", part)
             check_text(where, part.get("text"))
-        return
-    if content is None:
-        raise FieldError(where, "text", "no content")
-    check_text(where, content)
-
-
-def _check_order(
-    field: str, messages: list[dict], *, may_be_system: bool, previous: str | None
-) -> None:
-    for i, message in enumerate(messages):
-        role = message["role"]
-        if role in SYSTEM_ROLES and not (may_be_system and i == 0):
-            raise FieldError(f"{field}[{i}].role", f"{role!r} only as the first message", role)
-        if role in TOOL_ROLES and previous not in ("assistant", *TOOL_ROLES):
-            raise FieldError(f"{field}[{i}].role", f"{role!r} only after 'assistant'", role)
-        previous = role
+    elif content is not None:
+        check_text(where, content)
+    elif not any(value for key, value in message.items() if key != "role"):
+        raise FieldError(where, "text", "no content")  # nor tool_calls, reasoning_content, ...
 
 
 def as_sent(messages: list[Any]) -> list[Any]:

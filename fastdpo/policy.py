@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
@@ -69,7 +70,7 @@ def load_policy(
         # asked for nothing, transformers 5.17 takes sdpa, 5.23 no longer
         init_kwargs["attn_implementation"] = init_kwargs.get("attn_implementation") or "eager"
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = _model_class(config).from_pretrained(
             name, dtype=dtype, output_loading_info=True, **init_kwargs
         )
     except (SafetensorError, RuntimeError, TypeError) as error:
@@ -82,6 +83,13 @@ def load_policy(
             f"({len(missing)} in all), which would start at random"
         )
     return model
+
+
+def _model_class(config: PreTrainedConfig) -> type:
+    """AutoModelForCausalLM; for a vision-language model that it does not know, the model's own."""
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
 
 
 def with_adapters(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:

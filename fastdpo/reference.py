@@ -97,6 +97,12 @@ def _adapters_alone_train(policy: PeftModel) -> bool:
         return not any(parameter.requires_grad for parameter in policy.parameters())
 
 
+def _base_was_changed(policy: PeftModel) -> bool:
+    """Whether new adapters took something out of the weights below them, as PiSSA's do."""
+    at_start = getattr(policy.active_peft_config, "init_lora_weights", True)
+    return isinstance(at_start, str) and at_start not in ("gaussian", "eva", "orthogonal")
+
+
 def frozen_copy(policy: nn.Module, *, share_frozen: bool = True) -> nn.Module:
     """A copy of `policy` as it is now, in evaluation mode, that no optimizer will change.
 
@@ -124,9 +130,9 @@ def make_reference(
 ) -> Reference:
     """The cheapest reference that these rows, models and adapters have, on `device`.
 
-    in_rows: whether the rows have log-probabilities. has_new_adapters: whether the policy without
-    its adapters is the reference, as they change nothing yet. precompute: whether it is needed only
-    before training. is_sharded: whether the policy's weights will be sharded, so that the reference
+    in_rows: whether the rows have log-probabilities. has_new_adapters: whether the policy's are
+    new, so that without them it is the reference. precompute: whether it is needed only before
+    training. is_sharded: whether the policy's weights will be sharded, so that the reference
     cannot share any. ValueError if both the rows and ref_model provide a reference.
     """
     if in_rows and ref_model is not None:
@@ -135,7 +141,7 @@ def make_reference(
         return RowLogps()
     if ref_model is not None:
         return _placed(ref_model.requires_grad_(False).eval(), "ref_model", device)
-    if has_new_adapters and _adapters_alone_train(policy):
+    if has_new_adapters and _adapters_alone_train(policy) and not _base_was_changed(policy):
         return AdaptersOff(policy)
     if precompute:
         return FrozenModel(policy, "the policy before training")

@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 TOO_LONG, BAD, EQUAL, CUT = 1, 2, 4, 8
 DROPPED = TOO_LONG | BAD
-REPORT = ("status", "note")
+REPORT = STATUS, NOTE = ("fastdpo_status", "fastdpo_note")
 NOTES_SHOWN = 3
 CUT_PROMPT = (
     "the prompt alone is tokenised otherwise than before a completion, so that its end is left "

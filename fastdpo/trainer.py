@@ -51,8 +51,16 @@ from fastdpo.reference import (
 from fastdpo.row_report import PairCounts
 from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
-from fastdpo.trainer_check import check_arguments, check_best_metric, check_models, check_pairs
+from fastdpo.trainer_check import (
+    check_arguments,
+    check_best_metric,
+    check_models,
+    check_overrides,
+    check_pairs,
+    redefines,
+)
 
+TAGS = ["fastdpo", "dpo"]
 OWN_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
 NOISY = (
     "neftune_noise_alpha scales its noise by a row's length: a sequence's only where it is padded"
@@ -104,8 +112,12 @@ class DPOTrainer(MeasuringTrainer):
     ):
         check_models(model, ref_model, peft_config)
         args = args or DPOConfig(output_dir=f"{model_name(model).split('/')[-1]}-DPO")
-        check_arguments(args, model, train_dataset, data_collator, quantization_config)
-        check_best_metric(args, eval_dataset, compute_metrics)
+        check_arguments(args, model, train_dataset, data_collator, quantization_config, peft_config)
+        if not self._redefines("evaluate", "evaluation_loop"):
+            check_best_metric(args, eval_dataset, compute_metrics)
+        check_overrides(type(self), DPOTrainer, args)
+        if self._redefines("compute_loss") and not self._redefines("loss_is_scaled_for_ga"):
+            self.loss_is_scaled_for_ga = False  # it adds to its batch's mean, which Trainer divides
         init_kwargs = {"trust_remote_code": args.trust_remote_code}
         init_kwargs |= args.model_init_kwargs or {}
         tokenizer = load_tokenizer(
@@ -146,7 +158,7 @@ class DPOTrainer(MeasuringTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.model_accepts_loss_kwargs = True  # what loss_is_scaled_for_ga says, before 5.18
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga  # its name before 5.18
         self._start_checked = False
         row = longest_rows(train_dataset)[0]
         self._set_up_models(ref_model, row, has_new_adapters=peft_config is not None)
@@ -154,7 +166,10 @@ class DPOTrainer(MeasuringTrainer):
         self.budget = self.choose_budget()
         if args.precompute_ref_log_probs and not isinstance(self.reference, RowLogps):
             self._precompute_reference()
-        self.model.add_model_tags(["fastdpo", "dpo"])
+        self.model.add_model_tags(TAGS)
+
+    def _redefines(self, *names: str) -> bool:
+        return redefines(type(self), DPOTrainer, *names)
 
     def _set_up_models(
         self, ref_model: PreTrainedModel | None, row: Row, *, has_new_adapters: bool
@@ -191,6 +206,11 @@ class DPOTrainer(MeasuringTrainer):
         return models
 
     @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference model; None where it is the policy without its adapters, or the rows'."""
+        return self._models().get("ref_model")
+
+    @property
     def _is_sharded(self) -> bool:
         """Whether the weights are not in one piece here."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -221,8 +241,9 @@ class DPOTrainer(MeasuringTrainer):
     def _remove_unused_columns(self, dataset, description=None):
         pairs = super()._remove_unused_columns(dataset, description)
         # a collator written for TRL adds lists up, which arrays would take for a sum
-        as_arrays = isinstance(pairs, Dataset) and self.layout is not OWN_LAYOUT
-        return pairs.with_format("numpy") if as_arrays else pairs
+        if not isinstance(pairs, Dataset) or self.layout is OWN_LAYOUT:
+            return pairs
+        return pairs.with_format("numpy", columns=[*ID_COLUMNS], output_all_columns=True)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As transformers.Trainer's; padded where compute_metrics wants each sequence's logits."""
@@ -255,10 +276,18 @@ class DPOTrainer(MeasuringTrainer):
             list(self._models().values()),
             None if self._is_sharded else lambda m, name: check.difference(m, self._collator(name)),
             strict=self.args.strict_layout,
-            has_to_pad=NOISY if self.args.neftune_noise_alpha is not None else None,
+            has_to_pad=self._why_padded(),
         )
         self.data_collator = self._collator(layout.name)
         return layout
+
+    def _why_padded(self) -> str | None:
+        """Why the run itself needs the padded layout."""
+        if self.args.neftune_noise_alpha is not None:
+            return NOISY
+        if self.args.layout == "auto" and self._redefines("compute_loss", "prediction_step"):
+            return f"{type(self).__name__} may run the model on a batch by itself"
+        return None
 
     def _reference_logps(self, policy: nn.Module, batch: PairBatch) -> Tensor:
         with self.accelerator.autocast():  # as the policy's forward has it
@@ -304,7 +333,11 @@ class DPOTrainer(MeasuringTrainer):
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ):
-        """The mean loss of `inputs`, or its share of an update of num_items_in_batch pairs."""
+        """The mean loss of `inputs`, or its share of an update of num_items_in_batch pairs.
+
+        For a subclass with a compute_loss of its own it is always the mean, unless the class has
+        loss_is_scaled_for_ga=True.
+        """
         batch = PairBatch.from_inputs(inputs)
         part = inputs.get("part")  # before_packs'
         # before the policy, whose activations would otherwise wait beside the reference's
@@ -323,7 +356,8 @@ class DPOTrainer(MeasuringTrainer):
             )
         if self.aux_loss_weight:
             losses = losses._replace(loss_B=losses.loss_B + self.aux_loss_weight * scored.aux_loss)
-        loss = losses.loss_B.sum() / (num_items_in_batch or batch.num_pairs)
+        num_pairs = num_items_in_batch if self.loss_is_scaled_for_ga else None
+        loss = losses.loss_B.sum() / (num_pairs or batch.num_pairs)
         if "is_filler" in inputs:  # it runs for FSDP's count of forwards
             return 0.0 * loss
         tokens = None
@@ -360,8 +394,9 @@ class DPOTrainer(MeasuringTrainer):
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs):
         """As transformers.Trainer's; dataset_name is what TRL's scripts call `dataset`."""
         if dataset_name is not None:
-            kwargs["dataset"] = dataset_name
-        super().create_model_card(model_name=model_name, tags=tags, **kwargs)
+            kwargs |= {"dataset": dataset_name, "dataset_tags": dataset_name}
+        tags = [tags] if isinstance(tags, str) else tags or []
+        super().create_model_card(model_name=model_name, tags=[*tags, *TAGS], **kwargs)
 
 
 def _by_name(dataset: Rows | dict[str, Rows] | None, name: str) -> dict[str, Rows]:

@@ -21,6 +21,9 @@ from fastdpo.model import aux_loss_weight, causal_lm_of
 
 CHUNK = 1000
 PROMPT_LEARNING = (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+# of TRL's DPOTrainer, now and before
+NEVER_CALLED = ("_prepare_dataset", "_compute_loss", "_precompute_ref_logps")
+NEVER_CALLED += ("compute_ref_log_probs", "get_batch_loss_metrics", "concatenated_forward")
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")  # GPT-2, OPT, BERT
 EVAL_METRICS = (
     *("loss", "aux_loss", *TOKEN_METRICS, *PAIR_METRICS),
@@ -77,7 +80,12 @@ def _check_adapters(config: PeftConfig, name: str) -> None:
 
 
 def check_arguments(
-    args: Any, model: Any, train_dataset: Any, data_collator: Any, quantization_config: Any
+    args: Any,
+    model: Any,
+    train_dataset: Any,
+    data_collator: Any,
+    quantization_config: Any,
+    peft_config: Any = None,
 ) -> None:
     """TypeError or ValueError for other arguments of DPOTrainer; model as check_models lets it by.
 
@@ -103,13 +111,11 @@ def check_arguments(
         raise ValueError("want layout='shared' or 'packed' in place of a PackedCollator")
     if data_collator is not None:
         _check_collators_settings(args)
+    adapters = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+    if args.gradient_checkpointing and (why := _why_no_checkpoints(adapters)):
+        raise ValueError(f"want gradient_checkpointing=False with {why}, got True")
     if isinstance(model, str):
         return
-    if args.gradient_checkpointing and _has_prefix(model):
-        raise ValueError(
-            "want gradient_checkpointing=False with PREFIX_TUNING (transformers' checkpoints leave "
-            "keys that come with the model out), got True"
-        )
     aux_loss_weight(model, args.router_aux_loss_coef)
     if args.model_init_kwargs is not None or quantization_config is not None:
         raise ValueError(
@@ -118,10 +124,36 @@ def check_arguments(
         )
 
 
-def _has_prefix(model: PreTrainedModel | PeftModel) -> bool:
-    return isinstance(model, PeftModel) and model.active_peft_config.peft_type == (
-        PeftType.PREFIX_TUNING
-    )
+def _why_no_checkpoints(config: PeftConfig | None) -> str | None:
+    if getattr(config, "peft_type", None) == PeftType.PREFIX_TUNING:
+        return "PREFIX_TUNING (transformers' checkpoints leave keys that come with the model out)"
+    if getattr(config, "alora_invocation_tokens", None):
+        return "aLoRA (peft refuses a forward without gradient, the reference's, between the two)"
+    return None
+
+
+def check_overrides(kind: type, base: type, args: DPOConfig) -> None:
+    """TypeError where `kind` redefines a method of TRL's trainer that `base` never calls.
+
+    ValueError for packs with a compute_loss of its own, as none of them is a batch to take the mean
+    of; its class may say that it divides by num_items_in_batch.
+    """
+    unused = [name for name in NEVER_CALLED if redefines(kind, base, name)]
+    if unused:
+        raise TypeError(f"want {kind.__name__} to override what fastdpo calls, got {unused}")
+    takes_means = not redefines(kind, base, "loss_is_scaled_for_ga")
+    if args.max_tokens_per_forward and takes_means and redefines(kind, base, "compute_loss"):
+        raise ValueError(
+            "want max_tokens_per_forward unset with a compute_loss of your own, or in its class "
+            "loss_is_scaled_for_ga=True if it divides by num_items_in_batch, got "
+            f"{args.max_tokens_per_forward!r}"
+        )
+
+
+def redefines(kind: type, base: type, *names: str) -> bool:
+    """Whether `kind` has any of these attributes of its own, and not from `base`."""
+    own = kind.__mro__[: kind.__mro__.index(base)]
+    return any(name in vars(each) for each in own for name in names)
 
 
 def check_best_metric(args: DPOConfig, eval_dataset: Any, compute_metrics: Any) -> None:
@@ -143,7 +175,8 @@ def _check_machine(args: DPOConfig, model: Any) -> None:
     if device not in ("cuda", "cpu"):  # MPS has neither float64 nor segment_reduce
         raise ValueError(f"want a CUDA GPU, or use_cpu=True, got device {device!r}")
     placed_on = set((getattr(model, "hf_device_map", None) or {}).values())
-    if args.n_gpu > 1 and len(placed_on) < 2:
+    will_be_placed = isinstance(model, str) and (args.model_init_kwargs or {}).get("device_map")
+    if args.n_gpu > 1 and len(placed_on) < 2 and not will_be_placed:
         raise ValueError(
             f"want one process per GPU (accelerate launch, torchrun), got {args.n_gpu} GPUs in "
             "one process: launch it so, or show it one GPU with CUDA_VISIBLE_DEVICES"
@@ -175,7 +208,7 @@ def check_pairs(
     models: Iterable[PreTrainedModel | PeftModel],
     args: DPOConfig,
 ) -> None:
-    """ValueError for a pair of the data sets, here by name, that one of the models cannot embed.
+    """ValueError for a pair of the datasets, here by name, that one of the models cannot embed.
 
     Token ids beyond its vocabulary, or a pair longer, cut and padded as args say, than its table of
     positions: a GPU would end in an assert of its own. A stream goes unchecked.
@@ -227,7 +260,7 @@ def _check_positions(
 def _tables(
     datasets: Mapping[str, Dataset | IterableDataset],
 ) -> Iterator[tuple[str, int, pa.Table]]:
-    """Each data set's name and token ids as Arrow columns, CHUNK pairs from the given one on."""
+    """Each dataset's name and token ids as Arrow columns, CHUNK pairs from the given one on."""
     for name, pairs in datasets.items():
         if isinstance(pairs, Dataset):
             columns = pairs.select_columns(list(ID_COLUMNS)).with_format("arrow")

@@ -5,7 +5,12 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from fastdpo.layout import why_padded
 from fastdpo.policy import disable_dropout, load_policy, load_tokenizer, make_ready
@@ -108,6 +113,16 @@ def test_an_encoder_decoder_is_refused(tmp_path):
     AutoConfig.for_model("t5", d_model=8, num_layers=1, vocab_size=40).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"want a decoder-only .* got .* \(t5\)"):
         load_policy(str(tmp_path))
+
+
+def test_a_vision_language_model_is_loaded_by_its_own_class(tmp_path):
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 40}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert type(load_policy(str(tmp_path))) is Qwen2VLForConditionalGeneration
 
 
 def test_both_configs_learn_the_pad_token_and_a_reference_drops_nothing():

@@ -64,20 +64,15 @@ MALFORMED = {
     "empty-conversation": (chat(chosen=[]), "chosen"),
     "mixed-kinds": (chat(rejected="no"), "rejected"),
     "message-without-role": (chat(prompt=[{"content": "a"}]), r"prompt\[0\]"),
-    "unknown-role": (chat(prompt=[{"role": "bot", "content": "a"}]), r"prompt\[0\].role.*'bot'"),
+    "no-role": (chat(prompt=[{"role": "", "content": "a"}]), r"prompt\[0\].role.*got ''"),
     "no-content": (chat(prompt=[{"role": "user"}]), r"prompt\[0\].content.*no content"),
     "image": (
         chat(prompt=[{"role": "user", "content": [{"type": "image"}]}]),
         "vision-language rows are not supported",
     ),
-    "system-in-the-middle": (
-        chat(prompt=[user("a"), {"role": "system", "content": "b"}, user("c")]),
-        r"prompt\[1\].role",
-    ),
-    "completion-begins-with-user": (chat(chosen=[user("a")]), "chosen"),
-    "tool-before-assistant": (
-        chat(prompt=[{"role": "tool", "content": "1"}]),
-        r"prompt\[0\].role",
+    "completion-goes-on-as-the-user": (
+        chat(chosen=[user("Two and two?"), assistant("Four.")]),
+        "chosen.*another role than 'user'",
     ),
     "nothing-shared": ({"chosen": "yes", "rejected": "no"}, "prompt.*share"),
     "ids-not-numbers": (
@@ -113,3 +108,23 @@ def test_a_malformed_row_is_told_by_row_and_field(row, message, tokenizer):
 def test_rows_without_an_image_need_not_lack_the_column(tokenizer):
     rows = [tiny.rows(1)[0] | {"images": []}]
     assert pairs_of(rows, tokenizer)[1].pairs == 1
+
+
+def of(role, **message):
+    return {"role": role, **(message or {"content": "d"})}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        chat(prompt=[of("system"), of("developer"), user("a")]),
+        chat(prompt=[user("a"), of("system"), user("b")]),
+        chat(prompt=[of("documents"), user("a"), of("tool")]),
+        chat(prompt=[of("system")], chosen=[user("a"), assistant("b")]),
+        chat(chosen=[of("tool"), assistant("b")]),
+        chat(chosen=[of("assistant", content=None, reasoning_content="c"), assistant("b")]),
+    ],
+    ids=["two-systems", "system-later", "other-roles", "user-first", "tool-first", "reasoning"],
+)
+def test_the_order_of_turns_is_the_templates_to_judge(turns, tokenizer):
+    assert pairs_of([turns], tokenizer)[1].pairs == 1

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 import fastdpo
 from fastdpo import DPOTrainer
 from fastdpo.batch import PairBatch
-from fastdpo.reference import frozen_copy, make_reference
+from fastdpo.reference import FrozenModel, frozen_copy, make_reference
 
 SCORED = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -30.0}
 
@@ -170,6 +170,15 @@ def test_what_trains_beside_new_adapters_is_not_in_the_reference(tmp_path, token
     )
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_that_change_their_base_start_at_their_reference(tmp_path, tokenizer, start):
+    lora = LoraConfig(**LORA, init_lora_weights=start)
+    trainer = make_trainer(tmp_path, tokenizer, peft_config=lora)
+    assert isinstance(trainer.reference, FrozenModel)
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_a_copy_has_in_common_with_the_policy_what_does_not_train(tokenizer):
     policy = trained_before(tokenizer, LoraConfig(**LORA))
     policy.get_input_embeddings().weight.requires_grad_(True)
@@ -240,7 +249,7 @@ def test_a_streams_reference_logps_are_used(tmp_path, tokenizer):
 def test_reference_logps_in_some_data_sets_alone_are_refused(tmp_path, tokenizer, scored, wrap):
     rows = {"train": tiny.rows(), "eval": tiny.rows(), scored: scored_rows()}
     other = "eval" if scored == "train" else "train"
-    with pytest.raises(ValueError, match=rf"in all data sets or in none.*{scored}.*not in {other}"):
+    with pytest.raises(ValueError, match=rf"in all datasets or in none.*{scored}.*not in {other}"):
         make_trainer(tmp_path, tokenizer, rows=rows["train"], eval_dataset=wrap(rows["eval"]))
 
 

@@ -144,6 +144,7 @@ def test_a_tokenizer_is_loaded_of_the_models_revision(tmp_path, monkeypatch):
 
 def test_a_model_card_names_the_dataset_that_trls_scripts_push_with(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer)
-    trainer.create_model_card("a model", dataset_name="some/pairs")
+    trainer.create_model_card("a model", dataset_name="some/pairs", tags="mine")
     card = (tmp_path / "README.md").read_text("utf-8")
-    assert "a model" in card and "some/pairs" in card
+    assert "a model" in card and "datasets:\n- some/pairs" in card
+    assert all(f"- {tag}" in card for tag in ("mine", "fastdpo", "dpo"))

@@ -1,0 +1,222 @@
+"""Subclasses of DPOTrainer and collators of one's own, as scripts written for TRL have them."""
+
+import pytest
+import tiny
+from datasets import Dataset
+from peft import LoraConfig
+from test_trainer import TRL_ARGUMENTS, logged, weights
+
+from fastdpo import DPOConfig, DPOTrainer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+def build(kind, tmp_path, tokenizer, rows=None, **settings):
+    """A trainer of class `kind`, whose updates are 4 batches of a pair."""
+    arguments = {name: settings.pop(name) for name in list(settings) if name in TRL_ARGUMENTS}
+    defaults = {
+        "output_dir": tmp_path,
+        "max_steps": 3,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    return kind(
+        model=tiny.model("llama", len(tokenizer)),
+        args=DPOConfig(**(defaults | settings)),
+        train_dataset=Dataset.from_list(tiny.rows() if rows is None else rows),
+        processing_class=tokenizer,
+        **arguments,
+    )
+
+
+class Plain(DPOTrainer):
+    """Does not hand num_items_in_batch on."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+class Penalised(DPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return loss + 0.1 * model.lm_head.weight.square().sum()
+
+
+class Dividing(Plain):
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return DPOTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize("kind", [Plain, Dividing])
+def test_a_loss_of_ones_own_is_scaled_over_accumulated_batches_once(kind, tmp_path, tokenizer):
+    own = build(DPOTrainer, tmp_path, tokenizer)
+    own.train()
+    theirs = build(kind, tmp_path, tokenizer)
+    theirs.train()
+    for name in ("loss", "grad_norm"):
+        assert logged(theirs, name) == pytest.approx(logged(own, name), abs=1e-5)
+
+
+def test_a_term_of_ones_own_weighs_what_it_says(tmp_path, tokenizer):
+    trainer = build(Penalised, tmp_path, tokenizer, max_steps=1)
+    penalty = 0.1 * trainer.model.lm_head.weight.square().sum().item()
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(0.6931 + penalty, abs=1e-3)
+
+
+def test_a_loss_of_ones_own_takes_no_packs_unless_it_divides(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="want max_tokens_per_forward unset with a compute_loss"):
+        build(Plain, tmp_path, tokenizer, max_tokens_per_forward=64)
+    build(Dividing, tmp_path, tokenizer, max_tokens_per_forward=64)
+
+
+class Watching(DPOTrainer):
+    """Runs the model on the batch by itself."""
+
+    def compute_loss(self, model, inputs, **arguments):
+        names = ("input_ids", "attention_mask")
+        self.logits = model(**{name: inputs[name] for name in names}).logits
+        self.inputs = inputs
+        return super().compute_loss(model, inputs, **arguments)
+
+
+def test_a_subclass_that_may_run_the_model_itself_gets_sequences(tmp_path, tokenizer):
+    trainer = build(Watching, tmp_path, tokenizer, max_steps=1)
+    assert trainer.layout.name == "padded"
+    assert trainer.layout.line.endswith("Watching may run the model on a batch by itself")
+    trainer.train()
+    assert len(trainer.logits) == 2 and trainer.inputs["completion_mask"].any()
+    assert build(Watching, tmp_path, tokenizer, layout="shared").layout.name == "shared"
+
+
+def test_columns_of_ones_own_reach_ones_own_collator(tmp_path, tokenizer):
+    rows = [row | {"weight": i, "status": "new"} for i, row in enumerate(tiny.rows())]
+    padded = build(DPOTrainer, tmp_path, tokenizer, layout="padded").data_collator
+    seen = []
+
+    def collator(batch):
+        seen.extend((row["weight"], row["status"], row["prompt"]) for row in batch)
+        return padded(batch)
+
+    settings = {"remove_unused_columns": False, "data_collator": collator, "max_steps": 1}
+    trainer = build(DPOTrainer, tmp_path, tokenizer, rows=rows, **settings)
+    trainer.train()
+    assert {(row["weight"], "new", row["prompt"]) for row in rows} >= {*seen} and len(seen) >= 4
+    assert trainer.train_dataset["prompt"] == [row["prompt"] for row in rows]
+    # and none of them is in the way of fastdpo's own
+    kept = build(DPOTrainer, tmp_path, tokenizer, rows=rows, remove_unused_columns=False)
+    plain = build(DPOTrainer, tmp_path, tokenizer)
+    for each in (kept, plain):
+        each.train()
+    assert logged(kept) == logged(plain)
+
+
+def test_all_that_a_collator_written_for_trl_gives_reaches_the_model(tmp_path, tokenizer):
+    padded = build(DPOTrainer, tmp_path, tokenizer, layout="padded").data_collator
+
+    def collator(rows):
+        inputs = padded(rows)
+        mask = inputs["attention_mask"]
+        given = {name: inputs[name] for name in ("input_ids", "completion_mask")}
+        positions = (mask.cumsum(1) * 3 - 1).clamp(min=0)
+        return given | {"attention_mask": mask, "position_ids": positions}
+
+    trainer = build(DPOTrainer, tmp_path, tokenizer, data_collator=collator, max_steps=1)
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("position_ids")), with_kwargs=True
+    )
+    trainer.train()
+    assert all(positions is not None and positions.max() > 30 for positions in seen)
+
+
+def test_losses_for_compute_metrics_are_one_a_pair(tmp_path, tokenizer):
+    found = {}
+
+    def compute_metrics(prediction):
+        found["losses"] = prediction.losses
+        return {}
+
+    trainer = build(
+        DPOTrainer,
+        tmp_path,
+        tokenizer,
+        eval_dataset=Dataset.from_list(tiny.rows(5)),
+        compute_metrics=compute_metrics,
+        include_for_metrics=["loss"],
+        per_device_eval_batch_size=2,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert len(found["losses"]) == 5
+    assert found["losses"].mean() == pytest.approx(metrics["eval_loss"], abs=1e-6)
+
+
+class Evaluating(DPOTrainer):
+    def evaluation_loop(
+        self,
+        dataloader,
+        description,
+        prediction_loss_only=None,
+        ignore_keys=None,
+        metric_key_prefix="eval",
+    ):
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        output.metrics[f"{metric_key_prefix}_wins"] = 0.5
+        return output
+
+
+def test_an_evaluation_of_ones_own_may_add_the_best_metric(tmp_path, tokenizer):
+    trainer = build(
+        Evaluating,
+        tmp_path,
+        tokenizer,
+        eval_dataset=Dataset.from_list(tiny.rows(3)),
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="eval_wins",
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_wins"] == 0.5
+
+
+class Preparing(DPOTrainer):
+    def _prepare_dataset(self, dataset, *arguments):
+        return dataset
+
+
+def test_a_method_that_is_never_called_is_refused(tmp_path, tokenizer):
+    with pytest.raises(TypeError, match=r"want Preparing to override .*\['_prepare_dataset'\]"):
+        build(Preparing, tmp_path, tokenizer)
+
+
+def test_the_reference_model_has_trls_name(tmp_path, tokenizer):
+    full = build(DPOTrainer, tmp_path, tokenizer)
+    assert weights(full.ref_model).keys() == weights(full.model).keys()
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    assert build(DPOTrainer, tmp_path, tokenizer, peft_config=lora).ref_model is None
+
+
+def test_adapters_that_look_for_one_invocation_in_a_row_stay_padded(tmp_path, tokenizer):
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj"],
+        alora_invocation_tokens=tokenizer("a")["input_ids"],
+    )
+    with pytest.raises(ValueError, match="want gradient_checkpointing=False with aLoRA"):
+        build(DPOTrainer, tmp_path, tokenizer, peft_config=lora)
+    settings = {"peft_config": lora, "gradient_checkpointing": False}
+    trainer = build(DPOTrainer, tmp_path, tokenizer, **settings)
+    assert trainer.layout.name == "padded" and "aLoRA" in trainer.layout.line
