@@ -4,7 +4,7 @@
 #     bench/gpu_report.sh [--dry] [FOLDER]        FOLDER: gpu_report by default; wanted new
 #
 # --dry runs the same steps without a GPU, tiny, to see that they run: it measures nothing.
-# PYTHON names the interpreter, python by default; it has the extras `bench` and `test`. Nothing is
+# PYTHON names the interpreter, python3 by default; it has the extras `bench` and `test`. Nothing is
 # downloaded: on a machine without a network they come from wheels that were carried there,
 #     pip install --no-index --find-links WHEELS '.[bench,test]'
 # and Triton wants a C compiler and Python's headers.
@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 DRY=""
 if [[ "${1:-}" == --dry ]]; then DRY=1; shift; fi
 OUT="${1:-gpu_report}"
-PYTHON="${PYTHON:-python}"
+PYTHON="${PYTHON:-python3}"
 TOTAL_S="${TOTAL_S:-540}"
 KILL_S=10  # for an interrupted step to write down what it has
 export HF_HUB_OFFLINE=1
@@ -23,6 +23,10 @@ if [[ -e "$OUT" ]]; then echo "want a new folder, $OUT is there" >&2; exit 2; fi
 mkdir -p "$OUT"
 OUT="$(cd "$OUT" && pwd)"
 SUMMARY="$OUT/summary.txt"
+if ! command -v "$PYTHON" > /dev/null; then
+    echo "want PYTHON as an interpreter, $PYTHON is not there" | tee "$SUMMARY" >&2
+    exit 2
+fi
 if [[ -z "$DRY" ]] && ! "$PYTHON" -c "import torch; exit(not torch.cuda.is_available())"; then
     echo "want a GPU that torch sees, got none (--dry runs without)" | tee "$SUMMARY" >&2
     exit 2
@@ -67,13 +71,13 @@ bench() {  # LIMIT_S NAME TESTS FILTER: the tables in NAME.txt; a dry run takes 
 
 # limits add up to more than there is: quick steps leave it to the others, the first matter most;
 # a dry run's tests are those of the losses alone
-TESTS=(tests/test_cuda.py tests/test_linear_logps.py tests/test_second_product.py
-    tests/test_pair_loss.py tests/test_attention.py)
+TESTS=(tests/test_cuda.py tests/test_attention.py tests/test_linear_logps.py
+    tests/test_second_product.py tests/test_pair_loss.py)
 if [[ -n "$DRY" ]]; then TESTS=(tests/test_losses.py); fi
-step 100 tests "$PYTHON" -m pytest -q "${TESTS[@]}"
+step 150 tests "$PYTHON" -m pytest -q "${TESTS[@]}"
 bench 190 linear_logps bench_linear_logps.py "8B"
 bench 110 train_step bench_train_step.py::test_train_step "chat and lora"
-step 40 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/trace.json"
+step 40 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/trace.json.gz"
 bench 80 layouts bench_layouts.py "long"
 bench 30 attention bench_attention.py "8B and (full or long)"
 bench 40 pair_loss bench_pair_loss.py "64 and not tiny"

@@ -128,7 +128,7 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     except RowError as error:  # the rows of a stream are read only now, perhaps by a worker
         told = str(error).rpartition(f"{RowError.__name__}: ")[2]  # behind its traceback
         raise BadInput(_one_line(told)) from error
-    _save(trainer, folder.path, say)
+    _save(trainer, folder.path, script_args.dataset_name, say)
     if is_main:
         mark_finished(folder.path)
     if hasattr(trainer, "end"):  # from transformers 5.18
@@ -215,12 +215,15 @@ def _build_trainer(script_args, training_args, model_args, dataset_args) -> "DPO
     return trainer
 
 
-def _save(trainer: "DPOTrainer", path: Path, say: Callable[[str], Any]) -> None:
+def _save(
+    trainer: "DPOTrainer", path: Path, dataset_name: str | None, say: Callable[[str], Any]
+) -> None:
     trainer.save_model(str(path))
     what = "adapters" if (path / "adapter_config.json").exists() else "model"
     say(f"saved {what} and tokenizer to {path}")
     if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+        is_local = dataset_name is None or Path(dataset_name).exists()
+        trainer.push_to_hub(dataset_name=None if is_local else dataset_name)
         say(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -385,3 +386,16 @@ def test_train_help_lists_every_flag(capsys):
     out = capsys.readouterr().out
     for flag in ("--lora_target_modules", "--beta", "--datasets", "--config", "--fresh"):
         assert flag in out
+
+
+def test_a_pushed_model_names_the_dataset_of_the_hub_that_it_was_trained_on(tmp_path):
+    pushed = []
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(push_to_hub=True),
+        hub_model_id="org/model",
+        save_model=lambda path: None,
+        push_to_hub=lambda **kwargs: pushed.append(kwargs),
+    )
+    for name in ("org/pairs", str(tmp_path), None):
+        cli._save(trainer, tmp_path, name, print)
+    assert pushed == [{"dataset_name": "org/pairs"}, *[{"dataset_name": None}] * 2]

@@ -181,6 +181,7 @@ def test_the_heads_filter_reads_nothing_from_the_gpu(dtype, fake_cuda):
 
 
 @with_cuda
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="this GPU is the only one")
 def test_a_head_on_another_gpu_answers_where_the_batch_is(fake_cuda):
     model = model_on(GPU, head_device=torch.device("cuda", 1))
     batch = PairBatch.from_inputs(send_to_device(COLLATED["shared"], GPU))
