@@ -21,7 +21,7 @@ import torch
 from numpy import ndarray
 
 from fastdpo.batch import TokensRun, scored_positions
-from fastdpo.tree import Branch, Tree, Trunk
+from fastdpo.tree import Branch, Tree, Trunk, ranges, running_lengths
 
 Row = Mapping[str, Any]
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -237,7 +237,10 @@ class PackedCollator:
 
 
 class _PackedRow:
-    """Where everything stands: trunks first, the other branches of all groups behind them."""
+    """Where everything is: trunks first, the other branches of all groups behind them.
+
+    A segment is a run of tokens at consecutive positions that belong to as many sequences each.
+    """
 
     def __init__(self, groups: list[_Group]):
         self.groups = groups
@@ -245,87 +248,81 @@ class _PackedRow:
         self.branches: list[Branch] = []
         self.starts: dict[tuple[int, int], int] = {}  # (group, completion) -> its rest's first row
         self.size = 0
+        self._tokens: list[ndarray] = []  # of each segment; then its first position, its uses
+        self._positions: list[int] = []
+        self._uses: list[int] = []
         for g, group in enumerate(groups):
-            start = self._take(len(group.prompt) + len(group.completions[group.first]))
+            shared, rest = np.split(group.completions[group.first], [group.shared_completion])
+            start = self._take(group.prompt, 0, sum(group.uses))
+            self._take(shared, len(group.prompt), sum(group.uses))
+            self.starts[g, group.first] = self._take(rest, group.shared, group.uses[group.first])
             self.trunks.append(Trunk(start, self.size))
-            self.starts[g, group.first] = start + group.shared
         for g, group in enumerate(groups):
             for c, completion in enumerate(group.completions):
-                rest = len(completion) - group.shared_completion
                 if c != group.first:
-                    start = self.starts[g, c] = self._take(rest)
-                if c != group.first and rest:
-                    branch = Branch(start, self.size, self.trunks[g].start, group.shared)
-                    self.branches.append(branch)
+                    rest = completion[group.shared_completion :]
+                    start = self.starts[g, c] = self._take(rest, group.shared, group.uses[c])
+                    if len(rest):
+                        branch = Branch(start, self.size, self.trunks[g].start, group.shared)
+                        self.branches.append(branch)
 
-    def _take(self, length: int) -> int:
-        start, self.size = self.size, self.size + length
+    def _take(self, tokens: ndarray, position: int, uses: int) -> int:
+        """Lay a segment behind those before it; its first row."""
+        start, self.size = self.size, self.size + len(tokens)
+        self._tokens.append(tokens)
+        self._positions.append(position)
+        self._uses.append(uses)
         return start
 
     def inputs(self) -> dict[str, Any]:
         """Token ids, positions, how many sequences each token belongs to, and the tree."""
-        input_ids_T, position_ids_T, counts_T = (np.empty(self.size, np.int64) for _ in range(3))
-        for trunk, group in zip(self.trunks, self.groups, strict=True):
-            begin = trunk.start + len(group.prompt)
-            input_ids_T[trunk.start : begin] = group.prompt
-            position_ids_T[trunk.start : trunk.start + group.shared] = np.arange(group.shared)
-            input_ids_T[begin : trunk.start + group.shared] = group.completions[0][
-                : group.shared_completion
-            ]
-            counts_T[trunk.start : trunk.start + group.shared] = sum(group.uses)
-        for (g, c), start in self.starts.items():
-            group = self.groups[g]
-            rest = group.completions[c][group.shared_completion :]
-            rows = slice(start, start + len(rest))
-            input_ids_T[rows] = rest
-            position_ids_T[rows] = np.arange(group.shared, group.shared + len(rest))
-            counts_T[rows] = group.uses[c]
+        lengths = [len(tokens) for tokens in self._tokens]
+        counts_T = np.repeat(np.array(self._uses, np.int64), lengths)
         return {
-            "input_ids": torch.from_numpy(input_ids_T)[None],
-            "position_ids": torch.from_numpy(position_ids_T)[None],
+            "input_ids": torch.from_numpy(np.concatenate(self._tokens))[None],
+            "position_ids": torch.from_numpy(ranges(self._positions, lengths))[None],
+            # no mask: PairBatch's token_counts, by the name that transformers counts tokens by
             "attention_mask": torch.from_numpy(counts_T)[None],
             "tree": Tree.of(self.trunks, self.branches),
         }
 
     def scored(self, members: list[tuple[int, int]]) -> dict[str, Any]:
         """Scored rows and labels, each once, and where each completion's tokens are among them."""
-        rows, labels, pieces = [], [], {}
-        size = 0
-        completion_rows, lengths = [], []
+        rows, labels, places = [], [], {}
+        used = []
         for g, c in members:
             for piece in ((g, None), (g, c)):  # what the group's completions share, and the rest
-                if piece not in pieces:
+                if piece not in places:
+                    places[piece] = len(places)
                     piece_rows, piece_labels = self._scored_piece(*piece)
-                    rows.append(piece_rows)
+                    rows += piece_rows
                     labels.append(piece_labels)
-                    pieces[piece] = np.arange(size, size + len(piece_rows))
-                    size += len(piece_rows)
-                completion_rows.append(pieces[piece])
-            lengths.append(len(pieces[g, None]) + len(pieces[g, c]))
-        completion_rows_C = torch.from_numpy(np.concatenate(completion_rows))
+                used.append(places[piece])
+        counts = np.array([len(piece) for piece in labels])
         inputs = {
-            "scored_rows": torch.from_numpy(np.concatenate(rows)),
+            "scored_rows": torch.from_numpy(ranges(*np.array(rows).T)),
             "completion_labels": torch.from_numpy(np.concatenate(labels)),
-            "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+            "cu_seqlens": running_lengths(counts[used].reshape(-1, 2).sum(1)),
         }
-        if len(completion_rows_C) != size:  # else every row is read once, in this very order
-            inputs["completion_rows"] = completion_rows_C
+        if counts[used].sum() != counts.sum():  # else every row is read once, in this very order
+            starts = np.cumsum(counts) - counts
+            inputs["completion_rows"] = torch.from_numpy(ranges(starts[used], counts[used]))
         return inputs
 
-    def _scored_piece(self, g: int, c: int | None) -> tuple[ndarray, ndarray]:
-        """Rows that predict the shared beginning's completion tokens (c None) or c's rest, and
-        those tokens. A sequence's first token has no row that predicts it."""
+    def _scored_piece(self, g: int, c: int | None) -> tuple[list[tuple[int, int]], ndarray]:
+        """The shared beginning's completion tokens (c None) or c's rest, and the rows that predict
+        them, as ranges: (first row, length). A sequence's first token has none that predicts it."""
         group, trunk = self.groups[g], self.trunks[g]
         if c is None:
             labels = group.completions[0][: group.shared_completion]
-            rows = trunk.start + len(group.prompt) - 1 + np.arange(len(labels))
-            unpredicted = not len(group.prompt)
-        else:
-            labels = group.completions[c][group.shared_completion :]
-            rows = self.starts[g, c] - 1 + np.arange(len(labels))
-            rows[:1] = trunk.start + group.shared - 1
-            unpredicted = not group.shared
-        return (rows[1:], labels[1:]) if unpredicted else (rows, labels)
+            if not len(group.prompt):
+                return [(trunk.start, max(0, len(labels) - 1))], labels[1:]
+            return [(trunk.start + len(group.prompt) - 1, len(labels))], labels
+        labels = group.completions[c][group.shared_completion :]
+        own = (self.starts[g, c], max(0, len(labels) - 1))
+        if not group.shared:
+            return [own], labels[1:]
+        return [(trunk.start + group.shared - 1, min(1, len(labels))), own], labels
 
 
 LAYOUTS = ("shared", "packed", "padded")

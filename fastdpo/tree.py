@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 
@@ -49,14 +50,16 @@ class Tree:
 
     @classmethod
     def of(cls, trunks: list[Trunk], branches: list[Branch]) -> "Tree":
-        keys = [np.r_[b.trunk_start : b.trunk_start + b.shared, b.start : b.stop] for b in branches]
+        """The tree of these trunks and branches, each in the order of its rows."""
+        seen = [(b.trunk_start, b.shared, b.start, b.stop - b.start) for b in branches]
+        key_rows = ranges(*np.array(seen, np.int64).reshape(-1, 2).T)  # two for each branch
         return cls(
             trunks=tuple(trunks),
             branches=tuple(branches),
-            cu_trunks=_running([t.stop - t.start for t in trunks]),
-            cu_branches=_running([b.stop - b.start for b in branches]),
-            cu_keys=_running([len(rows) for rows in keys]),
-            key_rows=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *keys])),
+            cu_trunks=running_lengths([t.stop - t.start for t in trunks]),
+            cu_branches=running_lengths([b.stop - b.start for b in branches]),
+            cu_keys=running_lengths([b.shared + b.stop - b.start for b in branches]),
+            key_rows=torch.from_numpy(key_rows),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Tree":
@@ -71,5 +74,14 @@ class Tree:
         return replace(self, **tensors)
 
 
-def _running(lengths: list[int]) -> Tensor:
+def running_lengths(lengths: ArrayLike) -> Tensor:
+    """cu_seqlens of sequences of these lengths: where each starts, and where the last one ends."""
     return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+
+
+def ranges(starts: ArrayLike, lengths: ArrayLike) -> np.ndarray:
+    """Consecutive int64 numbers from each of `starts` on, as many as `lengths` says, end to end."""
+    starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+    numbers = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    numbers += np.arange(len(numbers))
+    return numbers
