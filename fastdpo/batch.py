@@ -88,7 +88,7 @@ class PairBatch:
         model_inputs = {"input_ids": inputs["input_ids"]}
         if "tree" in inputs:
             model_inputs |= {name: inputs[name] for name in ("position_ids", "tree")}
-            model_inputs["attention_mask"] = no_mask(inputs["input_ids"])
+            model_inputs["attention_mask"] = _empty_mask(inputs["input_ids"])
         if "scored_rows" not in inputs:
             model_inputs = {name: x for name, x in inputs.items() if name not in NOT_THE_MODELS}
             inputs = {**inputs, **scored_positions(inputs["input_ids"], inputs["completion_mask"])}
@@ -107,7 +107,7 @@ class PairBatch:
         )
 
 
-def no_mask(input_ids: Tensor) -> Tensor:
+def _empty_mask(input_ids: Tensor) -> Tensor:
     """A 4-D mask, which transformers passes on instead of building one: a Tree says who sees whom.
 
     It is empty, so that a model which drops `tree` on the way to attention fails instead of

@@ -84,7 +84,7 @@ def _run_command(argv: list[str]) -> int:
     if command == "demo":
         from fastdpo import demo
 
-        return demo.main(rest) or 0
+        return demo.main(rest)
     if command in ("-h", "--help"):
         print(USAGE)
     elif command == "--version":

@@ -124,6 +124,7 @@ class PaddedCollator:
         }
 
     def size(self, rows: Sequence[Row]) -> Size:
+        """The size of a forward of these rows."""
         lengths = [n for row in rows for n in self.cut.lengths(row)]
         return Size(len(lengths), max(lengths), sum(lengths))
 

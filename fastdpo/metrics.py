@@ -78,7 +78,7 @@ def evaluation_metrics(
     if count < batch.num_pairs:
         batch, scored, losses = _first_pairs(batch, scored, losses, max(count, 1))
     metrics = pair_metrics(batch, scored, losses)
-    metrics["loss",] = (losses.loss_B.sum(dtype=torch.float64)[None], batch.num_pairs)
+    metrics[("loss",)] = (losses.loss_B.sum(dtype=torch.float64)[None], batch.num_pairs)
     if count == 0:
         return {names: (0 * sums, 0 * weights) for names, (sums, weights) in metrics.items()}
     return metrics

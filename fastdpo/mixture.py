@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from fastdpo.arguments import ScriptArguments
 from fastdpo.config import setting
 from fastdpo.preferences import ORIGIN
-from fastdpo.rows import AnyDataset, in_one_kind, load_rows
+from fastdpo.rows import Rows, in_one_kind, load_rows
 
 
 @dataclass
@@ -67,7 +67,7 @@ def load_datasets(
     with_eval: bool,
     on_bad_rows: str,
     seed: int,
-) -> tuple[AnyDataset, AnyDataset | None]:
+) -> tuple[Rows, Rows | None]:
     """The rows to train on, and those to evaluate on where `with_eval`, else None.
 
     `seed` decides which rows of a mixture are held out. RowError for a malformed row, ValueError
@@ -76,7 +76,7 @@ def load_datasets(
     if dataset_args.datasets:
         return _load_mixture(dataset_args, with_eval=with_eval, on_bad_rows=on_bad_rows, seed=seed)
 
-    def load(split: str) -> AnyDataset:
+    def load(split: str) -> Rows:
         return load_rows(
             script_args.dataset_name,
             config_name=script_args.dataset_config,
@@ -91,7 +91,7 @@ def load_datasets(
 
 def _load_mixture(
     dataset_args: DatasetMixtureConfig, *, with_eval: bool, on_bad_rows: str, seed: int
-) -> tuple[AnyDataset, AnyDataset | None]:
+) -> tuple[Rows, Rows | None]:
     held_out = dataset_args.test_split_size
     if with_eval and held_out is None:
         raise ValueError("want test_split_size with `datasets` and an eval_strategy, got none")
@@ -134,7 +134,7 @@ def _load_mixture(
     return halves["train"], halves["test"] if with_eval else None
 
 
-def _with_origin(rows: AnyDataset, source: str) -> AnyDataset:
+def _with_origin(rows: Rows, source: str) -> Rows:
     """`rows` with a column that says where each is from, for the errors of a mixture's rows."""
     if isinstance(rows, IterableDataset):
         return rows.map(lambda _, i: {ORIGIN: f"{source}, row {i}"}, with_indices=True)

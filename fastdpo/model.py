@@ -96,7 +96,7 @@ def _virtual_tokens(model: nn.Module) -> int:
 def score(
     model: nn.Module, batch: PairBatch, *, stats: tuple[str, ...] = (), aux_loss: bool = False
 ) -> ScoredOutput:
-    """`model`, wrapped or not, on `batch`: a value per completion token. stats: ScoredOutput's"""
+    """`model`, wrapped or not, on `batch`: a value per completion token; stats: of ScoredOutput."""
     router = {"output_router_logits": True, "token_counts": batch.token_counts} if aux_loss else {}
     scored = model(
         **batch.model_inputs,

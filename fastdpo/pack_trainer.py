@@ -147,7 +147,7 @@ class PackTrainer(Trainer):
         num_pairs = sum(count_pairs(inputs) for inputs in batches)
         self._done = []
         if self.budget is not None and self.forwards_are_collective():
-            self._even_out(batches)
+            self._equalise_counts(batches)
         return batches, num_pairs
 
     def forwards_are_collective(self) -> bool:
@@ -155,7 +155,7 @@ class PackTrainer(Trainer):
         is_ddp = isinstance(self.model_wrapped, DistributedDataParallel)
         return self.accelerator.num_processes > 1 and not is_ddp
 
-    def _even_out(self, batches: list[Batch]) -> None:
+    def _equalise_counts(self, batches: list[Batch]) -> None:
         """Give each batch as many packs as it has on the rank with the most."""
         counts = torch.tensor([len(inputs["packs"]) for inputs in batches], device=self.args.device)
         of_ranks = self.accelerator.gather(counts).view(-1, len(batches))

@@ -1,6 +1,6 @@
 """A training batch in packs of at most so many tokens, run one after the other.
 
-    rows --split--> packs --collator--> {"packs": [inputs of one forward, ...], "rows": Rows}
+    rows --split--> packs --collator--> {"packs": [inputs of one forward, ...], "rows": KeptRows}
 
 Pairs with one prompt stay in one pack while they fit. pack_trainer.py runs them.
 """
@@ -17,7 +17,7 @@ from fastdpo.token_budget import TokenBudget
 Collator = PaddedCollator | PackedCollator
 
 
-class Rows:
+class KeptRows:
     """A batch's rows, kept to lay them out anew; opaque, so that nothing walks through them."""
 
     def __init__(self, rows: Sequence[Row]):
@@ -33,7 +33,7 @@ class PackCollator:
 
     def __call__(self, rows: Sequence[Row], at_least: int = 1) -> dict[str, Any]:
         packs = into_more(split(rows, self.budget.max_tokens, self.collator), at_least)
-        return {"packs": [self.collator(pack) for pack in packs], "rows": Rows(rows)}
+        return {"packs": [self.collator(pack) for pack in packs], "rows": KeptRows(rows)}
 
 
 def split(rows: Sequence[Row], max_tokens: int, collator: Collator) -> list[list[Row]]:

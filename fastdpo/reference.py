@@ -156,7 +156,7 @@ def _placed(model: nn.Module, source: str, device: torch.device) -> FrozenModel:
     return FrozenModel(model, source)
 
 
-def are_scored(datasets: Mapping[str, Dataset | IterableDataset]) -> bool:
+def have_reference_logps(datasets: Mapping[str, Dataset | IterableDataset]) -> bool:
     """Whether the rows of all datasets have reference log-probabilities.
 
     ValueError if only some do.

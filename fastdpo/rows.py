@@ -25,7 +25,7 @@ from fastdpo.preferences import MALFORMED, OPTION_FIELDS, TEXT_FIELDS, checked_r
 
 JSON_SUFFIXES = (".jsonl", ".json")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".csv")
-AnyDataset = Dataset | IterableDataset
+Rows = Dataset | IterableDataset
 UNLIKE = (pa.ArrowException, OverflowError)  # what a column of unlike values raises
 # an empty cell is no text; NA, null and a column of numbers are texts
 CSV_OPTIONS = {
@@ -47,7 +47,7 @@ def load_rows(
     data_dir: str | None = None,
     columns: list[str] | None = None,
     on_bad_rows: str = "raise",
-) -> AnyDataset:
+) -> Rows:
     """The rows of a file, of a folder that Dataset.save_to_disk wrote, or of a Hub dataset.
 
     config_name, data_files, data_dir: as `datasets.load_dataset` takes them, for the Hub and for
@@ -85,11 +85,11 @@ def load_rows(
     return _selected(rows, columns)
 
 
-def _selected(rows: AnyDataset, columns: list[str] | None) -> AnyDataset:
+def _selected(rows: Rows, columns: list[str] | None) -> Rows:
     return rows if columns is None else rows.select_columns(columns)
 
 
-def _load(path: str, *arguments: Any, **settings: Any) -> AnyDataset:
+def _load(path: str, *arguments: Any, **settings: Any) -> Rows:
     """What `datasets` reads from `path`, which its own errors do not name."""
     try:
         return datasets.load_dataset(*arguments, **settings)
@@ -175,9 +175,7 @@ def _check_one_kind(values: list[Any], source: str, name: str) -> None:
         ) from error
 
 
-def _read_file(
-    path: Path, columns: list[str] | None, *, streaming: bool, skip_bad: bool
-) -> AnyDataset:
+def _read_file(path: Path, columns: list[str] | None, *, streaming: bool, skip_bad: bool) -> Rows:
     if path.suffix in JSON_SUFFIXES:
         return _read_json(path, columns, streaming=streaming, skip_bad=skip_bad)
     if path.suffix not in SUFFIXES:
@@ -219,9 +217,7 @@ def _malformed(reason: str, skip_bad: bool) -> dict[str, str | None]:
     return dict.fromkeys(TEXT_FIELDS) | {MALFORMED: reason}
 
 
-def _read_json(
-    path: Path, columns: list[str] | None, *, streaming: bool, skip_bad: bool
-) -> AnyDataset:
+def _read_json(path: Path, columns: list[str] | None, *, streaming: bool, skip_bad: bool) -> Rows:
     settings = {"path": str(path), "skip_bad": skip_bad, "columns": columns and tuple(columns)}
     if streaming:
         return IterableDataset.from_generator(_checked_rows, gen_kwargs=settings)
@@ -271,7 +267,7 @@ def _check_alike(row: dict[str, Any], first: dict[str, str]) -> None:
             )
 
 
-def in_one_kind(rows: AnyDataset, source: str, *, skip_bad: bool) -> AnyDataset:
+def in_one_kind(rows: Rows, source: str, *, skip_bad: bool) -> Rows:
     """`rows` in one schema for all sources, so that several can be concatenated: known fields only,
     with an explicit prompt, and messages and options as JSON text.
 

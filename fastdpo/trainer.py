@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -44,11 +44,12 @@ from fastdpo.reference import (
     FrozenModel,
     RowLogps,
     after_precompute,
-    are_scored,
+    have_reference_logps,
     make_reference,
     with_reference_logps,
 )
 from fastdpo.row_report import PairCounts
+from fastdpo.rows import Rows
 from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
 from fastdpo.trainer_check import (
@@ -65,8 +66,6 @@ OWN_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
 NOISY = (
     "neftune_noise_alpha scales its noise by a row's length: a sequence's only where it is padded"
 )
-
-Rows = Dataset | IterableDataset
 
 
 class DPOTrainer(MeasuringTrainer):
@@ -185,7 +184,7 @@ class DPOTrainer(MeasuringTrainer):
         self.reference = make_reference(
             self.model,
             ref_model,
-            in_rows=are_scored(datasets),
+            in_rows=have_reference_logps(datasets),
             has_new_adapters=has_new_adapters,
             precompute=args.precompute_ref_log_probs,
             is_sharded=self._is_sharded,

@@ -106,8 +106,9 @@ def _bco_pair(chosen, rejected):
 
 @triton.jit
 def _sppo_hard(chosen, rejected, beta):
-    win, loss = (chosen - 0.5) / beta, (rejected + 0.5) / beta
-    return win * win + loss * loss, 2.0 * win / beta, 2.0 * loss / beta
+    chosen_error, rejected_error = (chosen - 0.5) / beta, (rejected + 0.5) / beta
+    loss = chosen_error * chosen_error + rejected_error * rejected_error
+    return loss, 2.0 * chosen_error / beta, 2.0 * rejected_error / beta
 
 
 @triton.jit

@@ -94,6 +94,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
 
 
 def torch_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """As product, in one dtype."""
     torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
 
 

@@ -44,6 +44,7 @@ class Settings(NamedTuple):
         return self.bias_grad or any(w_grad for _, w_grad in self.term_grads)
 
     def terms(self, *factors: Tensor | HeadRows) -> list[Term]:
+        """The terms of the logits; factors: x and w of each, one after the other."""
         pairs = zip(factors[::2], factors[1::2], self.term_grads, strict=True)
         dtypes = self.operand_dtype, self.rounded_to
         return [Term(x, w, grads, *dtypes) for x, w, grads in pairs]
@@ -128,6 +129,7 @@ def _tile_shape(kind: str, N: int, V: int, D: int) -> tuple[int, int]:
 
 
 def slices(total: int, step: int) -> list[slice]:
+    """All of `total`, `step` at a time."""
     return [slice(first, min(first + step, total)) for first in range(0, total, step)]
 
 
