@@ -6,12 +6,14 @@ ScriptArguments, DatasetMixtureConfig --load_datasets--> preference rows
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, Value, concatenate_datasets
 
 from fastdpo.arguments import ScriptArguments
 from fastdpo.config import setting
 from fastdpo.preferences import ORIGIN
 from fastdpo.rows import Rows, in_one_kind, load_rows
+
+KINDS = ("conversations", "texts")
 
 
 @dataclass
@@ -116,11 +118,7 @@ def _load_mixture(
         )
         parts.append(rows)
     names = [each.path for each in dataset_args.datasets]
-    if dataset_args.streaming or any(part.features != parts[0].features for part in parts):
-        parts = [
-            in_one_kind(part, name, skip_bad=on_bad_rows == "skip")
-            for part, name in zip(parts, names, strict=True)
-        ]
+    parts = _in_one_kind(parts, names, skip_bad=on_bad_rows == "skip")
     parts = [_with_origin(part, name) for part, name in zip(parts, names, strict=True)]
     fractions = [each.fraction for each in dataset_args.datasets]
     if any(fraction is not None for fraction in fractions):
@@ -132,6 +130,26 @@ def _load_mixture(
         return rows, None
     halves = rows.train_test_split(test_size=held_out, seed=seed)
     return halves["train"], halves["test"] if with_eval else None
+
+
+def _in_one_kind(parts: list[Rows], names: list[str], *, skip_bad: bool) -> list[Rows]:
+    """`parts` with the same columns; as they are, where they have. ValueError for texts beside
+    conversations, as far as it shows before a row is read."""
+    features = [part.features or {} for part in parts]
+    kinds = {
+        name: KINDS[isinstance(each["chosen"], Value)]
+        for name, each in zip(names, features, strict=True)
+        if "chosen" in each
+    }
+    if len({*kinds.values()}) > 1:
+        told = ", ".join(f"{name} as {kind}" for name, kind in kinds.items())
+        raise ValueError(f"want `datasets` all as {' or all as '.join(KINDS)}, got {told}")
+    is_stream = isinstance(parts[0], IterableDataset)
+    if not is_stream and all(each == features[0] for each in features):
+        return parts
+    return [
+        in_one_kind(part, name, skip_bad=skip_bad) for part, name in zip(parts, names, strict=True)
+    ]
 
 
 def _with_origin(rows: Rows, source: str) -> Rows:

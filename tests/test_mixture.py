@@ -87,6 +87,15 @@ def test_sources_of_unlike_rows_make_one_mixture(suffixes, kinds, streaming, tmp
     assert list(prepare_pairs(rows, tiny.tokenizer())[0]) == apart
 
 
+def test_texts_and_conversations_do_not_mix(tmp_path):
+    for name, rows in (("texts", tiny.rows(2)), ("chats", chat(tiny.rows(2)))):
+        tiny.write_rows(tmp_path / f"{name}.jsonl", list(rows))
+    datasets = [DatasetConfig(str(tmp_path / f"{name}.jsonl")) for name in ("texts", "chats")]
+    told = r"all as conversations or all as texts, got .*texts.jsonl as texts.*chats.jsonl as conv"
+    with pytest.raises(ValueError, match=told):
+        load(DatasetMixtureConfig(datasets=datasets))
+
+
 @pytest.mark.parametrize("settings", [{}, {"test_split_size": 2}, {"streaming": True}])
 def test_a_malformed_row_of_a_mixture_is_told_by_its_source(settings, parts, tmp_path):
     rows = [*tiny.rows(4), {"prompt": "a", "chosen": None, "rejected": "b"}]
