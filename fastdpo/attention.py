@@ -124,9 +124,9 @@ def tree_attention(
 
 def _window_of(module: nn.Module) -> int | None:
     """The sliding window that this layer has by its config."""
-    config = getattr(module, "config", None)
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
-    if kinds and kinds[module.layer_idx] != "sliding_attention":
+    if kinds and layer is not None and kinds[layer] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
 
