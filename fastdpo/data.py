@@ -81,7 +81,8 @@ def prepare_pairs(
     if isinstance(dataset, IterableDataset):
         return _as_it_comes(dataset, tokenize, columns), None
     made = {*tokenize.features, MALFORMED, ORIGIN, length_column}
-    others = set(dataset.column_names) - made if keep_columns else set()
+    may_stay = keep_columns and dataset.format["type"] != "custom"  # a transform makes its own
+    others = set(dataset.column_names) - made if may_stay else set()
     pairs = dataset.map(
         tokenize,
         batched=True,

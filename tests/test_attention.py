@@ -268,8 +268,8 @@ def test_attention_that_transformers_imports_by_name_keeps_its_name(name, monkey
 def test_a_window_that_a_model_keeps_in_its_mask_is_refused():
     """A Tree is no mask: pairs longer than the window would see past it."""
     settings = {"sliding_window": 6, "num_local_experts": 4, **families.EXPERTS}
-    model = families.model("phimoe", **settings)
+    model = families.model("phimoe", torch.float32, **settings)
     attach_scorer(model)
     attend_along_trees(model)
     with pytest.raises(ValueError, match="sliding window as an argument, got 6 in the mask alone"):
-        logps_and_gradients(model, ROWS)
+        score(model, PairBatch.from_inputs(PackedCollator(share=True)(ROWS)))

@@ -83,6 +83,7 @@ def test_every_setting_reaches_its_stage(tmp_path):
         head_cache_bytes=7,
         head_skip_below=0.1,
         use_weighting=True,
+        remove_unused_columns=False,
     )
     assert made.loss_settings == loss
     assert made.head_settings == {"head_cache_bytes": 7, "skip_below": 0.1}
@@ -94,6 +95,7 @@ def test_every_setting_reaches_its_stage(tmp_path):
         "on_bad_rows": "skip",
         "num_proc": 2,
         "length_column": "length",
+        "keep_columns": True,
     }
     assert "log_sum_p2" in made.token_stats
     assert "log_sum_p2" not in config(tmp_path).token_stats

@@ -25,6 +25,7 @@ class ShortOfMemory(DPOTrainer):
     even: as many packs on each rank, as FSDP has them, which does not run on a CPU.
     """
 
+    loss_is_scaled_for_ga = True  # compute_loss hands num_items_in_batch on
     fails, even, start_with = None, False, None
     batches = raised = packs = 0
     forwards = ()  # of each batch
@@ -107,6 +108,7 @@ def make_trainer(folder, settings):
             per_device_train_batch_size=16 // WORLD_SIZE,
             gradient_accumulation_steps=2,
             train_sampling_strategy="sequential",
+            layout="shared",  # not padded, as it would be for a compute_loss of its own
             **settings,
         ),
         train_dataset=Dataset.from_list(rows),
