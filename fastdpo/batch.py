@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 # of a collator written for TRL, and what fastdpo adds to it
-NOT_THE_MODELS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "part", "tokens")
+NOT_THE_MODELS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "tokens")
 
 
 @dataclass(frozen=True, slots=True)

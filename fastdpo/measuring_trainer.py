@@ -61,7 +61,7 @@ class MeasuringTrainer(PackTrainer):
             sums, metrics = counts.eval, evaluation_metrics(batch, scored, losses, num_new)
             counts.num_evaluated += num_new
         if aux_loss is not None:
-            metrics[("aux_loss",)] = (aux_loss.detach(), 1)
+            metrics[("aux_loss",)] = (aux_loss.detach() * batch.num_pairs, batch.num_pairs)
         sums.add(metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

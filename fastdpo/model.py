@@ -23,10 +23,10 @@ import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 
 from fastdpo.batch import PairBatch
+from fastdpo.experts import ExpertCounts, balancing_loss, experts_of
 from fastdpo.head import check_head_module, head_logps
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")  # what metrics are made of
@@ -38,8 +38,8 @@ class ScoredOutput(ModelOutput):
 
     token_logps_C: float32, carries the gradient. entropy_C, mean_logit_C, log_sum_p2_C (log of the
     sum of the vocabulary's squared probabilities): float32, is_top1_C: bool, no gradient, None
-    unless asked for. aux_loss: the load-balancing loss of a mixture-of-experts model, None unless
-    asked for.
+    unless asked for. aux_loss, expert_counts: the load-balancing loss of a mixture-of-experts model
+    and where its tokens went; None unless asked for.
     """
 
     token_logps_C: Tensor | None = None
@@ -48,12 +48,14 @@ class ScoredOutput(ModelOutput):
     is_top1_C: Tensor | None = None
     log_sum_p2_C: Tensor | None = None
     aux_loss: Tensor | None = None
+    expert_counts: ExpertCounts | None = None
 
     def of_rows(self, rows_C: Tensor) -> "ScoredOutput":
         """The values of these rows, some perhaps more than once."""
-        per_row = {name: value for name, value in self.items() if name != "aux_loss"}
+        whole = {name: self[name] for name in ("aux_loss", "expert_counts") if name in self}
+        per_row = {name: value for name, value in self.items() if name not in whole}
         rows = {name: value.index_select(0, rows_C) for name, value in per_row.items()}
-        return ScoredOutput(aux_loss=self.aux_loss, **rows)
+        return ScoredOutput(**whole, **rows)
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
@@ -94,10 +96,21 @@ def _virtual_tokens(model: nn.Module) -> int:
 
 
 def score(
-    model: nn.Module, batch: PairBatch, *, stats: tuple[str, ...] = (), aux_loss: bool = False
+    model: nn.Module,
+    batch: PairBatch,
+    *,
+    stats: tuple[str, ...] = (),
+    aux_loss: bool = False,
+    batch_counts: ExpertCounts | None = None,
 ) -> ScoredOutput:
-    """`model`, wrapped or not, on `batch`: a value per completion token; stats: of ScoredOutput."""
-    router = {"output_router_logits": True, "token_counts": batch.token_counts} if aux_loss else {}
+    """`model`, wrapped or not, on `batch`: a value per completion token; stats: of ScoredOutput.
+
+    batch_counts: of the batch that this one is a pack of; aux_loss is then its part.
+    """
+    router = {}
+    if aux_loss:
+        router = {"token_counts": batch.token_counts, "batch_counts": batch_counts}
+        router["output_router_logits"] = True
     scored = model(
         **batch.model_inputs,
         scored_rows=batch.scored_rows_R,
@@ -128,7 +141,7 @@ def frozen_token_logps(model: nn.Module, batch: PairBatch) -> Tensor:
 
 
 def _score(
-    causal_lm, scored_rows_R, labels_R, stats, *, token_counts=None, **inputs
+    causal_lm, scored_rows_R, labels_R, stats, *, token_counts=None, batch_counts=None, **inputs
 ) -> ScoredOutput:
     """The forward with `scored_rows`: token_counts ask for aux_loss, and weigh its tokens."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -139,21 +152,19 @@ def _score(
     token_logps_R, stats_R = head_logps(
         causal_lm, hidden_RD, labels_R, stats, **causal_lm._head_settings
     )
-    aux_loss = None
+    aux_loss = expert_counts = None
     if token_counts is not None:
         counts = nn.functional.pad(token_counts, (causal_lm._virtual_tokens, 0), value=1)
-        aux_loss = load_balancing_loss_func(outputs.router_logits, *_experts(causal_lm), counts)
+        _, top_k = experts_of(causal_lm)
+        aux_loss, expert_counts = balancing_loss(outputs.router_logits, top_k, counts, batch_counts)
     # of a model on several GPUs, the head may be on another than the batch
     stats_R = {f"{name}_C": value_R.to(device) for name, value_R in stats_R.items()}
-    return ScoredOutput(token_logps_C=token_logps_R.to(device), aux_loss=aux_loss, **stats_R)
-
-
-def _experts(causal_lm: PreTrainedModel) -> tuple[int, int] | None:
-    """How many experts a layer has and how many run a token, where transformers' names say so."""
-    for holder in (causal_lm, causal_lm.config.get_text_config()):
-        if hasattr(holder, "num_experts"):
-            return holder.num_experts, holder.num_experts_per_tok
-    return None
+    return ScoredOutput(
+        token_logps_C=token_logps_R.to(device),
+        aux_loss=aux_loss,
+        expert_counts=expert_counts,
+        **stats_R,
+    )
 
 
 def aux_loss_weight(model: nn.Module, router_aux_loss_coef: float | None) -> float:
@@ -174,7 +185,7 @@ def aux_loss_weight(model: nn.Module, router_aux_loss_coef: float | None) -> flo
     weight = router_aux_loss_coef
     if weight is None:
         weight = getattr(config, "router_aux_loss_coef", None) or 0.0
-    if weight and _experts(causal_lm) is None:
+    if weight and experts_of(causal_lm) is None:
         raise ValueError(
             f"want router_aux_loss_coef=0 for {type(causal_lm).__name__}, whose experts fastdpo "
             f"cannot count, got {weight}"
@@ -219,7 +230,9 @@ def check_scorer(
             f"{name}: want its own load-balancing loss, got {own.aux_loss!r} from this version of "
             "transformers: set router_aux_loss_coef=0"
         )
-    if aux_loss and not torch.allclose(own.aux_loss.float(), scored.aux_loss.float(), rtol=1e-2):
+    # its own is made in the router's dtype
+    rtol = max(1e-2, 4 * torch.finfo(logits_LV.dtype).eps)
+    if aux_loss and not torch.allclose(own.aux_loss.float(), scored.aux_loss, rtol=rtol):
         raise ValueError(
             f"{name}: want its own load-balancing loss, {own.aux_loss.item():.4g}, got "
             f"{scored.aux_loss.item():.4g} by Mixtral's formula: set router_aux_loss_coef=0"

@@ -1,8 +1,7 @@
 """PackTrainer: transformers.Trainer that runs each training batch in packs of bounded size.
 
 A pack's loss is its share of the whole update's, so that the accumulated gradients are those of the
-whole batch; ranks reduce them once. (A load-balancing loss of experts is each pack's own, as it is
-each microbatch's.)
+whole batch; ranks reduce them once.
 
 With a budget of "auto", memory that runs out in a forward or a backward halves the budget, and the
 update runs again from its first batch. Under DDP all ranks must do so, and a rank that waits in a
@@ -23,9 +22,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer
 from transformers.utils import logging
 
+from fastdpo.adapter_trainer import AdapterTrainer
 from fastdpo.batch import PairBatch, count_pairs
 from fastdpo.config import DPOConfig
 from fastdpo.layout_check import longest_rows
@@ -39,7 +38,7 @@ logger = logging.get_logger(__name__)
 Batch = dict[str, Any]
 
 
-class PackTrainer(Trainer):
+class PackTrainer(AdapterTrainer):
     """Subclasses set `budget`, None for whole batches, and `counted`.
 
     counted: names of the attributes that compute_loss adds to; an update that starts again restores

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -102,20 +102,6 @@ def with_adapters(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
-
-
-def load_adapters(policy: PeftModel, checkpoint: str) -> None:
-    """Load the weights of every adapter; which are active, trained or frozen does not change.
-
-    PEFT writes the adapter "default" into the checkpoint's folder, others into folders of their
-    name. (transformers would resume only the first active one, and find none for the best model.)
-    ValueError where an adapter is missing.
-    """
-    for name in policy.peft_config:
-        folder = Path(checkpoint, "" if name == "default" else name)
-        if not any(folder.glob("adapter_model.*")):
-            raise ValueError(f"want adapter {name!r} in checkpoint {checkpoint}, got none")
-        set_peft_model_state_dict(policy, load_peft_weights(str(folder)), adapter_name=name)
 
 
 def _is_quantized(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from fastdpo.batch import PairBatch, TokensRun
+from fastdpo.batch import PairBatch, TokensRun, count_pairs
 from fastdpo.batch_loss import PackLogps, with_parts
 from fastdpo.collate import (
     ID_COLUMNS,
@@ -28,6 +28,7 @@ from fastdpo.collate import (
 )
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
+from fastdpo.experts import ExpertCounts, with_batch_experts
 from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck, longest_rows
 from fastdpo.losses import pair_loss
@@ -37,9 +38,10 @@ from fastdpo.model import (
     aux_loss_weight,
     check_scorer,
     frozen_token_logps,
+    inference,
     score,
 )
-from fastdpo.policy import load_adapters, load_tokenizer, make_policy, make_ready, model_name
+from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
 from fastdpo.reference import (
     FrozenModel,
     RowLogps,
@@ -187,11 +189,11 @@ class DPOTrainer(MeasuringTrainer):
             in_rows=have_reference_logps(datasets),
             has_new_adapters=has_new_adapters,
             precompute=args.precompute_ref_log_probs,
-            is_sharded=self._is_sharded,
+            is_sharded=self.is_sharded,
             device=args.device,
         )
         check_pairs(datasets, self._models().values(), args)
-        if not self._is_sharded:
+        if not self.is_sharded:
             ids = (row["prompt_ids"] + row["chosen_ids"])[:32]
             for name, model in self._models().items():
                 is_balanced = name == "model" and self.aux_loss_weight > 0
@@ -208,11 +210,6 @@ class DPOTrainer(MeasuringTrainer):
     def ref_model(self) -> nn.Module | None:
         """The reference model; None where it is the policy without its adapters, or the rows'."""
         return self._models().get("ref_model")
-
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether the weights are not in one piece here."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def summary(self) -> str:
         """What is about to run: model, pairs, dropped rows, layout, kernels, reference, updates."""
@@ -273,7 +270,7 @@ class DPOTrainer(MeasuringTrainer):
         layout = choose_layout(
             self.args.layout,
             list(self._models().values()),
-            None if self._is_sharded else lambda m, name: check.difference(m, self._collator(name)),
+            None if self.is_sharded else lambda m, name: check.difference(m, self._collator(name)),
             strict=self.args.strict_layout,
             has_to_pad=self._why_padded(),
         )
@@ -312,11 +309,21 @@ class DPOTrainer(MeasuringTrainer):
         self.reference = after_precompute(self.reference, self.model)
 
     def before_packs(self, model: nn.Module, packs: list[dict]) -> list[dict]:
-        """The packs, each with its part of the batch's loss where that mixes their pairs."""
-        if not self.args.mixes_pairs or len(packs) == 1:
+        """The packs, each with what its part of the batch's loss needs to know of the others."""
+        if len(packs) == 1:
             return packs
-        score_pack = functools.partial(self._pack_logps, model)
-        return with_parts(packs, score_pack, **self.args.loss_settings)
+        if self.args.mixes_pairs:
+            score_pack = functools.partial(self._pack_logps, model)
+            packs = with_parts(packs, score_pack, **self.args.loss_settings)
+        if self.aux_loss_weight:
+            num_pairs = sum(count_pairs(pack) for pack in packs if "is_filler" not in pack)
+            count = functools.partial(self._expert_counts, model)
+            packs = with_batch_experts(packs, count, num_pairs)
+        return packs
+
+    def _expert_counts(self, model: nn.Module, inputs: dict) -> ExpertCounts:
+        with self.compute_loss_context_manager(), inference(model):
+            return score(model, PairBatch.from_inputs(inputs), aux_loss=True).expert_counts
 
     def _pack_logps(self, model: nn.Module, inputs: dict) -> PackLogps:
         batch = PairBatch.from_inputs(inputs)
@@ -338,10 +345,18 @@ class DPOTrainer(MeasuringTrainer):
         loss_is_scaled_for_ga=True.
         """
         batch = PairBatch.from_inputs(inputs)
-        part = inputs.get("part")  # before_packs'
+        part, experts = inputs.get("part"), inputs.get("experts")  # before_packs'
         # before the policy, whose activations would otherwise wait beside the reference's
         reference_logps_S = part.reference_logps_S if part else self._reference_logps(model, batch)
-        scored = score(model, batch, stats=self.args.token_stats, aux_loss=self.aux_loss_weight > 0)
+        scored = score(
+            model,
+            batch,
+            stats=self.args.token_stats,
+            aux_loss=self.aux_loss_weight > 0,
+            batch_counts=experts and experts.counts,
+        )
+        if experts:  # each pair is to have the whole batch's
+            scored.aux_loss = scored.aux_loss * experts.num_pairs / batch.num_pairs
         token_logps_C, cu_seqlens = scored.token_logps_C, batch.cu_seqlens
         if part:
             losses = part.of(token_logps_C, cu_seqlens)
@@ -373,22 +388,6 @@ class DPOTrainer(MeasuringTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepare_new(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self._has_whole_adapters:
-            load_adapters(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self):
-        if self._has_whole_adapters:
-            load_adapters(self.model, self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    @property
-    def _has_whole_adapters(self) -> bool:
-        return isinstance(self.model, PeftModel) and not self._is_sharded
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs):
         """As transformers.Trainer's; dataset_name is what TRL's scripts call `dataset`."""

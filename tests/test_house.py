@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[1]
 # each module may import those after it
 ORDER = (
     "demo cli parser verify subject run_folder mixture arguments trainer trainer_check "
-    "measuring_trainer pack_trainer ranks packs summary token_budget layout_check layout "
-    "start_check rows data row_report preferences messages demo_task metrics policy reference "
-    "config batch_loss losses model attention collate tree batch head quantised ops"
+    "measuring_trainer pack_trainer adapter_trainer ranks packs summary token_budget "
+    "layout_check layout start_check rows data row_report preferences messages demo_task "
+    "metrics policy reference config batch_loss losses model experts attention collate tree "
+    "batch head quantised ops"
 ).split()
 KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "functools", "math", "typing"}
 # what kernel files share or are made of

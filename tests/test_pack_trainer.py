@@ -35,6 +35,25 @@ def test_packs_train_as_whole_batches_do(tmp_path, tokenizer, layout, loss_type)
         torch.testing.assert_close(weights(packed.model)[name], weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", ["aot", "sft"]], ids=str)
+def test_packs_balance_experts_as_whole_batches_do(tmp_path, tokenizer, layout, loss_type):
+    common = {"layout": layout, "loss_type": loss_type, "gradient_accumulation_steps": 2}
+    common |= {"router_aux_loss_coef": 0.5, "rows": tiny.rows(7), "optim": "sgd"}
+
+    def train(**settings):
+        model = tiny.model("mixtral", len(tokenizer))
+        trainer = make_trainer(tmp_path, tokenizer, model=model, **common, **settings)
+        trainer.train()
+        return trainer
+
+    whole, packed = train(), train(max_tokens_per_forward=100)
+    for name in ("loss", "grad_norm", "aux_loss", "rewards/margins", "num_tokens"):
+        assert logged(packed, name) == pytest.approx(logged(whole, name), rel=1e-4, abs=1e-5), name
+    for name, weight in weights(whole.model).items():
+        torch.testing.assert_close(weights(packed.model)[name], weight, rtol=0, atol=1e-6)
+
+
 def test_a_rank_with_fewer_packs_fills_up_and_trains_alike(tmp_path, tokenizer, monkeypatch):
     """As under FSDP: another rank has a pack more than there are pairs in a batch here."""
     settings = {"max_tokens_per_forward": 120, "gradient_accumulation_steps": 2}

@@ -249,7 +249,7 @@ def test_weighted_pairs_cost_their_share(tmp_path, tokenizer):
 
 
 def test_experts_whose_loss_is_made_otherwise_are_refused(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("fastdpo.model.load_balancing_loss_func", lambda *_: torch.tensor(0.0))
+    monkeypatch.setattr("fastdpo.model.balancing_loss", lambda *_: (torch.tensor(0.0), None))
     model = tiny.model("mixtral", len(tokenizer))
     with pytest.raises(ValueError, match="want its own load-balancing loss"):
         make_trainer(tmp_path, tokenizer, model=model)

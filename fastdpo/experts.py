@@ -1,0 +1,78 @@
+"""The load-balancing loss of a mixture of experts, for a batch that may run in packs.
+
+    loss = E * sum_e f_e P_e        Switch Transformers, arXiv:2101.03961, equation 4, over layers
+
+f_e is how many of k experts a token has among e, P_e the router's probability of e, both means over
+the batch's tokens, each as often as sequences have it. f_e has no gradient: with the batch's f_e, a
+pack's own sum of probabilities is its part of the loss, and its gradient that of the batch's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class ExpertCounts(NamedTuple):
+    """Where tokens were routed, in all layers. chosen_E: how often to each expert; tokens: ()."""
+
+    chosen_E: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BatchExperts:
+    """Of a batch in packs: where all its tokens were routed, and how many pairs it has.
+
+    (No NamedTuple: a Trainer would rebuild it on its way to compute_loss.)
+    """
+
+    counts: ExpertCounts
+    num_pairs: int
+
+
+def experts_of(causal_lm: PreTrainedModel) -> tuple[int, int] | None:
+    """How many experts a layer has and how many run a token, where transformers' names say so."""
+    for holder in (causal_lm, causal_lm.config.get_text_config()):
+        if hasattr(holder, "num_experts"):
+            return holder.num_experts, holder.num_experts_per_tok
+    return None
+
+
+def balancing_loss(
+    router_logits: tuple[Tensor, ...],
+    top_k: int,
+    token_counts: Tensor,
+    batch_counts: ExpertCounts | None = None,
+) -> tuple[Tensor, ExpertCounts]:
+    """The loss, or with batch_counts this pack's part of the batch's; and where its tokens went.
+
+    router_logits: (tokens, E) for each layer with experts. token_counts: how often each token
+    weighs, in the tokens' order. float32.
+    """
+    device = router_logits[0].device
+    probs_NE = torch.cat([layer.to(device) for layer in router_logits]).float().softmax(-1)
+    weights_N = token_counts.flatten().to(device, probs_NE.dtype).repeat(len(router_logits))
+    chosen_NK = probs_NE.detach().topk(top_k, dim=-1).indices
+    chosen_E = probs_NE.new_zeros(probs_NE.shape[1])
+    chosen_E.index_add_(0, chosen_NK.flatten(), weights_N.repeat_interleave(top_k))
+    own = ExpertCounts(chosen_E, weights_N.sum())
+    counts = own if batch_counts is None else batch_counts
+    share_E = counts.chosen_E / counts.tokens
+    loss = len(chosen_E) * (share_E @ (weights_N @ probs_NE)) / counts.tokens
+    return loss, own
+
+
+def with_batch_experts(
+    packs: list[dict[str, Any]],
+    count: Callable[[dict[str, Any]], ExpertCounts],
+    num_pairs: int,
+) -> list[dict[str, Any]]:
+    """Each pack's inputs and, as "experts", what its part of the batch's loss needs to know."""
+    counts = [count(pack) for pack in packs]  # fillers too: ranks run as many forwards
+    real = [each for each, pack in zip(counts, packs, strict=True) if "is_filler" not in pack]
+    whole = ExpertCounts(*(torch.stack(each).sum(0) for each in zip(*real, strict=True)))
+    return [pack | {"experts": BatchExperts(whole, num_pairs)} for pack in packs]
