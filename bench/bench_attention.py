@@ -6,7 +6,7 @@
 One layer's attention, forward and backward, without the layers around it. "full rows" are
 sequences of one length: padded and packed have the same tokens then. Of the profiles' batches,
 packed leaves out the padding, and shared the second copy of each prompt. Outputs and gradients of
-all ways are held against float64 first, and a wrong one is not timed.
+all ways are compared with float64 first, and a wrong one is not timed.
 """
 
 import statistics

@@ -5,7 +5,7 @@
 
 A frozen head, forward and backward, whole and with Cut Cross-Entropy's threshold of 2**-12, in
 turns, as multiples of the bare product. What may be left out depends on how sure a model is and on
-which tokens stand beside each other. Logits here are a Zipf distribution's, in the order of its
+which tokens are next to each other. Logits here are a Zipf distribution's, in the order of its
 ranks, as the token ids of a byte-pair encoding roughly are, and on top of it noise that differs
 from row to row: the louder, the surer. float32 on a CPU, bfloat16 on a GPU.
 """
@@ -51,7 +51,7 @@ def step(hidden_ND, head_VD, labels_N, skip_below):
 
 
 def unlikely(hidden_ND, head_VD):
-    """Of each row, the probability of all tokens below SKIP_BELOW, and its entropy in nats."""
+    """Each row's probability of all tokens below SKIP_BELOW, and its entropy in nats."""
     found = []
     for rows_ND in hidden_ND.split(CHECKED_ROWS):
         logps_NV = (rows_ND @ head_VD.T).float().log_softmax(-1)

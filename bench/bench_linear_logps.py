@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 pytest bench/bench_linear_logps.py      real models' heads, an hour
     pytest bench/bench_linear_logps.py -m "not slow"          one tiny head, seconds
 
-Every way of bench/head_ways.py is held against float64 first, and a wrong one is not timed. A cell:
-median time as a multiple of `hidden @ head.T` into a preallocated output, taken in turns with it,
-and in brackets MiB of memory at its peak beyond the inputs and gradients. A second table has
-the errors of a completion's log-probability, a third the time of two threads against one's.
-float32 on a CPU, bfloat16 on a GPU.
+Every way of bench/head_ways.py is compared with float64 first, and a wrong one is not timed. A
+cell: median time as a multiple of `hidden @ head.T` into a preallocated output, taken in turns with
+it, and in brackets MiB of memory at its peak beyond the inputs and gradients. A second table has
+the errors of a completion's log-probability, a third the time of two threads against one's. float32
+on a CPU, bfloat16 on a GPU.
 """
 
 import functools

@@ -5,7 +5,7 @@
 
 On a CPU fastdpo is the torch twin, on a GPU the kernel. TRL's is its trainer's own _compute_loss,
 fed with log-probabilities; it and "fastdpo, logged" also sum up what a run logs. Each way's loss
-and gradient are held against float64 first, and a wrong one is not timed. `ops` counts what the
+and gradient are compared with float64 first, and a wrong one is not timed. `ops` counts what the
 dispatcher is handed, forward and backward; on a GPU the kernel's two launches come on top.
 """
 

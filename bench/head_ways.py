@@ -94,7 +94,7 @@ def cut_cross_entropy(hidden_ND, head_VD, labels_N):
 
 
 def liger_dpo(chunk_size: int):
-    """Of `chunk_size` pairs at a time; it makes its gradients in its forward."""
+    """Liger's loss, `chunk_size` pairs at a time; it makes its gradients in its forward."""
 
     def loss(hidden_ND, head_VD, labels_N):
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss

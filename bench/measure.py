@@ -17,7 +17,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Of one step: CPU time of all threads, what the kernel took of it, and time on the wall."""
+    """One step's CPU time over all threads, the kernel's part of it, and its wall time."""
 
     cpu: float
     kernel: float

@@ -1,6 +1,6 @@
 """Peak memory of a contender's training steps, in a process of its own.
 
-Counted above what stands when the first step begins: model, reference and rows.
+Counted above what is there when the first step begins: model, reference and rows.
 
     python -m bench.peak_memory < task.json       prints a number of MiB
 """

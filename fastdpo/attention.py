@@ -230,7 +230,7 @@ def _softcapped(query, key, value, mask, scale, softcap, dropout) -> Tensor:
 
 
 def _by_varlen(query, key, value, tree: Tree, *, kernel, window, **settings) -> Tensor:
-    """Trunks where they stand, branches over gathered keys; (1, T, H, K)."""
+    """Trunks where they are, branches over gathered keys; (1, T, H, K)."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, K)
     settings["window_size"] = (-1 if window is None else window - 1, 0)
     T = tree.trunks[-1].stop

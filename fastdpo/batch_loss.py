@@ -82,7 +82,7 @@ def pack_losses(packs: list[PackLogps], **settings: Any) -> list[PackLoss]:
 
 
 def _tokens_moved(packs: list[PackLogps], lengths_S: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """For each token of the batch, where it stands in the packs laid end to end: int64 (C,)."""
+    """For each token of the batch, where it is in the packs laid end to end: int64 (C,)."""
     counts = [len(pack.token_logps_C) for pack in packs]
     firsts = [sum(counts[:i]) for i in range(len(packs))]
     starts_S = _one_batch(

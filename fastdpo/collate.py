@@ -211,7 +211,7 @@ class PackedCollator:
         }
 
     def size(self, rows: Sequence[Row]) -> Size:
-        """Of rows with one prompt, an upper bound: what else completions share is not counted."""
+        """The size of rows with one prompt, or more: what else completions share is not counted."""
         lengths = [n for row in rows for n in self.cut.lengths(row)]
         longest, tokens = max(lengths), sum(lengths)
         if self.share and not self.cut.may_split_prompt(longest):

@@ -32,7 +32,7 @@ def setting(default: Any, text: str, **metadata: Any) -> Any:
 class DPOConfig(TrainingArguments):
     """Every setting of a DPO run; ValueError names the field, what was wanted and what came.
 
-    Only DPO's own settings stand here: the rest are transformers.TrainingArguments. A field that
+    Only DPO's own settings are here; the rest are transformers.TrainingArguments. A field that
     TRL has and fastdpo does not run yet is accepted at its default and refused at any other
     value, so that no setting is silently ignored.
     """

@@ -25,7 +25,7 @@ class ExpertCounts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchExperts:
-    """Of a batch in packs: where all its tokens were routed, and how many pairs it has.
+    """A batch in packs: where all its tokens were routed, and how many pairs it has.
 
     (No NamedTuple: a Trainer would rebuild it on its way to compute_loss.)
     """

@@ -84,7 +84,7 @@ class LayoutCheck:
         return "the head"
 
     def _hidden_states(self, model: nn.Module, batch: PairBatch) -> list[Tensor]:
-        """Of the embedding and of each layer, at the rows that predict completion tokens."""
+        """The output of the embedding and of each layer, at the rows that are scored."""
         causal_lm = causal_lm_of(model)
         outputs = causal_lm.base_model(
             **batch.model_inputs, output_hidden_states=True, use_cache=False

@@ -28,7 +28,7 @@ PAIR_METRICS = (  # the rows of metrics_MB
 
 
 class PairLoss(NamedTuple):
-    """Of each of B pairs, float32. Only loss_B carries a gradient.
+    """The losses and metrics of B pairs, float32. Only loss_B carries a gradient.
 
     loss_B: (B,). metrics_MB: a row for each of PAIR_METRICS. A reward is beta times the
     log-ratio, policy logps minus reference logps, whatever the loss makes of it.
@@ -39,7 +39,7 @@ class PairLoss(NamedTuple):
 
     @property
     def logps_S(self) -> Tensor:
-        """Of the policy's 2B completions, chosen 0..B-1, then rejected."""
+        """The policy's log-probabilities of 2B completions, chosen 0..B-1, then rejected."""
         return self.metrics_MB[4:].flatten()
 
 

@@ -200,7 +200,7 @@ def check_scorer(
 
     Two forwards of a short sequence: what a model does between its body and its logits can be
     more than this module knows, and would then be silently left out of every log-probability.
-    With aux_loss, the load-balancing loss is held against the model's own too. name: the model's,
+    With aux_loss, the load-balancing loss is compared with the model's own too. name: the model's,
     for the error.
     """
     name = f"{name} ({type(causal_lm_of(model)).__name__})"

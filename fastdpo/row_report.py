@@ -52,7 +52,7 @@ def counted(
     rejected_B: np.ndarray,
     max_length: int | None,
 ) -> PairCounts:
-    """Of all rows' status, and of the kept ones' numbers of tokens."""
+    """Counts from all rows' status, and from the numbers of tokens of those kept."""
 
     def count(bits: int) -> int:
         return int(np.count_nonzero(status & bits))

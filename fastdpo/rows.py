@@ -115,7 +115,7 @@ def _from_disk(path: Path, split: str) -> Dataset:
 def as_dataset(rows: Iterable[dict[str, Any]], source: str = "rows") -> Dataset:
     """`rows` in memory, with the columns of all rows (Dataset.from_list has only the first row's).
 
-    Messages that are more than a role and a text stand as JSON text, each for itself: Arrow would
+    Messages that are more than a role and a text are kept as JSON text, each by itself: Arrow would
     give every tool call the arguments of all. RowError names the first row of `source` whose value
     Arrow cannot keep beside those before it.
     """
@@ -252,7 +252,7 @@ def _checked_rows(
 
 
 def _kinds(row: dict[str, Any]) -> dict[str, str]:
-    """Which of the three texts stand in a row, and as what; {} for token ids."""
+    """Which of the three texts a row has, and their types; {} for token ids."""
     return {field: type(row[field]).__name__ for field in TEXT_FIELDS if row.get(field) is not None}
 
 

@@ -292,7 +292,7 @@ def _with_hash(name: Any, hash_of: Callable[[list[Path]], str]) -> Any:
 
 
 def _data_hash(paths: list[Path], *, but: Path) -> str:
-    """Of files, and of all in folders except in the folder `but` within them."""
+    """A hash of these files, and of all files in these folders except in the folder `but`."""
     digest = hashlib.sha256()
     for path in paths:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -314,7 +314,7 @@ def _is_cached(file: Path) -> bool:
 
 
 def _model_hash(paths: list[Path]) -> str:
-    """Of a model's configuration, tokenizer and weights; of a large file its size and two ends."""
+    """A hash of a model's configuration, tokenizer and weights; of large files, size and two ends."""
     (path,) = paths
     kinds = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
     files = sorted(p for p in path.iterdir() if p.suffix in kinds) if path.is_dir() else [path]

@@ -54,8 +54,8 @@ class Answer(NamedTuple):
 
 
 class OwnTokens(NamedTuple):
-    """Of a completion's tokens, by the model's own forward: log-probabilities; the variance of
-    their logits; WPO's log sum of p². (C,) each, float32."""
+    """A completion's tokens by the model's own forward: log-probabilities, the variance of their
+    logits, and WPO's log sum of p². (C,) each, float32."""
 
     logps_C: Tensor
     variance_C: Tensor
@@ -63,8 +63,8 @@ class OwnTokens(NamedTuple):
 
 
 class PlainPairs(NamedTuple):
-    """Of a few pairs: their completions, as Answer has them, and what Plain has of them. The losses
-    carry their gradient."""
+    """A few pairs: their completions in the order of Answer's, and Plain's other values for them.
+    The losses carry their gradient."""
 
     completions: list[OwnTokens]
     reference_logps_B2: Tensor
@@ -92,7 +92,7 @@ class Tolerance(NamedTuple):
 
     @classmethod
     def of(cls, dtype: torch.dtype, spread: float) -> "Tolerance":
-        """Of layers that compute in `dtype`, and logits whose standard deviation is `spread`."""
+        """For layers that compute in `dtype`, and logits whose standard deviation is `spread`."""
         eps = torch.finfo(dtype).eps
         logp = max(LEAST_LOGP, LOGP_ROUNDINGS * eps) * max(1.0, spread)
         return cls(logp, max(LEAST_GRADIENT, GRADIENT_ROUNDINGS * eps))

@@ -6,7 +6,7 @@
 Rewards are beta * scores. A name is a constant of the compiled kernel, so one branch is left of
 each chain below. A tuple of functions would read better, but Triton (tried: 3.6 and 3.9) keys its
 cache on disk by the names in such a tuple and not by the functions' text: with a formula changed,
-it would go on running the old one. Papers and equations stand in reference.py, beside each twin.
+it would go on running the old one. Papers and equations are in reference.py, with each twin.
 """
 
 import triton

@@ -36,7 +36,7 @@ class Settings(NamedTuple):
 
     @property
     def wide(self) -> torch.dtype:
-        """Of logits and sums."""
+        """The dtype of logits and sums."""
         return torch.float64 if self.operand_dtype == torch.float64 else torch.float32
 
     @property

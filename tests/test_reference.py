@@ -1,4 +1,4 @@
-"""Whose log-probabilities the policy's are held against, and that they stay what they were."""
+"""Where the reference's log-probabilities come from, and that they stay what they were."""
 
 import math
 import operator
