@@ -314,7 +314,7 @@ def _is_cached(file: Path) -> bool:
 
 
 def _model_hash(paths: list[Path]) -> str:
-    """A hash of a model's configuration, tokenizer and weights; of large files, size and two ends."""
+    """A hash of a model's configuration, tokenizer and weights; of a large file, its two ends."""
     (path,) = paths
     kinds = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
     files = sorted(p for p in path.iterdir() if p.suffix in kinds) if path.is_dir() else [path]

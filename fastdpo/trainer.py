@@ -281,7 +281,8 @@ class DPOTrainer(MeasuringTrainer):
         """Why the run itself needs the padded layout."""
         if self.args.neftune_noise_alpha is not None:
             return NOISY
-        if self.args.layout == "auto" and self._redefines("compute_loss", "prediction_step"):
+        steps = ("training_step", "compute_loss", "prediction_step")
+        if self.args.layout == "auto" and self._redefines(*steps):
             return f"{type(self).__name__} may run the model on a batch by itself"
         return None
 
