@@ -323,6 +323,7 @@ class DPOTrainer(MeasuringTrainer):
         return packs
 
     def _expert_counts(self, model: nn.Module, inputs: dict) -> ExpertCounts:
+        # without dropout, where the pack's own forward may have it
         with self.compute_loss_context_manager(), inference(model):
             return score(model, PairBatch.from_inputs(inputs), aux_loss=True).expert_counts
 
