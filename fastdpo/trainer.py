@@ -61,6 +61,7 @@ from fastdpo.trainer_check import (
     check_overrides,
     check_pairs,
     redefines,
+    returns_means,
 )
 
 TAGS = ["fastdpo", "dpo"]
@@ -117,8 +118,8 @@ class DPOTrainer(MeasuringTrainer):
         if not self._redefines("evaluate", "evaluation_loop"):
             check_best_metric(args, eval_dataset, compute_metrics)
         check_overrides(type(self), DPOTrainer, args)
-        if self._redefines("compute_loss") and not self._redefines("loss_is_scaled_for_ga"):
-            self.loss_is_scaled_for_ga = False  # it adds to its batch's mean, which Trainer divides
+        if returns_means(type(self), DPOTrainer):
+            self.loss_is_scaled_for_ga = False  # Trainer divides
         init_kwargs = {"trust_remote_code": args.trust_remote_code}
         init_kwargs |= args.model_init_kwargs or {}
         tokenizer = load_tokenizer(

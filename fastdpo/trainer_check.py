@@ -141,13 +141,18 @@ def check_overrides(kind: type, base: type, args: DPOConfig) -> None:
     unused = [name for name in NEVER_CALLED if redefines(kind, base, name)]
     if unused:
         raise TypeError(f"want {kind.__name__} to override what fastdpo calls, got {unused}")
-    takes_means = not redefines(kind, base, "loss_is_scaled_for_ga")
-    if args.max_tokens_per_forward and takes_means and redefines(kind, base, "compute_loss"):
+    if args.max_tokens_per_forward and returns_means(kind, base):
         raise ValueError(
             "want max_tokens_per_forward unset with a compute_loss of your own, or in its class "
             "loss_is_scaled_for_ga=True if it divides by num_items_in_batch, got "
             f"{args.max_tokens_per_forward!r}"
         )
+
+
+def returns_means(kind: type, base: type) -> bool:
+    """Whether `kind` has a compute_loss of its own, which returns a batch's mean as TRL's does."""
+    own = redefines(kind, base, "compute_loss")
+    return own and not redefines(kind, base, "loss_is_scaled_for_ga")
 
 
 def redefines(kind: type, base: type, *names: str) -> bool:

@@ -16,7 +16,6 @@ AOT sorts them: two log-ratios that differ by less than rounding may swap places
 as a difference, though neither way is wrong.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from fastdpo.layout import why_padded
 from fastdpo.losses import pair_loss
 from fastdpo.model import attach_scorer, causal_lm_of, score
 from fastdpo.subject import Subject
+from fastdpo.tree import running_lengths
 
 SIDES = ("chosen", "rejected")
 # Tolerances, in roundings of the dtype that the layers compute in. In a Llama of 16 random layers
@@ -157,8 +157,7 @@ def _plain_pairs(subject: Subject, few: list[int], offsets_B2: Tensor) -> PlainP
     completions = chosen + rejected
     token_logps_C = torch.cat([each.logps_C for each in completions])
     lengths = [len(each.logps_C) for each in completions]
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    cu_seqlens = cu_seqlens.to(token_logps_C.device)
+    cu_seqlens = running_lengths(lengths).to(token_logps_C.device)
     # as the loss sums them, or the reference is as far off as what ld_alpha leaves out
     logps_S = reference.completion_sums(token_logps_C.detach(), cu_seqlens, args.ld_alpha)
     reference_logps_S = logps_S - offsets_B2.T.flatten().to(logps_S)
