@@ -1,6 +1,8 @@
 """Matrix products that accumulate and leave in float32, and their operands."""
 
 import functools
+import platform
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -100,14 +102,22 @@ def torch_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 @functools.cache
 def has_onednn() -> bool:
-    """Whether float32 products go to oneDNN: it has AVX-512 on all CPUs that do, MKL not.
+    """Whether float32 products go to oneDNN: it has AVX-512 on all CPUs that do, MKL on Intel's.
 
     But only if a row's sums do not depend on the number of rows, as MKL's do not: tested once, in a
     shape in which oneDNN's do under torch 2.10 and 2.11.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available() or has_fast_mkl():
         return False
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and sums_rows_alike()
+
+
+@functools.cache
+def has_fast_mkl() -> bool:
+    """Whether torch has MKL, and an Intel CPU for it: on others MKL keeps to older instructions."""
+    described = Path("/proc/cpuinfo")
+    cpu = described.read_text() if described.exists() else platform.processor()
+    return torch.backends.mkl.is_available() and "GenuineIntel" in cpu
 
 
 def sums_rows_alike() -> bool:

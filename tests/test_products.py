@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdpo.kernels import products
+from fastdpo.kernels import fold, products
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -35,17 +35,55 @@ def test_float32_products_go_to_onednn_where_it_is_good(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "alike", "good"),
-    [("AVX512", True, True), ("AVX512", False, False), ("AVX2", True, False)],
+    ("capability", "alike", "fast_mkl", "good"),
+    [
+        ("AVX512", True, False, True),
+        ("AVX512", True, True, False),
+        ("AVX512", False, False, False),
+        ("AVX2", True, False, False),
+    ],
 )
-def test_onednn_is_good_with_avx512_and_rows_summed_alike(monkeypatch, capability, alike, good):
+def test_onednn_is_good_with_avx512_and_rows_summed_alike(
+    monkeypatch, capability, alike, fast_mkl, good
+):
     def product(a, b, out, accumulate):
         out.copy_(a @ b if alike else len(a) * (a @ b))
 
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(products, "has_fast_mkl", lambda: fast_mkl)
     monkeypatch.setattr(products, "onednn_product", product)
     assert products.has_onednn.__wrapped__() == good
+
+
+@pytest.mark.parametrize(
+    ("described", "processor", "has_mkl", "fast"),
+    [
+        ("vendor_id : GenuineIntel\nflags : avx512f", "", True, True),
+        ("vendor_id : GenuineIntel\nflags : avx512f", "", False, False),
+        ("vendor_id : AuthenticAMD\nflags : avx512f", "", True, False),
+        (None, "Intel64 Family 6 Model 207 Stepping 2, GenuineIntel", True, True),
+        (None, "arm", True, False),
+    ],
+)
+def test_mkl_is_fast_on_intels_cpus(monkeypatch, tmp_path, described, processor, has_mkl, fast):
+    file = tmp_path / "cpuinfo"
+    if described is not None:
+        file.write_text(described)
+    monkeypatch.setattr(products, "Path", lambda _: file)
+    monkeypatch.setattr(products.platform, "processor", lambda: processor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    assert products.has_fast_mkl.__wrapped__() == fast
+
+
+@pytest.mark.parametrize("fast_mkl", [False, True])
+def test_exp_is_as_good_by_either_library(monkeypatch, fast_mkl):
+    monkeypatch.setattr(fold, "has_fast_mkl", lambda: fast_mkl)
+    torch.manual_seed(0)
+    x = -30 * torch.rand(64, 77)
+    made, wanted = fold._exp_(x.clone()).double(), x.double().exp()
+    assert ((made - wanted).abs() / wanted).max() < 4e-6
+    assert torch.equal(fold._exp_(x[5:6].clone()), made[5:6].float()), "whatever the other rows"
 
 
 def test_onednn_is_tried_in_float32_whatever_torchs_default_is():
