@@ -82,14 +82,17 @@ class Term:
         self.w_pieces = Operand(w_VK, dtype, rounded_to, x_NK.device)
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
-    """out = a @ b, or out += a @ b, accumulated in out's dtype without rounding in between."""
+def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, alike: bool = False) -> None:
+    """out = a @ b, or out += a @ b, accumulated in out's dtype without rounding in between.
+
+    alike: on a CPU, sum each row in one order, however many rows there are from 16 on.
+    """
     if a.dtype != out.dtype:
         if accumulate:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() and has_onednn():
+    elif a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() and use_onednn(alike):
         onednn_product(a, b, out, accumulate)
     else:
         torch_product(a, b, out, accumulate)
@@ -100,14 +103,24 @@ def torch_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
 
 
-@functools.cache
-def has_onednn() -> bool:
-    """Whether float32 products go to oneDNN: it has AVX-512 on all CPUs that do, MKL on Intel's.
+def use_onednn(alike: bool) -> bool:
+    """Whether a float32 product goes to oneDNN, which has AVX-512 on all CPUs that do.
 
-    But only if a row's sums do not depend on the number of rows, as MKL's do not: tested once, in a
-    shape in which oneDNN's do under torch 2.10 and 2.11.
+    MKL has it on Intel's, and is faster there; but several threads of it sum few rows in another
+    order than many.
     """
-    if not torch.backends.mkldnn.is_available() or has_fast_mkl():
+    if has_fast_mkl() and not (alike and torch.get_num_threads() > 1):
+        return False
+    return has_good_onednn()
+
+
+@functools.cache
+def has_good_onednn() -> bool:
+    """Whether torch has oneDNN, the CPU AVX-512, and a row's sums one order.
+
+    The last is tried once, in a shape in which oneDNN of torch 2.10 and 2.11 has two.
+    """
+    if not torch.backends.mkldnn.is_available():
         return False
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and sums_rows_alike()
 

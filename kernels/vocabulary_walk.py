@@ -71,7 +71,8 @@ class Tiles:
         p_NT = self._piece(memory, block, columns)
         z_NT = p_NT if self.z.dtype == self.p.dtype else self._piece(self.z, block, columns)
         for k, term in enumerate(self.terms):
-            product(term.x_pieces[block], term.w_pieces[columns].T, z_NT, accumulate=k > 0)
+            x_NK, w_TK = term.x_pieces[block], term.w_pieces[columns]
+            product(x_NK, w_TK.T, z_NT, accumulate=k > 0, alike=True)
         bias_T = None if self.bias_V is None else self.bias_V[columns].to(z_NT.dtype)
         labels_N, scale, softcap = self.labels_N[block], self.settings.scale, self.settings.softcap
         fold = FOLDS[self.settings.backend]

@@ -22,7 +22,7 @@ from fastdpo.collate import Cut, make_collator
 from fastdpo.kernels import fold, reference, second_product, vocabulary_walk
 from fastdpo.kernels import pair_loss as pair_loss_module
 from fastdpo.kernels.linear_logps import linear_logps
-from fastdpo.kernels.products import has_onednn
+from fastdpo.kernels.products import has_good_onednn
 from fastdpo.kernels.reference import completion_sums
 from fastdpo.losses import pair_loss, pair_weights
 from fastdpo.metrics import MetricSums, pair_metrics
@@ -192,7 +192,7 @@ def test_a_head_on_another_gpu_answers_where_the_batch_is(fake_cuda):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_makes_no_tensor_where_its_batch_is_not(layout, loss_type):
     """The batch's device is the CPU, and what is made without a word about its device is not."""
-    has_onednn()  # looks once, at tensors of its own
+    has_good_onednn()  # looks once, at tensors of its own
     model, batch = model_on("cpu", "cpu"), PairBatch.from_inputs(COLLATED[layout])
     # transformers looks whether padded rows' positions are of one sequence each
     with torch.device("meta"), contextlib.nullcontext() if layout == "padded" else Watch():

@@ -21,39 +21,39 @@ def test_onednns_product_is_torchs_for_any_strides(accumulate):
             torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_float32_products_go_to_onednn_where_it_is_good(monkeypatch):
-    monkeypatch.setattr(products, "has_onednn", lambda: True)
+@pytest.mark.parametrize(
+    ("fast_mkl", "threads", "alike", "wanted"),
+    [(False, 1, False, 1), (True, 1, True, 0), (True, 2, False, 0), (True, 2, True, 1)],
+)
+def test_float32_products_go_to_onednn_where_it_is_better(
+    monkeypatch, fast_mkl, threads, alike, wanted
+):
+    monkeypatch.setattr(products, "has_good_onednn", lambda: True)
+    monkeypatch.setattr(products, "has_fast_mkl", lambda: fast_mkl)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     taken = []
     monkeypatch.setattr(products, "onednn_product", lambda *args: taken.append(args))
     a, b, out = torch.ones(3, 4), torch.ones(4, 5), torch.ones(3, 5)
-    products.product(a, b, out, accumulate=False)
-    assert len(taken) == 1
-    products.product(a.double(), b.double(), out.double(), accumulate=False)
-    products.product(a[:, :0], b[:0], out, accumulate=False)
-    assert len(taken) == 1, "float64 and sums of no term are torch's"
+    products.product(a, b, out, accumulate=False, alike=alike)
+    assert len(taken) == wanted
+    products.product(a.double(), b.double(), out.double(), accumulate=False, alike=alike)
+    products.product(a[:, :0], b[:0], out, accumulate=False, alike=alike)
+    assert len(taken) == wanted, "float64 and sums of no term are torch's"
     assert (out == 0).all()
 
 
 @pytest.mark.parametrize(
-    ("capability", "alike", "fast_mkl", "good"),
-    [
-        ("AVX512", True, False, True),
-        ("AVX512", True, True, False),
-        ("AVX512", False, False, False),
-        ("AVX2", True, False, False),
-    ],
+    ("capability", "alike", "good"),
+    [("AVX512", True, True), ("AVX512", False, False), ("AVX2", True, False)],
 )
-def test_onednn_is_good_with_avx512_and_rows_summed_alike(
-    monkeypatch, capability, alike, fast_mkl, good
-):
+def test_onednn_is_good_with_avx512_and_rows_summed_alike(monkeypatch, capability, alike, good):
     def product(a, b, out, accumulate):
-        out.copy_(a @ b if alike else len(a) * (a @ b))
+        out.copy_(a.sum(1, keepdim=True) * b.sum(0) * (1 if alike else len(a)))
 
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(products, "has_fast_mkl", lambda: fast_mkl)
     monkeypatch.setattr(products, "onednn_product", product)
-    assert products.has_onednn.__wrapped__() == good
+    assert products.has_good_onednn.__wrapped__() == good
 
 
 @pytest.mark.parametrize(
