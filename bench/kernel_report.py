@@ -95,7 +95,7 @@ def second_product_cases():
             integers = dict.fromkeys(("N", "T", "K", "blocks", *strides), "i32")
             yield Case(
                 name=f"likely product {head} {dtype[1:]}",
-                kernel=second_product._likely_product_kernel,
+                kernel=second_product._reached_product_kernel,
                 types=pointers | integers,
                 constants=constants | {"w_step": 1},
                 divisible=(*width, "K", *strides),

@@ -63,7 +63,7 @@ def pair_loss(
     of_batch = reference.BATCH_LOSSES.keys() & set(settings.get("loss_type", ()))
     if implementation(token_logps_C.device) == "triton" and not of_batch:
         return _pair_loss.pair_loss(*arguments, **settings)
-    of_twin = {"also": tuple(of_batch), "floats": (torch.float32, torch.float64)}
+    of_twin = {"batch_losses": tuple(of_batch), "float_dtypes": (torch.float32, torch.float64)}
     _pair_loss.check_pair_loss(*arguments, **settings, **of_twin)
     return reference.pair_loss(*arguments, **settings)
 

@@ -1,12 +1,13 @@
 """Every loss and every f-divergence of pair_loss as @triton.jit: its value and its slopes.
 
-    pair_term    a loss by name: (value, d value / d chosen reward, d value / d rejected reward)
+    pair_term    a loss by name: (value, d value / d chosen, d value / d rejected)
     score        an f-divergence by name: (score of a log-ratio, d score / d log-ratio)
 
-Rewards are beta * scores. A name is a constant of the compiled kernel, so one branch is left of
-each chain below. A tuple of functions would read better, but Triton (tried: 3.6 and 3.9) keys its
-cache on disk by the names in such a tuple and not by the functions' text: with a formula changed,
-it would go on running the old one. Papers and equations are in reference.py, with each twin.
+chosen and rejected are beta * scores: the rewards, where no f-divergence is asked for. A name is a
+constant of the compiled kernel, so one branch is left of each chain below. A tuple of functions
+would read better, but Triton (tried: 3.6 and 3.9) keys its cache on disk by the names in such a
+tuple and not by the functions' text: with a formula changed, it would go on running the old one.
+Papers and equations are in reference.py, with each twin.
 """
 
 import triton
@@ -149,7 +150,7 @@ def pair_term(
     label_smoothing,
     discopop_tau,
 ):
-    """One loss of one pair of rewards. Lengths: tokens of the completions, at least 1."""
+    """One loss of a pair's beta * scores. Lengths: tokens of the completions, at least 1."""
     if NAME == "sigmoid":
         return _sigmoid(chosen, rejected, label_smoothing)
     elif NAME == "sigmoid_norm":

@@ -43,7 +43,8 @@ class RunningSoftmax:
 
         optional = ("entropy", "mean_logit", "log_sum_p2")
         sums = [full(0.0) if name in stats else None for name in optional]
-        return cls(full(-float("inf")), full(0.0), full(float("nan")), full(0.0), *sums)
+        lowest = torch.finfo(dtype).min  # not -inf: the first tile's logits may all be
+        return cls(full(lowest), full(0.0), full(float("nan")), full(0.0), *sums)
 
     def block(self, rows: slice) -> "RunningSoftmax":
         """The state of some rows: views, so that a fold of them changes this one."""
@@ -57,9 +58,8 @@ def _exp_(x: Tensor) -> Tensor:
 
 
 def label_columns(labels_N: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which labels are in the tile of `width` columns from `start` on, and in which: (N,), (N, 1).
-
-    The column of one that is not is any.
+    """is_here_N, column_N1: whether each label lies in the tile of `width` columns from `start` on,
+    and its column there. A label outside gets some column inside: mask it with is_here_N.
     """
     column_N = labels_N - start
     is_here_N = (column_N >= 0) & (column_N < width)
@@ -83,6 +83,7 @@ def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
     c_NT = None if softcap is None else (z_NT / softcap).square_().neg_().add_(1.0)
     if rows.sum_N is not None:
         rows.sum_N.add_(z_NT.sum(1))
+    # from here on z_NT holds exp(z - peak)
     if rows.weighted_N is None:
         _exp_(z_NT.sub_(peak_N[:, None]))
     else:
@@ -92,7 +93,7 @@ def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
     if rows.squares_N is not None:
         rows.squares_N.mul_(rows.rescale_N.square()).add_(torch.linalg.vecdot(z_NT, z_NT))
     rows.total_N.mul_(rows.rescale_N).add_(z_NT.sum(1))
-    if c_NT is not None:
+    if c_NT is not None:  # and from here on p
         z_NT.mul_(c_NT)
     z_NT.scatter_(1, column_N1, z_NT.gather(1, column_N1).masked_fill_(is_here_N[:, None], 0.0))
     if p_NT is not z_NT:

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastdpo.kernels.fold import FOLDS, RunningSoftmax
 from fastdpo.kernels.products import HeadRows
 from fastdpo.kernels.row_statistics import STATS, statistics, sums_needed
-from fastdpo.kernels.vocabulary_walk import Settings, Tiles, walk, weight_gradients
+from fastdpo.kernels.vocabulary_walk import KeptTiles, Settings, Tiles, walk, weight_gradients
 
 MIN_ROWS = 16  # fewer are filled up: a product of fewer rows may sum in another order
 HEAD_CACHE_BYTES = 512 << 20
@@ -34,7 +34,8 @@ class _LinearLogps(torch.autograd.Function):
         rows = RunningSoftmax.start(
             len(labels_N), settings.wide, labels_N.device, sums_needed(tiles)
         )
-        us, kept = walk(tiles, rows)
+        kept = KeptTiles(tiles)
+        u_of_terms = walk(tiles, rows, kept)
 
         log_total_N = rows.total_N.log()
         if settings.softcap is not None:
@@ -47,14 +48,15 @@ class _LinearLogps(torch.autograd.Function):
         label_share_N = -token_logps_N.expm1()  # c (1 - p) of the label; NaN as token_logps
         if settings.softcap is not None:
             label_share_N *= 1 - (rows.target_N / settings.softcap).square()
-        found = statistics(tiles, rows, lse_N, us)
-        _finish_directions(us, tiles, rows.total_N, label_share_N)
+        found = statistics(tiles, rows, lse_N, u_of_terms)
+        _finish_directions(u_of_terms, tiles, rows.total_N, label_share_N)
 
-        saved = us
+        saved = u_of_terms
         if settings.trained:
             ctx.head_rows = None if isinstance(factors[1], Tensor) else factors[1]
             tensors = [x if isinstance(x, Tensor) else None for x in factors]
-            saved = [*us, labels_N, bias_V, lse_N, label_share_N, *tensors]
+            of_rows = rows.peak_N, log_total_N, label_share_N
+            saved = [*u_of_terms, labels_N, bias_V, *of_rows, *tensors]
         ctx.save_for_backward(*saved)
         ctx.settings, ctx.kept, ctx.x_dtypes = settings, kept, [x.dtype for x in factors[::2]]
         ctx.mark_non_differentiable(*found)
@@ -62,8 +64,11 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dlogps_N, *_):
+        if torch.is_grad_enabled():  # by create_graph=True
+            raise RuntimeError("linear_logps has no second derivative: want create_graph=False")
         settings, num_terms = ctx.settings, len(ctx.x_dtypes)
-        directions, saved = ctx.saved_tensors[:num_terms], ctx.saved_tensors[num_terms:]
+        saved = ctx.saved_tensors  # read once: a checkpoint hands them out no more often
+        directions, saved = saved[:num_terms], saved[num_terms:]
         dfactors, dbias_V = [None] * 2 * num_terms, None
         with torch.autocast(dlogps_N.device.type, enabled=False):
             for k, direction_NK in enumerate(directions):
@@ -71,26 +76,29 @@ class _LinearLogps(torch.autograd.Function):
                     dx_NK = torch.empty_like(direction_NK, dtype=ctx.x_dtypes[k])
                     dfactors[2 * k] = torch.mul(direction_NK, dlogps_N[:, None], out=dx_NK)
             if settings.trained:
-                labels_N, bias_V, lse_N, label_share_N, *factors = saved
+                labels_N, bias_V, peak_N, log_total_N, label_share_N, *factors = saved
                 factors[1] = factors[1] if ctx.head_rows is None else ctx.head_rows
                 tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
                 # where a row's answer is NaN, so are all gradients
                 dz_N = dlogps_N.to(settings.wide) * -settings.scale + 0 * label_share_N
-                found = weight_gradients(tiles, dz_N, lse_N, label_share_N, ctx.kept)
-                dfactors[1::2], dbias_V = found  # autograd narrows the bias's
+                dfactors[1::2], dbias_V = weight_gradients(  # autograd narrows the bias's
+                    tiles, dz_N, peak_N, log_total_N, label_share_N, ctx.kept
+                )
         return None, None, dbias_V, *dfactors
 
 
-def _finish_directions(us: list[Tensor | None], tiles: Tiles, total_N, label_share_N) -> None:
+def _finish_directions(
+    u_of_terms: list[Tensor | None], tiles: Tiles, total_N, label_share_N
+) -> None:
     """Make scale * (label_share w[label] - u / total) of each u: dx is a row scale of it."""
-    for term, u_NK in zip(tiles.terms, us, strict=True):
+    for term, u_NK in zip(tiles.terms, u_of_terms, strict=True):
         if u_NK is None:
             continue
         last = term.w_VK.shape[0] - 1
-        for some in tiles.few_rows(term):
-            u_NK[some].div_(-total_N[some, None]).addcmul_(
-                term.w_pieces.at(tiles.labels_N[some].clamp(0, last)).to(u_NK.dtype),
-                label_share_N[some, None],
+        for chunk in tiles.row_chunks(term):
+            u_NK[chunk].div_(-total_N[chunk, None]).addcmul_(
+                term.w_pieces.at(tiles.labels_N[chunk].clamp(0, last)).to(u_NK.dtype),
+                label_share_N[chunk, None],
             ).mul_(tiles.settings.scale)
 
 
@@ -125,8 +133,9 @@ def linear_logps(
     stats: of "lse", "entropy", "mean_logit", "log_sum_p2" (log sum_v p_v²), float32, and
         "is_top1" (bool; a tie counts), from the same pass and without gradient; the answer is
         then (token_logps_N, {name: (N,)}).
-    head_cache_bytes: tiles of p kept for a trained weight's gradient; the others cost a product
-        more. No setting changes the result by more than rounding.
+    head_cache_bytes: tiles of p kept for a trained weight's gradient, beside those that the memory
+        of the gradient has room for: D of N rows, where both have one width. Every other tile costs
+        a product more. No setting changes the result by more than rounding.
     skip_below: leave tokens out of the second product whose p c is less than this in every row
         of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12). Log-probabilities and weights'
         gradients do not change; a row of hidden_ND's gradient by at most |dlogp| * scale * (the
@@ -134,23 +143,25 @@ def linear_logps(
         Faster for peaked rows alone.
     backend: "triton" (a GPU, or Triton's interpreter) or "torch" for all but the product of a tile.
 
-    Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles: on
-    a CPU 4 MiB or 2 MiB and 2048 D bytes, for operands of another dtype than float32 also 4 D
-    (512 + 1024) bytes; on a GPU at most 256 MiB for a frozen head in hidden_ND's dtype, 280 for
-    another one, 448 for a head that trains.
-    A trained weight keeps its inputs and the cache as well, until the backward has used it.
+    Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles: on a
+    CPU the larger of 4 MiB and 2 MiB + 2048 D bytes, for operands of another dtype than float32
+    also 4 D (512 + 1024) bytes; on a GPU at most 256 MiB for a frozen head in hidden_ND's dtype,
+    280 for another one, 448 for a head that trains, 520 if autocast narrows it. A trained weight
+    keeps its inputs, the memory of its gradient and the cache until the backward has used them, and
+    under a checkpoint with use_reentrant=False those of both forwards.
 
-    The same inputs give the same bits. On a CPU a row's log-probability does not depend on the
-    other rows either, not in one bit, nor do its statistics but the entropy, as far as the matrix
-    product sums a row alike in 16 rows and in 512 (oneDNN and MKL do, by tests/test_head_cost.py);
-    its entropy and its gradient may differ in the last bits. cuBLAS chooses by shape.
+    The same inputs give the same bits. On a CPU with one thread a row's log-probability does not
+    depend on the other rows either, not in one bit, nor do its statistics but the entropy, as far
+    as the matrix product sums a row alike in 16 rows and in 512 (oneDNN and MKL do, by
+    tests/test_head_cost.py); its entropy and its gradient may differ in the last bits. With more
+    threads that holds on Intel's CPUs; on others exp2 may round what is left over at the end of a
+    thread's share of a tile in another way. cuBLAS chooses by shape.
 
-    ValueError for shapes, dtypes or names that do not fit. The same with full logits:
-    reference.linear_logps.
+    ValueError for shapes, dtypes or settings that do not fit; RuntimeError for create_graph=True:
+    there is no second derivative. The same with full logits: reference.linear_logps.
     """
     _check(hidden_ND, head_VD, labels_N, bias_V, low_rank, stats, backend)
-    if not 0 <= skip_below < 1:
-        raise ValueError(f"want skip_below in [0, 1), got {skip_below}")
+    _check_settings(softcap, head_cache_bytes, skip_below)
     num_rows, device = len(labels_N), hidden_ND.device
     labels_N = labels_N.contiguous()
     factors = [hidden_ND, head_VD, *(low_rank or ())]
@@ -158,7 +169,7 @@ def linear_logps(
         fill = (0, MIN_ROWS - num_rows)
         labels_N = F.pad(labels_N, fill)
         factors[::2] = [F.pad(x_NK, (0, 0, *fill)) for x_NK in factors[::2]]
-    grads = [_wants_grad(factor) for factor in factors]
+    need_grad = [_needs_grad(factor) for factor in factors]
     operand_dtype, rounded_to = _operand_dtypes(hidden_ND)
     settings = Settings(
         scale=float(scale),  # Triton would compile an int 1 into the kernel
@@ -169,8 +180,8 @@ def linear_logps(
         backend=backend,
         operand_dtype=operand_dtype,
         rounded_to=rounded_to,
-        term_grads=tuple(zip(grads[::2], grads[1::2], strict=True)),
-        bias_grad=_wants_grad(bias_V),
+        terms_need_grad=tuple(zip(need_grad[::2], need_grad[1::2], strict=True)),
+        bias_needs_grad=_needs_grad(bias_V),
     )
     with torch.autocast(device.type, enabled=False):
         answers = _LinearLogps.apply(settings, labels_N, bias_V, *factors)
@@ -194,20 +205,38 @@ def _check(hidden_ND, head_VD, labels_N, bias_V, low_rank, stats, backend) -> No
             raise ValueError(f"want low_rank ({N}, R) and ({head_VD.shape[0]}, R), got {came}")
     if not set(stats) <= set(STATS) or backend not in FOLDS:
         raise ValueError(f"want stats of {STATS}, backend of {(*FOLDS,)}, got {stats}, {backend!r}")
-    if labels_N.dtype != torch.int64 or not hidden_ND.is_floating_point():
-        raise ValueError(
-            f"want float hidden, int64 labels, got {hidden_ND.dtype}, {labels_N.dtype}"
-        )
+    _check_dtypes(labels_N, hidden_ND, head_VD, bias_V, *(low_rank or ()))
     if hidden_ND.dtype == torch.float64 and backend != "torch":
         raise ValueError(f"want backend='torch' for float64, got {backend!r}")
 
 
-def _wants_grad(x: Tensor | HeadRows | None) -> bool:
+def _check_dtypes(labels_N: Tensor, hidden_ND: Tensor, *weights: Tensor | HeadRows | None) -> None:
+    if labels_N.dtype != torch.int64:
+        raise ValueError(f"want int64 labels, got {labels_N.dtype}")
+    dtypes = [x.dtype for x in (hidden_ND, *weights) if x is not None]
+    is_wide = {dtype == torch.float64 for dtype in dtypes}
+    if not all(dtype.is_floating_point for dtype in dtypes) or len(is_wide) > 1:
+        raise ValueError(f"want floats, and float64 for all or for none of them, got {dtypes}")
+
+
+def _check_settings(softcap: float | None, head_cache_bytes: int, skip_below: float) -> None:
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"want a finite softcap above 0, or None, got {softcap}")
+    if head_cache_bytes < 0:
+        raise ValueError(f"want head_cache_bytes from 0, got {head_cache_bytes}")
+    if not 0 <= skip_below < 1:
+        raise ValueError(f"want skip_below in [0, 1), got {skip_below}")
+
+
+def _needs_grad(x: Tensor | HeadRows | None) -> bool:
     return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
 
 
 def _operand_dtypes(hidden_ND: Tensor) -> tuple[torch.dtype, torch.dtype | None]:
-    """The inputs' or autocast's; on a CPU float32 at least, which keeps what autocast rounds to."""
+    """(dtype of the products' operands, dtype to round them to first or None).
+
+    On a GPU hidden_ND's or autocast's, and None; on a CPU at least float32, and autocast's.
+    """
     device, dtype, autocast = hidden_ND.device.type, hidden_ND.dtype, None
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         autocast = torch.get_autocast_dtype(device)

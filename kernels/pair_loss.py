@@ -2,7 +2,8 @@
 
     logps_S[s]    = sum of token_logps_C[cu_seqlens[s] : cu_seqlens[s + 1]]
     logratio_S[s] = logps_S[s] - reference_logps_S[s]           reward = beta * logratio
-    loss_B[b]     = sum over losses of weight * loss(score(logratio[b]), score(logratio[B + b]))
+    scaled_S[s]   = beta * score(logratio_S[s])                 the reward, without an f-divergence
+    loss_B[b]     = sum over losses of weight * loss(scaled_S[b], scaled_S[B + b])
 
 Sequence b is chosen against sequence B + b. A loss depends on the tokens through two numbers, so
 the forward keeps its slope in each, and the backward writes that slope to a completion's tokens.
@@ -176,6 +177,8 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss_B, _dmetrics_MB):
+        if torch.is_grad_enabled():  # by create_graph=True
+            raise RuntimeError("pair_loss has no second derivative: want create_graph=False")
         slope_S, cu_seqlens = ctx.saved_tensors
         S = slope_S.numel()
         dloss_B = dloss_B.contiguous()  # .sum() hands back an expanded gradient, of stride 0
@@ -207,7 +210,8 @@ def pair_loss(
     The rows of metrics_MB are chosen reward, rejected reward, margin, accuracy (1 where the
     margin is above 0, else 0), chosen logps, rejected logps. Gradient flows from loss_B alone to
     token_logps_C; backward keeps 4 bytes a completion. The same in plain PyTorch, with each
-    loss's paper: reference.pair_loss. ValueError as check_pair_loss has it.
+    loss's paper: reference.pair_loss. ValueError as check_pair_loss has it, RuntimeError for
+    create_graph=True: there is no second derivative.
 
     token_logps_C: float32; completion s is cu_seqlens[s] to cu_seqlens[s + 1] of it.
     cu_seqlens: int32 (S + 1,), from 0 to C, unchecked.
@@ -257,13 +261,13 @@ def check_pair_loss(
     loss_weights: tuple[float, ...] | None = None,
     label_smoothing: float = 0.0,
     f_divergence_type: str = "reverse_kl",
-    also: tuple[str, ...] = (),
-    floats: tuple[torch.dtype, ...] = (torch.float32,),
+    batch_losses: tuple[str, ...] = (),
+    float_dtypes: tuple[torch.dtype, ...] = (torch.float32,),
     **_others: float | None,
 ) -> None:
     """ValueError for shapes, dtypes or settings that pair_loss and its twin do not take.
 
-    also, floats: losses that the twin alone knows, and what it computes in, where it is asked.
+    batch_losses, float_dtypes: what the twin in torch takes beyond the kernel.
     No value of a tensor is looked at: that would make the CPU wait for the GPU.
     """
     shapes = (token_logps_C.ndim, cu_seqlens.ndim, reference_logps_S.ndim)
@@ -272,13 +276,15 @@ def check_pair_loss(
         came = f"{(*token_logps_C.shape,)}, {(*cu_seqlens.shape,)}, {(*reference_logps_S.shape,)}"
         raise ValueError(f"want token_logps (C,), cu_seqlens (2B + 1,), logps (2B,), got {came}")
     dtypes = (token_logps_C.dtype, cu_seqlens.dtype, reference_logps_S.dtype)
-    if not {dtypes[0], dtypes[2]} <= set(floats) or dtypes[1] != torch.int32:
-        raise ValueError(f"want float32, int32 and float32, got {dtypes}")
-    num_weights = len(loss_type) if loss_weights is None else len(loss_weights)
-    if not set(loss_type) <= {*LOSS_TYPES, *also} or len(loss_type) != num_weights:
+    if not {dtypes[0], dtypes[2]} <= set(float_dtypes) or dtypes[1] != torch.int32:
         raise ValueError(
-            f"want some of {LOSS_TYPES} and a weight for each, got {loss_type} and {loss_weights}"
+            f"want token_logps and reference_logps in {float_dtypes}, cu_seqlens in torch.int32, "
+            f"got {dtypes[0]}, {dtypes[2]}, {dtypes[1]}"
         )
+    if not loss_type or not set(loss_type) <= {*LOSS_TYPES, *batch_losses}:
+        raise ValueError(f"want loss_type of {(*LOSS_TYPES, *batch_losses)}, got {loss_type}")
+    if loss_weights is not None and len(loss_weights) != len(loss_type):
+        raise ValueError(f"want a weight for each of {loss_type}, got {loss_weights}")
     if f_divergence_type not in F_DIVERGENCES:
         raise ValueError(f"want f_divergence_type in {F_DIVERGENCES}, got {f_divergence_type!r}")
     least = "above 0" if "exo_pair" in loss_type else "from 0"  # its log, and robust's 1 - 2 x

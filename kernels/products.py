@@ -76,8 +76,8 @@ class Operand:
 class Term:
     """x_NK w_VKᵀ, one term of the logits: hidden states and head, or an adapter's two factors."""
 
-    def __init__(self, x_NK, w_VK: Tensor | HeadRows, grads, dtype, rounded_to):
-        self.x_NK, self.w_VK, self.x_grad, self.w_grad = x_NK, w_VK, *grads
+    def __init__(self, x_NK, w_VK: Tensor | HeadRows, need_grad, dtype, rounded_to):
+        self.x_NK, self.w_VK, self.x_needs_grad, self.w_needs_grad = x_NK, w_VK, *need_grad
         self.x_pieces = Operand(x_NK, dtype, rounded_to, x_NK.device)
         self.w_pieces = Operand(w_VK, dtype, rounded_to, x_NK.device)
 

@@ -1,7 +1,8 @@
 """Every kernel in plain PyTorch, by the same name: what each must equal.
 
 Full logits, autograd, no tricks. Inputs are promoted to float32, or stay float64. The arguments
-are the kernel's own, but for those that only decide how it computes.
+are the kernel's own, but for those that only decide how it computes. completion_sums has no kernel:
+the engine uses it as it stands.
 """
 
 import math
@@ -89,7 +90,7 @@ def pair_loss(
     logps_S = completion_sums(_wide(token_logps_C), cu_seqlens, ld_alpha)
     logratios_S = logps_S - reference_logps_S
     scores_S = SCORES[f_divergence_type](logratios_S, f_alpha_divergence_coef)
-    rewards = (beta * scores_S).chunk(2)
+    scaled_scores = (beta * scores_S).chunk(2)
     settings = {
         "lengths": cu_seqlens.diff().clamp(min=1).chunk(2),
         "beta": beta,
@@ -98,7 +99,7 @@ def pair_loss(
     }
     batch = {"token_logps_C": _wide(token_logps_C), "cu_seqlens": cu_seqlens}
     losses_B = [
-        LOSSES[name](*rewards, **settings)
+        LOSSES[name](*scaled_scores, **settings)
         if name in LOSSES
         else BATCH_LOSSES[name](logps_S, reference_logps_S, **batch, **settings)
         for name in loss_type
@@ -114,9 +115,9 @@ def _metrics(logps_S: Tensor, rewards_S: Tensor) -> Tensor:
     return torch.stack([chosen_B, rejected_B, chosen_B - rejected_B, accuracy_B, *logps_S.chunk(2)])
 
 
-# The losses: functions of the chosen and the rejected reward, beta * score. Each takes all of
-# `lengths` (tokens of the chosen and of the rejected completions), `beta`, `label_smoothing` and
-# `tau`, and names those that it reads.
+# The losses: functions of beta times the chosen and the rejected score, which with reverse_kl are
+# the rewards. Each takes all of `lengths` (tokens of the chosen and of the rejected completions),
+# `beta`, `label_smoothing` and `tau`, and names those that it reads.
 
 
 def _sigmoid(chosen_B, rejected_B, *, label_smoothing=0.0, **_):

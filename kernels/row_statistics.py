@@ -12,15 +12,17 @@ STATS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_p2")
 
 def sums_needed(tiles: Tiles) -> tuple[str, ...]:
     """The sums over the vocabulary that the statistics need and nothing else yields."""
-    by_products = _is_plain(tiles) and all(term.x_grad for term in tiles.terms)
-    by_products &= not tiles.settings.skip_below  # u is then not whole
-    by_products &= tiles.settings.operand_dtype == tiles.settings.wide  # in 16 bits p is rounded
-    stats = {"log_sum_p2"} if by_products else {"entropy", "mean_logit", "log_sum_p2"}
+    u_gives_means = _is_plain(tiles) and all(term.x_needs_grad for term in tiles.terms)
+    u_gives_means &= not tiles.settings.skip_below  # u is then not whole
+    u_gives_means &= tiles.settings.operand_dtype == tiles.settings.wide  # in 16 bits p is rounded
+    stats = {"log_sum_p2"} if u_gives_means else {"entropy", "mean_logit", "log_sum_p2"}
     return tuple(stats & set(tiles.settings.stats))
 
 
-def statistics(tiles: Tiles, rows: RunningSoftmax, lse_N, us: list[Tensor | None]) -> list[Tensor]:
-    """The statistics asked for, in order; us as the walk leaves them, without the labels' parts."""
+def statistics(
+    tiles: Tiles, rows: RunningSoftmax, lse_N: Tensor, u_of_terms: list[Tensor | None]
+) -> list[Tensor]:
+    """The statistics asked for, in order; each u is as the walk leaves it, its label left out."""
     scale, num_tokens = tiles.settings.scale, tiles.terms[0].w_VK.shape[0]
     found = []
     for name in tiles.settings.stats:
@@ -30,20 +32,25 @@ def statistics(tiles: Tiles, rows: RunningSoftmax, lse_N, us: list[Tensor | None
             found.append(rows.target_N >= rows.peak_N)
         elif name == "log_sum_p2":
             found.append(rows.squares_N.log() - 2 * rows.total_N.log())
-        elif name == "entropy" and rows.weighted_N is not None:
-            found.append(lse_N - rows.weighted_N / rows.total_N)
         elif name == "entropy":
-            dots = [
-                _row_dots(tiles, term, u_NK) for term, u_NK in zip(tiles.terms, us, strict=True)
-            ]
-            label_N = (rows.target_N - lse_N).exp() * rows.target_N
-            found.append(lse_N - scale * sum(dots) / rows.total_N - label_N)
-        elif rows.sum_N is not None:
+            # a difference of two numbers of the size of the logits, rounded as they are
+            found.append((lse_N - _mean_of_p(tiles, rows, lse_N, u_of_terms)).clamp_(min=0))
+        elif rows.sum_N is not None:  # mean_logit
             found.append(rows.sum_N / num_tokens)
         else:
             dots = [_row_dots(tiles, term, _mean_w(tiles, term)) for term in tiles.terms]
             found.append(scale * sum(dots))
     return found
+
+
+def _mean_of_p(tiles: Tiles, rows: RunningSoftmax, lse_N: Tensor, u_of_terms) -> Tensor:
+    """sum_v p_v z_v of each row."""
+    if rows.weighted_N is not None:
+        return rows.weighted_N / rows.total_N
+    pairs = zip(tiles.terms, u_of_terms, strict=True)
+    dots = [_row_dots(tiles, term, u_NK) for term, u_NK in pairs]
+    label_term_N = (rows.target_N - lse_N).exp() * rows.target_N
+    return tiles.settings.scale * sum(dots) / rows.total_N + label_term_N
 
 
 def _is_plain(tiles: Tiles) -> bool:
@@ -58,8 +65,11 @@ def _is_plain(tiles: Tiles) -> bool:
 def _row_dots(tiles: Tiles, term: Term, y: Tensor) -> Tensor:
     """x_n · y_n of each row: a few at a time, as a float32 copy of all would be another (N, K)."""
     y_NK = y.expand(term.x_NK.shape)
-    some = tiles.few_rows(term)
-    return torch.cat([torch.linalg.vecdot(term.x_NK[n].to(y.dtype), y_NK[n]) for n in some])
+    dots = [
+        torch.linalg.vecdot(term.x_NK[chunk].to(y.dtype), y_NK[chunk])
+        for chunk in tiles.row_chunks(term)
+    ]
+    return torch.cat(dots)
 
 
 def _mean_w(tiles: Tiles, term: Term) -> Tensor:

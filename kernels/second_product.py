@@ -16,18 +16,18 @@ from torch import Tensor
 from fastdpo.kernels.fold import RunningSoftmax
 from fastdpo.kernels.products import product
 
-# BLOCK_N, BLOCK_T, BLOCK_K by the bytes of an operand: no spill where more of each had; not timed
+# BLOCK_N, BLOCK_T, BLOCK_K by the bytes of an operand: the largest without spills; not timed
 BLOCKS = {2: (128, 64, 128), 4: (64, 32, 128)}
 NUM_WARPS = 8  # of such a block
 RESCALED_AT_ONCE = 1024  # columns of u
 
 
 def _torch_second_product(p_NT, w_TK, u_NK, rows: RunningSoftmax, skip_below: float) -> None:
-    likely = slice(None)  # or the columns where some row's share, so far, is not below
+    reached = slice(None)  # all columns, or those where some row's p is enough of its total so far
     if skip_below:
-        likely = (p_NT >= skip_below * rows.total_N[:, None]).any(0).nonzero().squeeze(1)
+        reached = (p_NT >= skip_below * rows.total_N[:, None]).any(0).nonzero().squeeze(1)
     u_NK.mul_(rows.rescale_N[:, None])
-    product(p_NT[:, likely], w_TK[likely], u_NK, accumulate=True)
+    product(p_NT[:, reached], w_TK[reached], u_NK, accumulate=True)
 
 
 @triton.jit
@@ -58,13 +58,13 @@ def _reached_kernel(
     is_here = (n < N)[:, None] & (t < T)[None, :]
     p_NT = tl.load(p_ptr + n.to(tl.int64)[:, None] * p_stride + t[None, :], mask=is_here, other=0.0)
     least_N = skip_below * tl.load(total_ptr + n, mask=n < N, other=0.0)
-    is_likely_N = (n < N) & (tl.max(p_NT.to(tl.float32), axis=1) >= least_N)  # not so where NaN
-    reached = tl.max(tl.where(is_likely_N, 1.0, 0.0)).to(tl.int32)
+    is_reached_N = (n < N) & (tl.max(p_NT.to(tl.float32), axis=1) >= least_N)  # not so where NaN
+    reached = tl.max(tl.where(is_reached_N, 1.0, 0.0)).to(tl.int32)
     tl.store(reached_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), reached)
 
 
 @triton.jit
-def _likely_product_kernel(
+def _reached_product_kernel(
     p_ptr,
     w_ptr,
     u_ptr,
@@ -105,13 +105,13 @@ def _triton_second_product(p_NT, w_TK, u_NK, rows: RunningSoftmax, skip_below: f
         N, K = u_NK.shape
         _rescale_kernel[(N,)](u_NK, rows.rescale_N, K, u_NK.stride(0), RESCALED_AT_ONCE)
         if skip_below:
-            _add_likely(p_NT, w_TK, u_NK, rows.total_N, skip_below)
+            _add_reached(p_NT, w_TK, u_NK, rows.total_N, skip_below)
         else:
             product(p_NT, w_TK, u_NK, accumulate=True)
 
 
-def _add_likely(p_NT: Tensor, w_TK: Tensor, u_NK: Tensor, total_N: Tensor, skip_below) -> None:
-    """u += p w, of the blocks of p that have some row's share, so far, from skip_below on."""
+def _add_reached(p_NT: Tensor, w_TK: Tensor, u_NK: Tensor, total_N: Tensor, skip_below) -> None:
+    """u += p w over the blocks of p in which some row reaches skip_below of its total so far."""
     (N, T), K = p_NT.shape, w_TK.shape[1]
     BLOCK_N, BLOCK_T, BLOCK_K = BLOCKS[p_NT.element_size()]
     grid = triton.cdiv(N, BLOCK_N), triton.cdiv(T, BLOCK_T)
@@ -128,7 +128,7 @@ def _add_likely(p_NT: Tensor, w_TK: Tensor, u_NK: Tensor, total_N: Tensor, skip_
         BLOCK_T,
         num_warps=NUM_WARPS,
     )
-    _likely_product_kernel[triton.cdiv(K, BLOCK_K), grid[0]](
+    _reached_product_kernel[triton.cdiv(K, BLOCK_K), grid[0]](
         p_NT,
         w_TK,
         u_NK,

@@ -1,8 +1,8 @@
-"""The loops of linear_logps over (rows, vocabulary) tiles of logits, forward and backward.
+"""The loops of linear_logps over tiles of logits, a block of rows by some of the vocabulary.
 
 The forward folds each tile into its rows' online softmax and into u = sum_v p_v c_v w_v. The
-backward takes the tile from the cache, or computes it again, for the gradient of the weights.
-README.md has the maths.
+backward takes the p of a tile from where it was kept, or computes it again, for the gradient of the
+weights. README.md has the maths.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,9 @@ from fastdpo.kernels.second_product import SECOND_PRODUCTS
 # Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
 TILE_ROWS = {"cpu": 512, "cuda": 8192}
 TILE_COLUMNS = {"cpu": 1024, "cuda": 4096}
-ROW_MULTIPLE = {"cpu": 1, "cuda": 16}  # logits from one row to the next: cuBLAS wants them aligned
+# Logits from one row to the next are a multiple: cuBLAS wants them aligned, and on a CPU exp2 then
+# has the same elements of each row left over from whole vectors, which it may round otherwise.
+ROW_MULTIPLE = 16
 
 
 class Settings(NamedTuple):
@@ -31,8 +33,8 @@ class Settings(NamedTuple):
     backend: str
     operand_dtype: torch.dtype  # of the products' operands
     rounded_to: torch.dtype | None  # what autocast makes of them, where that is narrower
-    term_grads: tuple[tuple[bool, bool], ...]  # of hidden and head, of down and up
-    bias_grad: bool
+    terms_need_grad: tuple[tuple[bool, bool], ...]  # (hidden, head) and (down, up)
+    bias_needs_grad: bool
 
     @property
     def wide(self) -> torch.dtype:
@@ -41,23 +43,22 @@ class Settings(NamedTuple):
 
     @property
     def trained(self) -> bool:
-        return self.bias_grad or any(w_grad for _, w_grad in self.term_grads)
+        return self.bias_needs_grad or any(w_needs for _, w_needs in self.terms_need_grad)
 
     def terms(self, *factors: Tensor | HeadRows) -> list[Term]:
         """The terms of the logits; factors: x and w of each, one after the other."""
-        pairs = zip(factors[::2], factors[1::2], self.term_grads, strict=True)
+        pairs = zip(factors[::2], factors[1::2], self.terms_need_grad, strict=True)
         dtypes = self.operand_dtype, self.rounded_to
-        return [Term(x, w, grads, *dtypes) for x, w, grads in pairs]
+        return [Term(x, w, need_grad, *dtypes) for x, w, need_grad in pairs]
 
 
 class Tiles:
-    """The (row block, vocabulary tile) pieces of one call, and how p of each is made."""
+    """The tiles of one call, each a block of rows by some columns, and how p of one is made."""
 
     def __init__(self, terms: list[Term], bias_V: Tensor | None, labels_N: Tensor, settings):
         device, kind = labels_N.device, labels_N.device.type
         kind = kind if kind in TILE_ROWS else "cuda"
         rows, columns = _tile_shape(kind, len(labels_N), *terms[0].w_VK.shape)
-        self._row_multiple = ROW_MULTIPLE[kind]
         self.blocks = even_slices(len(labels_N), rows)
         self.columns = slices(terms[0].w_VK.shape[0], columns)
         self.terms, self.settings, self.labels_N = terms, settings, labels_N
@@ -67,9 +68,9 @@ class Tiles:
         self.p = self.z if is_wide else torch.empty_like(self.z, dtype=settings.operand_dtype)
 
     def fold(self, block: slice, columns: slice, rows: RunningSoftmax, memory: Tensor) -> Tensor:
-        """Fold one piece into `rows` and return its p, at the beginning of `memory`."""
-        p_NT = self._piece(memory, block, columns)
-        z_NT = p_NT if self.z.dtype == self.p.dtype else self._piece(self.z, block, columns)
+        """Fold one tile into `rows` and return its p, at the beginning of `memory`."""
+        p_NT = self._tile(memory, block, columns)
+        z_NT = p_NT if self.z.dtype == self.p.dtype else self._tile(self.z, block, columns)
         for k, term in enumerate(self.terms):
             x_NK, w_TK = term.x_pieces[block], term.w_pieces[columns]
             product(x_NK, w_TK.T, z_NT, accumulate=k > 0, alike=True)
@@ -79,41 +80,33 @@ class Tiles:
         fold(z_NT, p_NT, bias_T, labels_N, columns.start, rows, scale, softcap)
         return p_NT
 
-    def dlogits(self, p_NT, scale_N, label_N, block: slice, columns: slice) -> Tensor:
-        """scale_N p_NT, and label_N in the label's column where it is here."""
-        out_NT = self._piece(self.p, block, columns)
-        torch.mul(p_NT, scale_N[:, None], out=out_NT)
+    def dlogits(self, p_NT, row_scale_N, dlabel_N, block: slice, columns: slice) -> Tensor:
+        """row_scale_N p_NT, plus dlabel_N in the column of each row's label where it is here."""
+        out_NT = self._tile(self.p, block, columns)
+        torch.mul(p_NT, row_scale_N[:, None], out=out_NT)
         width = columns.stop - columns.start
         is_here_N, column_N1 = label_columns(self.labels_N[block], columns.start, width)
-        label_N = (label_N * is_here_N).to(out_NT.dtype)
-        return out_NT.scatter_add_(1, column_N1, label_N[:, None])  # what p left out, or 0
+        dlabel_N = (dlabel_N * is_here_N).to(out_NT.dtype)
+        return out_NT.scatter_add_(1, column_N1, dlabel_N[:, None])  # what p left out, or 0
 
     def zeros_like_x(self, term: Term) -> Tensor:
         return torch.zeros(term.x_NK.shape, dtype=self.settings.wide, device=self.z.device)
 
-    def new_cache(self) -> Tensor:
-        """Memory for the p of as many tiles as head_cache_bytes allows; none without a backward."""
-        settings = self.settings
-        budget = settings.head_cache_bytes // self.p.element_size() if settings.trained else 0
-        all_rows = slice(0, len(self.labels_N))
-        most = sum(self.size(all_rows, columns) for columns in self.columns)
-        return self.p.new_empty(min(budget, most))
-
-    def few_rows(self, term: Term) -> list[slice]:
-        """All rows, in pieces whose float32 copy takes a quarter of a tile's memory."""
+    def row_chunks(self, term: Term) -> list[slice]:
+        """All rows, in chunks whose float32 copy takes a quarter of a tile's memory."""
         return slices(len(self.labels_N), max(1, len(self.z) // (4 * term.x_NK.shape[1])))
 
-    def size(self, rows: slice, columns: slice) -> int:
-        """Logits that one piece's memory has room for."""
-        return (rows.stop - rows.start) * self._stride(columns.stop - columns.start)
+    def size(self, block: slice, columns: slice) -> int:
+        """Elements of the memory of one tile's p."""
+        return (block.stop - block.start) * self._stride(columns.stop - columns.start)
 
     def _stride(self, columns: int) -> int:
-        return -(-columns // self._row_multiple) * self._row_multiple
+        return -(-columns // ROW_MULTIPLE) * ROW_MULTIPLE
 
-    def _piece(self, memory: Tensor, rows: slice, columns: slice) -> Tensor:
+    def _tile(self, memory: Tensor, block: slice, columns: slice) -> Tensor:
         width = columns.stop - columns.start
-        piece = memory[: self.size(rows, columns)].view(-1, self._stride(width))
-        return piece[:, :width]
+        tile = memory[: self.size(block, columns)].view(-1, self._stride(width))
+        return tile[:, :width]
 
 
 def _tile_shape(kind: str, N: int, V: int, D: int) -> tuple[int, int]:
@@ -125,7 +118,7 @@ def _tile_shape(kind: str, N: int, V: int, D: int) -> tuple[int, int]:
     rows, columns = -(-N // -(-N // TILE_ROWS[kind])), TILE_COLUMNS[kind]
     if kind == "cuda":
         columns = TILE_ROWS[kind] * columns // max(rows, D)
-        columns = max(1, columns // ROW_MULTIPLE[kind]) * ROW_MULTIPLE[kind]
+        columns = max(1, columns // ROW_MULTIPLE) * ROW_MULTIPLE
     return rows, min(V, columns)
 
 
@@ -140,70 +133,130 @@ def even_slices(total: int, most: int) -> list[slice]:
     return [slice(i * total // count, (i + 1) * total // count) for i in range(count)]
 
 
-def walk(tiles: Tiles, rows: RunningSoftmax) -> tuple[list[Tensor | None], dict]:
-    """Fold every tile into `rows`. Returns u_NK of each term (None without dx), and the cached p.
+class KeptTiles:
+    """The p of tiles from the forward, for the weights' gradients; of as many as find room.
 
-    A tile's p is cached under its (column, block) numbers, with the peak that it was made with.
+    Room is first in the memory of a gradient itself: the rows of a tile's columns are written only
+    after the p of all their tiles was read. The rest share head_cache_bytes.
     """
+
+    def __init__(self, tiles: Tiles):
+        self._gradients = _new_gradients(tiles)
+        self._rooms = self._find_rooms(tiles) if tiles.settings.trained else {}
+        self._kept = {}
+
+    def _find_rooms(self, tiles: Tiles) -> dict[tuple[int, int], Tensor]:
+        """Memory by the numbers of columns and block."""
+        rooms, elsewhere = {}, {}
+        for c, columns in enumerate(tiles.columns):
+            free = self._memory_of_gradient(columns, tiles.p.dtype)
+            for r, block in enumerate(tiles.blocks):
+                size = tiles.size(block, columns)
+                if size <= len(free):
+                    rooms[c, r], free = free[:size], free[size:]
+                else:
+                    elsewhere[c, r] = size
+        budget = tiles.settings.head_cache_bytes // tiles.p.element_size()
+        free = tiles.p.new_empty(min(budget, sum(elsewhere.values())))
+        for numbers, size in elsewhere.items():
+            if size <= len(free):
+                rooms[numbers], free = free[:size], free[size:]
+        return rooms
+
+    def _memory_of_gradient(self, columns: slice, dtype: torch.dtype) -> Tensor:
+        """The rows of these columns in the first gradient, as flat memory of `dtype`."""
+        if not self._gradients or not self._gradients[0].is_contiguous():
+            return torch.empty(0, dtype=dtype)
+        memory = self._gradients[0][columns].view(-1)
+        whole = memory.nbytes // dtype.itemsize * dtype.itemsize
+        return memory[: whole // memory.element_size()].view(dtype)
+
+    def room(self, c: int, r: int) -> Tensor | None:
+        """Memory for the p of block r, columns c, if there is any."""
+        return self._rooms.pop((c, r), None)
+
+    def keep(self, c: int, r: int, p_NT: Tensor, peak_N: Tensor) -> None:
+        """Keep p and a copy of the peaks that it was made with."""
+        self._kept[c, r] = p_NT, peak_N.clone()
+
+    def take(self, c: int, r: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """What was kept of block r, columns c, once."""
+        return self._kept.pop((c, r), (None, None))
+
+    def take_gradients(self, tiles: Tiles) -> list[Tensor]:
+        """Memory for each trained weight's gradient; another one's the next time."""
+        taken, self._gradients = self._gradients, None
+        return _new_gradients(tiles) if taken is None else taken
+
+
+def _new_gradients(tiles: Tiles) -> list[Tensor]:
+    return [torch.empty_like(term.w_VK) for term in tiles.terms if term.w_needs_grad]
+
+
+def walk(tiles: Tiles, rows: RunningSoftmax, kept: KeptTiles) -> list[Tensor | None]:
+    """Fold every tile into `rows`. Returns u_NK of each term, None where x needs no gradient."""
     settings = tiles.settings
     second_product = SECOND_PRODUCTS[settings.backend]
-    us = [tiles.zeros_like_x(term) if term.x_grad else None for term in tiles.terms]
-    cache, kept = tiles.new_cache(), {}
+    u_of_terms = [tiles.zeros_like_x(term) if term.x_needs_grad else None for term in tiles.terms]
     for c, columns in enumerate(tiles.columns):
         for r, block in enumerate(tiles.blocks):
-            size, block_rows = tiles.size(block, columns), rows.block(block)
-            is_cached = size <= len(cache)
-            p_NT = tiles.fold(block, columns, block_rows, cache if is_cached else tiles.p)
-            if is_cached:
-                kept[c, r], cache = (p_NT, block_rows.peak_N.clone()), cache[size:]
-            for term, u_NK in zip(tiles.terms, us, strict=True):
+            room, block_rows = kept.room(c, r), rows.block(block)
+            p_NT = tiles.fold(block, columns, block_rows, tiles.p if room is None else room)
+            if room is not None:
+                kept.keep(c, r, p_NT, block_rows.peak_N)
+            for term, u_NK in zip(tiles.terms, u_of_terms, strict=True):
                 if u_NK is not None:
                     w_TK = term.w_pieces[columns]
                     second_product(p_NT, w_TK, u_NK[block], block_rows, settings.skip_below)
-    return us, kept
+    return u_of_terms
 
 
 def weight_gradients(
-    tiles: Tiles, dz_N: Tensor, lse_N: Tensor, label_share_N: Tensor, kept: dict
+    tiles: Tiles, dz_N: Tensor, peak_N: Tensor, log_total_N: Tensor, label_share_N, kept: KeptTiles
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """dw_VK = dlogits_NVᵀ x_NK of each term that wants it, and dbias_V in float32.
 
-    dlogits are dz_N p_NV, and -dz_N label_share_N for the label. Empties `kept`.
+    dlogits are dz_N p_NV, and -dz_N label_share_N for the label; lse = peak_N + log_total_N.
     """
-    settings, wide, device = tiles.settings, lse_N.dtype, lse_N.device
-    trained = [_Trained(term, tiles) for term in tiles.terms if term.w_grad]
-    label_N = -dz_N * label_share_N
-    dbias_V = torch.zeros_like(tiles.bias_V, dtype=wide) if settings.bias_grad else None
+    settings, wide, device = tiles.settings, peak_N.dtype, peak_N.device
+    trained = [term for term in tiles.terms if term.w_needs_grad]
+    dws = kept.take_gradients(tiles)
+    weights = [_WeightGradient(*each, tiles) for each in zip(trained, dws, strict=True)]
+    dlabel_N = -dz_N * label_share_N
+    dbias_V = torch.zeros_like(tiles.bias_V, dtype=wide) if settings.bias_needs_grad else None
     for c, columns in enumerate(tiles.columns):
         for r, block in enumerate(tiles.blocks):
-            p_NT, peak_N = kept.pop((c, r), (None, None))
+            p_NT, tile_peak_N = kept.take(c, r)
             if p_NT is None:
                 fresh = RunningSoftmax.start(block.stop - block.start, wide, device)
-                p_NT, peak_N = tiles.fold(block, columns, fresh, tiles.p), fresh.peak_N
-            scale_N = (peak_N - lse_N[block]).exp_() * dz_N[block]
-            dlogits_NT = tiles.dlogits(p_NT, scale_N, label_N[block], block, columns)
-            for weight in trained:
+                p_NT, tile_peak_N = tiles.fold(block, columns, fresh, tiles.p), fresh.peak_N
+            # the peaks first: lse has the rounding of a logit
+            row_scale_N = (tile_peak_N - peak_N[block] - log_total_N[block]).exp_() * dz_N[block]
+            dlogits_NT = tiles.dlogits(p_NT, row_scale_N, dlabel_N[block], block, columns)
+            for weight in weights:
                 weight.add(dlogits_NT, block, columns)
             if dbias_V is not None:
                 dbias_V[columns] += dlogits_NT.sum(0, dtype=wide)
-        for weight in trained:
+        for weight in weights:
             weight.finish(columns)
-    dws = iter(weight.dw_VK for weight in trained)
-    return [next(dws) if term.w_grad else None for term in tiles.terms], dbias_V
+    made = iter(dws)
+    return [next(made) if term.w_needs_grad else None for term in tiles.terms], dbias_V
 
 
-class _Trained:
-    """The gradient of one term's weight: summed in place, or beside it if that is narrow."""
+class _WeightGradient:
+    """The gradient of one term's weight: a product, or summed beside its memory.
 
-    def __init__(self, term: Term, tiles: Tiles):
-        self._x = term.x_pieces
-        self.dw_VK, self._sum_TK, wide = torch.empty_like(term.w_VK), None, tiles.settings.wide
-        if self.dw_VK.dtype != wide:
-            self._sum_TK = torch.empty_like(self.dw_VK[tiles.columns[0]], dtype=wide)
+    Beside it where that is narrow, or where several blocks' p may still be in there.
+    """
+
+    def __init__(self, term: Term, dw_VK: Tensor, tiles: Tiles):
+        self._x, self._dw_VK, self._sum_TK, wide = term.x_pieces, dw_VK, None, tiles.settings.wide
+        if dw_VK.dtype != wide or len(tiles.blocks) > 1:
+            self._sum_TK = torch.empty_like(dw_VK[tiles.columns[0]], dtype=wide)
 
     def _sum(self, columns: slice) -> Tensor:
-        is_wide = self._sum_TK is None
-        return self.dw_VK[columns] if is_wide else self._sum_TK[: columns.stop - columns.start]
+        is_beside = self._sum_TK is not None
+        return self._sum_TK[: columns.stop - columns.start] if is_beside else self._dw_VK[columns]
 
     def add(self, dlogits_NT: Tensor, block: slice, columns: slice) -> None:
         a, b, out = dlogits_NT.T, self._x[block], self._sum(columns)
@@ -211,4 +264,4 @@ class _Trained:
 
     def finish(self, columns: slice) -> None:
         if self._sum_TK is not None:
-            self.dw_VK[columns] = self._sum(columns)
+            self._dw_VK[columns] = self._sum(columns)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from watches import Live, Watch
 
 from fastdpo.kernels import linear_logps as module
-from fastdpo.kernels import second_product, vocabulary_walk
+from fastdpo.kernels import reference, second_product, vocabulary_walk
 from fastdpo.kernels.fold import BLOCK_V
 from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.products import has_good_onednn
@@ -21,7 +21,9 @@ PRODUCTS = {
     "no-grad": ({"grad": False}, 1),
     "frozen": ({"head": False}, 2),
     "trained": ({"head": True}, 3),
-    "trained-not-cached": ({"head": True, "head_cache_bytes": 0}, 4),
+    "trained-kept-in-the-gradient": ({"head": True, "head_cache_bytes": 0}, 3),
+    "trained-in-part": ({"head": True, "head_cache_bytes": 0, "D": 8}, 3.5),
+    "trained-not-kept": ({"head": True, "head_cache_bytes": 0, "D": 3}, 4),
 }
 
 
@@ -41,7 +43,7 @@ def counting_flops():
 @pytest.mark.parametrize(("kind", "wanted"), PRODUCTS.values(), ids=PRODUCTS)
 def test_products_are_as_few_as_promised(kind, wanted):
     settings = {name: kind[name] for name in ("head_cache_bytes",) if name in kind}
-    N, D, V = shape = (16, 16, 4 * BLOCK_V)
+    N, D, V = shape = (16, kind.get("D", 16), 4 * BLOCK_V)
     hidden_ND, head_VD, labels_N, _ = inputs(shape, torch.float32)
     head_VD.requires_grad_(kind.get("head", False))
     with counting_flops() as counter, torch.set_grad_enabled(kind.get("grad", True)):
@@ -152,19 +154,19 @@ GPU_HEADS = {  # dtype of the hidden states, head, settings, MiB beside u and th
     "int8": (torch.bfloat16, int8_rows, {}, 280),
     "4 bits": (torch.bfloat16, four_bit_rows, {}, 280),
     "trained": (torch.bfloat16, head_in(torch.bfloat16, True), {"head_cache_bytes": 0}, 448),
-    "autocast": (torch.float32, head_in(torch.float32, True), {"head_cache_bytes": 0}, 448),
+    "autocast": (torch.float32, head_in(torch.float32, True), {"head_cache_bytes": 0}, 520),
 }
 
 
 @pytest.mark.parametrize("D", [4096, 8192])
-@pytest.mark.parametrize("N", [512, 4096, 8192, 20000])
+@pytest.mark.parametrize("N", [512, 4096, 8192, 16384, 20000])
 @pytest.mark.parametrize(("dtype", "head", "settings", "mib"), GPU_HEADS.values(), ids=GPU_HEADS)
 def test_a_heads_workspace_on_a_gpu_is_bounded(N, D, dtype, head, settings, mib, monkeypatch):
     """A GPU's tiles and dtypes at a real size, on tensors without memory and by no arithmetic."""
     monkeypatch.setitem(vocabulary_walk.FOLDS, "triton", lambda *args: None)
     for user in (vocabulary_walk, second_product):
         monkeypatch.setattr(user, "product", lambda *args, **kinds: None)
-    for kernel in ("_rescale_kernel", "_reached_kernel", "_likely_product_kernel"):
+    for kernel in ("_rescale_kernel", "_reached_kernel", "_reached_product_kernel"):
         monkeypatch.setattr(second_product, kernel, NoLaunch())
     tile_shape = vocabulary_walk._tile_shape
     monkeypatch.setattr(vocabulary_walk, "_tile_shape", lambda _, *args: tile_shape("cuda", *args))
@@ -180,6 +182,52 @@ def test_a_heads_workspace_on_a_gpu_is_bounded(N, D, dtype, head, settings, mib,
     trains = isinstance(head_VD, torch.Tensor) and head_VD.requires_grad
     gradients = hidden_ND.nbytes + (head_VD.nbytes if trains else 0)
     assert 4 * N * D < live.peak - before <= 4 * N * D + gradients + (mib << 20)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_in_the_gradients_own_memory_take_no_other(dtype):
+    """Of as many rows as the memory has room for, and of too many."""
+    for N in (16, 64):
+        hidden_ND, head_VD, labels_N, _ = inputs((N, 16, 32 * BLOCK_V), dtype)
+        head_VD.requires_grad_()
+        with Live() as live:
+            settings = {"backend": "torch", "head_cache_bytes": 0}
+            linear_logps(hidden_ND, head_VD, labels_N, **settings).sum().backward()
+        tiles = 3 * 4 * 4 * 2 * BLOCK_V + 2 * 4 * 16 * 2 * BLOCK_V
+        assert live.peak <= head_VD.nbytes + tiles + 32 * (4 * N * 8)
+
+
+def test_a_gradient_is_right_wherever_its_memory_had_tiles():
+    """A head that is not contiguous, one whose rows are of an odd width, and a narrow one."""
+    wide_VD = torch.randn(1031, 2 * 31, generator=torch.Generator().manual_seed(0))
+    for head_VD in (wide_VD[:, ::2], wide_VD[:, :31].contiguous(), wide_VD[:, :31].bfloat16()):
+        hidden_ND, _, labels_N, _ = inputs((20, 31, 1031), head_VD.dtype)
+        found = []
+        for score in (linear_logps, reference.linear_logps):
+            weight_VD = head_VD.detach().requires_grad_()
+            settings = {"backend": "torch"} if score is linear_logps else {}
+            score(hidden_ND, weight_VD, labels_N, **settings).square().sum().backward()
+            found.append(weight_VD.grad.float())
+        error = (found[0] - found[1]).abs().max() / found[1].abs().max()
+        assert error < (1e-5 if head_VD.dtype == torch.float32 else 1e-2)
+
+
+def test_what_is_left_over_from_vectors_is_the_same_of_every_row():
+    """The mass is in the last columns, which are not a whole number of vectors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        hidden_ND, head_VD, labels_N, _ = inputs((95, 32, 1057), torch.float32)
+        bias_V = torch.zeros(1057)
+        bias_V[-33:] = 20.0
+        together_N = linear_logps(hidden_ND, head_VD, labels_N, bias_V=bias_V, backend="torch")
+        for rows in range(17, 95):
+            args = hidden_ND[:rows], head_VD, labels_N[:rows]
+            alone_N = linear_logps(*args, bias_V=bias_V, backend="torch")
+            assert torch.equal(alone_N, together_N[:rows])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -205,7 +253,7 @@ def threads(request):
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize(("D", "V"), [(96, 2500), (896, 1100)])  # MKL's threads split sums of 896
+@pytest.mark.parametrize(("D", "V"), [(96, 2500), (896, 2096)])  # MKL's threads split sums of 896
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rows_answer_does_not_depend_on_the_others(dtype, D, V):
     hidden_ND, head_VD, labels_N, _ = inputs((1030, D, V), dtype)

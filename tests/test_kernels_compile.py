@@ -138,7 +138,7 @@ for B in (1, 2, 3, 8, 16, 32, 5, 7):
 assert plain < 10, plain
 for kernel in (pair_loss._forward_kernel, pair_loss._backward_kernel):
     assert compiled(kernel) == 3, compiled(kernel)
-for name in ("_rescale_kernel", "_reached_kernel", "_likely_product_kernel"):
+for name in ("_rescale_kernel", "_reached_kernel", "_reached_product_kernel"):
     assert 0 < compiled(getattr(second_product, name)) < 5, name
 """
 

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate
 from tiny_heads import inputs
+from torch.utils.checkpoint import checkpoint
 
 from fastdpo.kernels import linear_logps as module
 from fastdpo.kernels import reference, second_product, vocabulary_walk
@@ -108,13 +109,12 @@ def narrow_operands(monkeypatch):
     (The interpreter of Triton cuts off what a GPU would round.)
     """
 
-    def product(a, b, out, *, accumulate):
+    def product(a, b, out, *, accumulate, alike=False):
         assert (a.dtype, b.dtype) == (torch.bfloat16,) * 2 and out.dtype == torch.float32
         assert out.stride(1) == 1 and out.stride(0) % 16 == 0
         out.copy_(a.float() @ b.float() + (out if accumulate else 0))
 
     monkeypatch.setattr(module, "_operand_dtypes", lambda hidden_ND: (hidden_ND.dtype, None))
-    monkeypatch.setitem(vocabulary_walk.ROW_MULTIPLE, "cpu", 16)
     for each in (vocabulary_walk, second_product):
         monkeypatch.setattr(each, "product", product)
 
@@ -406,7 +406,12 @@ WRONG = {
     "widths-differ": ({"hidden_ND": torch.zeros(3, 4)}, "want hidden"),
     "labels-too-few": ({"labels_N": torch.zeros(2, dtype=torch.int64)}, "want hidden"),
     "labels-of-another-dtype": ({"labels_N": torch.zeros(3, dtype=torch.int32)}, "int64"),
-    "hidden-of-integers": ({"hidden_ND": torch.zeros(3, 5).long()}, "want float hidden"),
+    "hidden-of-integers": ({"hidden_ND": torch.zeros(3, 5).long()}, "want floats"),
+    "head-of-integers": ({"head_VD": torch.zeros(7, 5, dtype=torch.int8)}, "want floats"),
+    "float64-for-some": ({"bias_V": torch.zeros(7).double()}, "for all or for none"),
+    "no-cap": ({"softcap": float("inf")}, "want a finite softcap"),
+    "negative-cap": ({"softcap": -1.0}, "want a finite softcap"),
+    "cache-below-0": ({"head_cache_bytes": -1}, "want head_cache_bytes from 0"),
     "low-rank-of-other-rows": ({"low_rank": (torch.zeros(2, 1), torch.zeros(7, 1))}, "low_rank"),
     "low-rank-of-two-ranks": ({"low_rank": (torch.zeros(3, 1), torch.zeros(7, 2))}, "low_rank"),
     "bias-too-short": ({"bias_V": torch.zeros(5)}, "want bias"),
@@ -414,7 +419,7 @@ WRONG = {
     "unknown-backend": ({"backend": "cuda"}, "want stats"),
     "everything-unlikely": ({"skip_below": 1.0}, "want skip_below in"),
     "float64-in-triton": (
-        {"hidden_ND": torch.zeros(3, 5).double(), "backend": "triton"},
+        {"hidden_ND": torch.zeros(3, 5).double(), "head_VD": torch.zeros(7, 5).double()},
         "backend='torch'",
     ),
 }
@@ -429,3 +434,67 @@ def test_inputs_that_do_not_fit_are_refused(wrong, message):
     }
     with pytest.raises(ValueError, match=message):
         linear_logps(**(right | wrong))
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_it_runs_under_a_checkpoint(trained, use_reentrant):
+    def gradients(score):
+        hidden_ND, head_VD, labels_N, _ = inputs((20, 8, 3000), torch.float32)
+        leaves = [hidden_ND.requires_grad_(), head_VD.requires_grad_(trained)]
+        score(*leaves, labels_N).square().sum().backward()
+        return [x.grad for x in leaves if x.requires_grad]
+
+    def score(*args):
+        return linear_logps(*args, backend="torch")
+
+    made = gradients(lambda *args: checkpoint(score, *args, use_reentrant=use_reentrant))
+    for gradient, wanted in zip(made, gradients(score), strict=True):
+        assert torch.equal(gradient, wanted)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_a_gradient_of_the_gradient_is_an_error(trained):
+    hidden_ND, head_VD, labels_N, _ = inputs((5, 4, 30), torch.float32)
+    logps_N = linear_logps(
+        hidden_ND.requires_grad_(), head_VD.requires_grad_(trained), labels_N, backend="torch"
+    )
+    with pytest.raises(RuntimeError, match="want create_graph=False"):
+        torch.autograd.grad(logps_N.sum(), hidden_ND, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("small_tiles")
+def test_a_first_tile_that_is_masked_out_breaks_nothing(backend, device):
+    hidden_ND, head_VD, labels_N, _ = inputs((6, 4, 5 * BLOCK_V), torch.float32, device)
+    labels_N = labels_N % BLOCK_V + 3 * BLOCK_V
+    bias_V = torch.zeros(5 * BLOCK_V, device=device)
+    bias_V[: 2 * BLOCK_V] = -float("inf")
+    args = hidden_ND, head_VD, labels_N, bias_V
+    ours = run(linear_logps, *args, torch.float32, backend=backend)
+    truth = run(reference.linear_logps, *args, torch.float64)
+    assert (ours["token_logps"] - truth["token_logps"]).abs().max() < 1e-5
+    assert (ours["dhidden"] - truth["dhidden"]).abs().max() < 1e-5
+
+
+def test_weights_gradients_are_as_accurate_where_logits_are_large():
+    D = 64
+    random = torch.Generator().manual_seed(0)
+    hidden_ND = 1000 + torch.randn(50, D, generator=random)
+    labels_N = torch.randint(0, D, (50,), generator=random)
+    args = hidden_ND, torch.eye(D), labels_N, torch.zeros(D)
+    ours = run(linear_logps, *args, torch.float32, backend="torch")
+    same = run(reference.linear_logps, *args, torch.float32)
+    truth = run(reference.linear_logps, *args, torch.float64)
+    assert_all_as_accurate(ours, same, truth, times=4)
+
+
+def test_a_sure_rows_entropy_is_not_below_0():
+    hidden_ND, head_VD, labels_N, _ = inputs((300, 64, 500), torch.float32)
+    hidden_ND = (5 * hidden_ND).requires_grad_()
+    stats = ("entropy",)
+    _, ours = linear_logps(hidden_ND, head_VD, labels_N, stats=stats, backend="torch")
+    _, truth = reference.linear_logps(hidden_ND.double(), head_VD.double(), labels_N, stats=stats)
+    assert (truth["entropy"] < 1e-4).any(), "some rows are sure"
+    assert ours["entropy"].min() >= 0
+    assert (ours["entropy"] - truth["entropy"]).abs().max() < 5e-3

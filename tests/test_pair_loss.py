@@ -264,9 +264,9 @@ def test_on_a_gpu_a_loss_of_a_batch_leaves_the_kernel_out(monkeypatch, loss_type
         ({"cu_seqlens": torch.zeros(2).int()}, "want token_logps"),
         ({"reference_logps_S": torch.zeros(4)}, "want token_logps"),
         ({"cu_seqlens": torch.zeros(4).int(), "reference_logps_S": torch.zeros(3)}, "want token"),
-        ({"token_logps_C": torch.zeros(5).half()}, "want float32"),
-        ({"cu_seqlens": torch.zeros(3).long()}, "want float32"),
-        ({"reference_logps_S": torch.zeros(2).double()}, "want float32"),
+        ({"token_logps_C": torch.zeros(5).half()}, "want token_logps and reference_logps in"),
+        ({"cu_seqlens": torch.zeros(3).long()}, "cu_seqlens in torch.int32, got .*int64"),
+        ({"reference_logps_S": torch.zeros(2).double()}, "got torch.float32, torch.float64"),
     ],
     ids=["column", "one-length", "four-logps", "odd", "half", "long", "double"],
 )
@@ -284,3 +284,20 @@ def test_a_loss_of_a_batch_is_none_of_the_kernels():
     arguments = [torch.zeros(5), torch.tensor([0, 2, 5], dtype=torch.int32), torch.zeros(2)]
     with pytest.raises(ValueError, match="aot"):
         pair_loss(*arguments, beta=0.1, loss_type=("aot",))
+
+
+@pytest.mark.parametrize("function", [pair_loss, ops.pair_loss], ids=["kernel", "ops"])
+def test_no_loss_and_too_few_weights_are_refused(function):
+    arguments = [torch.zeros(5), torch.tensor([0, 2, 5], dtype=torch.int32), torch.zeros(2)]
+    with pytest.raises(ValueError, match="want loss_type of"):
+        function(*arguments, beta=0.1, loss_type=())
+    with pytest.raises(ValueError, match="want a weight for each"):
+        function(*arguments, beta=0.1, loss_type=("ipo", "hinge"), loss_weights=(1.0,))
+
+
+def test_a_gradient_of_the_gradient_is_an_error(device):
+    token_logps_C = torch.randn(5, device=device, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    loss_B, _ = pair_loss(token_logps_C, cu_seqlens, torch.zeros(2, device=device), beta=0.1)
+    with pytest.raises(RuntimeError, match="want create_graph=False"):
+        torch.autograd.grad(loss_B.sum(), token_logps_C, create_graph=True)
