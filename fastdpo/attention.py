@@ -244,7 +244,7 @@ def _by_varlen(query, key, value, tree: Tree, *, kernel, window, **settings) -> 
             max(b.stop - b.start for b in tree.branches),
             max(b.shared + b.stop - b.start for b in tree.branches),
         )
-        seen_key, seen_value = (x.index_select(0, tree.key_rows) for x in (key, value))
+        seen_key, seen_value = (x.index_select(0, tree.key_indices) for x in (key, value))
         branches = kernel(branch_query, seen_key, seen_value, *cu, *lengths, **settings)
         output = torch.cat([output, branches])
     return output[None]

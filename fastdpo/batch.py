@@ -45,10 +45,10 @@ class PairBatch:
     model_inputs: what the model's body takes; token ids are (S, L) padded, or (1, T) packed.
     token_counts: int64 like the token ids: how many of the S sequences a token belongs to; 0 for
         padding.
-    scored_rows_R: int64, the rows of the (S * L, D) or (T, D) hidden states that predict a
-        completion token. labels_R: int64, the tokens they predict.
-    completion_rows_C: int64, for each token of the S completions, end to end, which of the R rows
-        predicts it; None where that is the R rows as they are. A row serves several completions
+    scored_rows_N: int64, the rows of the (S * L, D) or (T, D) hidden states that predict a
+        completion token. labels_N: int64, the tokens they predict.
+    completion_rows_C: int64, for each token of the S completions, end to end, which of the N rows
+        predicts it; None where that is the N rows as they are. A row serves several completions
         that begin alike.
     cu_seqlens: int32 (S + 1,): completion s has the tokens cu_seqlens[s] to cu_seqlens[s + 1].
     reference_logps_S: float32, or None where the reference is yet to be asked.
@@ -56,8 +56,8 @@ class PairBatch:
 
     model_inputs: dict[str, Any]
     token_counts: Tensor
-    scored_rows_R: Tensor
-    labels_R: Tensor
+    scored_rows_N: Tensor
+    labels_N: Tensor
     completion_rows_C: Tensor | None
     cu_seqlens: Tensor
     reference_logps_S: Tensor | None = None
@@ -99,8 +99,8 @@ class PairBatch:
         return cls(
             model_inputs=model_inputs,
             token_counts=inputs["attention_mask"],
-            scored_rows_R=inputs["scored_rows"],
-            labels_R=inputs["completion_labels"],
+            scored_rows_N=inputs["scored_rows"],
+            labels_N=inputs["completion_labels"],
             completion_rows_C=inputs.get("completion_rows"),
             cu_seqlens=inputs["cu_seqlens"],
             reference_logps_S=reference_logps_S,

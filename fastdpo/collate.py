@@ -197,15 +197,15 @@ class PackedCollator:
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         sequences = _sequences(rows, self.cut)
         groups, members = self._groups(sequences)
-        row = _PackedRow(groups)
+        packed = _PackedRow(groups)
         lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
         return {
-            **row.inputs(),
-            **row.scored(members),
+            **packed.inputs(),
+            **packed.scored(members),
             **_reference(rows),
             "tokens": TokensRun(
-                run=row.size,
-                shared=sum(lengths) - row.size,
+                run=packed.size,
+                shared=sum(lengths) - packed.size,
                 padding_avoided=len(lengths) * max(lengths) - sum(lengths),
             ),
         }
@@ -247,7 +247,7 @@ class _PackedRow:
         self.groups = groups
         self.trunks: list[Trunk] = []
         self.branches: list[Branch] = []
-        self.starts: dict[tuple[int, int], int] = {}  # (group, completion) -> its rest's first row
+        self.starts: dict[tuple[int, int], int] = {}  # (group, completion) -> where its rest starts
         self.size = 0
         self._tokens: list[ndarray] = []  # of each segment; then its first position, its uses
         self._positions: list[int] = []
@@ -268,7 +268,7 @@ class _PackedRow:
                         self.branches.append(branch)
 
     def _take(self, tokens: ndarray, position: int, uses: int) -> int:
-        """Lay a segment behind those before it; its first row."""
+        """Lay a segment behind those before it; where its first token is."""
         start, self.size = self.size, self.size + len(tokens)
         self._tokens.append(tokens)
         self._positions.append(position)

@@ -24,8 +24,8 @@ from fastdpo.messages import FieldError, check_text, is_conversation
 from fastdpo.preferences import FIELDS, MALFORMED, ORIGIN, checked_row
 from fastdpo.row_report import (
     BAD,
-    CUT,
     DROPPED,
+    END_LOST,
     EQUAL,
     NOTE,
     REPORT,
@@ -328,7 +328,7 @@ class _Tokenize:
         if pair["chosen_ids"] == pair["rejected_ids"]:
             row.status |= EQUAL
         if lost and lost != [self.tokenizer.eos_token_id]:  # the tokenizer's own end of any text
-            row.status |= CUT
+            row.status |= END_LOST
             row.note = f"{row.origin}: {self.tokenizer.decode(lost)!r}"
 
 

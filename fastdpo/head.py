@@ -44,12 +44,12 @@ def _check_adapter(head: BaseTunerLayer) -> None:
 
 def head_logps(
     causal_lm: PreTrainedModel,
-    hidden_CD: Tensor,
-    labels_C: Tensor,
+    hidden_ND: Tensor,
+    labels_N: Tensor,
     stats: tuple[str, ...] = (),
     **settings: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """token_logps_C, float32, of the labels after the hidden states, and {stat: (C,)}.
+    """token_logps_N, float32, of the labels after the hidden states, and {stat: (N,)}.
 
     stats, settings: any that kernels.linear_logps knows. Answers on the head's device. A LoRA
     adapter on the head counts while it is active, dropout included; a quantised head is read a tile
@@ -58,23 +58,23 @@ def head_logps(
     head = causal_lm.get_output_embeddings()
     base = _without_adapters(head)
     config = causal_lm.config.get_text_config()
-    hidden_CD = hidden_CD.to(base.weight.device)
-    rows = quantised_rows(base, hidden_CD.dtype)
-    token_logps_C, found = ops.linear_logps(
-        hidden_CD,
+    hidden_ND = hidden_ND.to(base.weight.device)
+    rows = quantised_rows(base, hidden_ND.dtype)
+    token_logps_N, found = ops.linear_logps(
+        hidden_ND,
         base.weight if rows is None else rows,
-        labels_C.to(base.weight.device),
+        labels_N.to(base.weight.device),
         bias_V=getattr(base, "bias", None),
-        low_rank=None if base is head else _low_rank(head, hidden_CD),
+        low_rank=None if base is head else _low_rank(head, hidden_ND),
         scale=logit_scale(config),
         softcap=getattr(config, "final_logit_softcapping", None),
         stats=("lse", *stats),
         **settings,
     )
-    return token_logps_C, {name: found[name] for name in stats}
+    return token_logps_N, {name: found[name] for name in stats}
 
 
-def _low_rank(head: LoraLayer, hidden_CD: Tensor) -> tuple[Tensor, Tensor] | None:
+def _low_rank(head: LoraLayer, hidden_ND: Tensor) -> tuple[Tensor, Tensor] | None:
     """(s * dropout(hidden) Aᵀ, B) of the active adapters, side by side; None without one."""
     if head.disable_adapters or head.merged:
         return None
@@ -84,8 +84,8 @@ def _low_rank(head: LoraLayer, hidden_CD: Tensor) -> tuple[Tensor, Tensor] | Non
     downs = []
     for name in names:
         A = head.lora_A[name]
-        x_CD = head.lora_dropout[name](hidden_CD.to(A.weight.dtype))
-        downs.append(head.scaling[name] * A(x_CD))
+        x_ND = head.lora_dropout[name](hidden_ND.to(A.weight.dtype))
+        downs.append(head.scaling[name] * A(x_ND))
     ups = [head.lora_B[name].weight for name in names]
     return torch.cat(downs, 1), torch.cat(ups, 1)
 

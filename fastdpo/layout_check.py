@@ -89,7 +89,7 @@ class LayoutCheck:
         outputs = causal_lm.base_model(
             **batch.model_inputs, output_hidden_states=True, use_cache=False
         )
-        rows = batch.scored_rows_R
+        rows = batch.scored_rows_N
         if batch.completion_rows_C is not None:
             rows = rows[batch.completion_rows_C]
         return [hidden.flatten(0, 1)[rows].float() for hidden in outputs.hidden_states]

@@ -13,9 +13,9 @@ BATCH_LOSSES = tuple(reference.BATCH_LOSSES)  # a pair's depends on the other pa
 LOSS_TYPES = (*reference.LOSSES, *BATCH_LOSSES)
 F_DIVERGENCES = tuple(reference.SCORES)
 SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")  # read label_smoothing
-# The chosen and the rejected reward meet in a difference, where the unknown constant of an
-# f-divergence's reward cancels: without that, f-DPO does not hold (as TRL has it).
-# (And sft has no reward.)
+# The losses that TRL allows with an f-divergence. Its reward has an unknown constant, which cancels
+# in chosen minus rejected; in sigmoid_norm and ipo, whose rewards are per token, only where the
+# lengths are equal. sft has no reward and ignores the divergence.
 WITH_F_DIVERGENCE = tuple("sigmoid sigmoid_norm robust hinge ipo exo_pair discopop sft".split())
 PAIR_METRICS = (  # the rows of metrics_MB
     "rewards/chosen",

@@ -113,8 +113,8 @@ def score(
         router["output_router_logits"] = True
     scored = model(
         **batch.model_inputs,
-        scored_rows=batch.scored_rows_R,
-        scored_labels=batch.labels_R,
+        scored_rows=batch.scored_rows_N,
+        scored_labels=batch.labels_N,
         stats=stats,
         use_cache=False,
         **router,
@@ -141,29 +141,30 @@ def frozen_token_logps(model: nn.Module, batch: PairBatch) -> Tensor:
 
 
 def _score(
-    causal_lm, scored_rows_R, labels_R, stats, *, token_counts=None, batch_counts=None, **inputs
+    causal_lm, scored_rows_N, labels_N, stats, *, token_counts=None, batch_counts=None, **inputs
 ) -> ScoredOutput:
     """The forward with `scored_rows`: token_counts ask for aux_loss, and weigh its tokens."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
     outputs = causal_lm.base_model(**inputs)
     hidden_SLD = outputs.last_hidden_state[:, causal_lm._virtual_tokens :]
-    device = scored_rows_R.device
-    hidden_RD = hidden_SLD.flatten(0, 1).index_select(0, scored_rows_R.to(hidden_SLD.device))
-    token_logps_R, stats_R = head_logps(
-        causal_lm, hidden_RD, labels_R, stats, **causal_lm._head_settings
+    device = scored_rows_N.device
+    hidden_ND = hidden_SLD.flatten(0, 1).index_select(0, scored_rows_N.to(hidden_SLD.device))
+    token_logps_N, stats_N = head_logps(
+        causal_lm, hidden_ND, labels_N, stats, **causal_lm._head_settings
     )
     aux_loss = expert_counts = None
     if token_counts is not None:
         counts = nn.functional.pad(token_counts, (causal_lm._virtual_tokens, 0), value=1)
         _, top_k = experts_of(causal_lm)
         aux_loss, expert_counts = balancing_loss(outputs.router_logits, top_k, counts, batch_counts)
-    # of a model on several GPUs, the head may be on another than the batch
-    stats_R = {f"{name}_C": value_R.to(device) for name, value_R in stats_R.items()}
+    # _C of the N scored rows already: `score` gives each completion token its row's value. The head
+    # of a model on several GPUs may be on another than the batch.
+    stats_N = {f"{name}_C": value_N.to(device) for name, value_N in stats_N.items()}
     return ScoredOutput(
-        token_logps_C=token_logps_R.to(device),
+        token_logps_C=token_logps_N.to(device),
         aux_loss=aux_loss,
         expert_counts=expert_counts,
-        **stats_R,
+        **stats_N,
     )
 
 

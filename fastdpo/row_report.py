@@ -15,11 +15,11 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-TOO_LONG, BAD, EQUAL, CUT = 1, 2, 4, 8
+TOO_LONG, BAD, EQUAL, END_LOST = 1, 2, 4, 8
 DROPPED = TOO_LONG | BAD
 REPORT = STATUS, NOTE = ("fastdpo_status", "fastdpo_note")
 NOTES_SHOWN = 3
-CUT_PROMPT = (
+PROMPT_END_LOST = (
     "the prompt alone is tokenised otherwise than before a completion, so that its end is left "
     "out (its chat template renders it otherwise, or tokens merge across its end)"
 )
@@ -30,8 +30,8 @@ class PairCounts:
     """What became of a dataset's rows; tokens are those of the pairs kept, before truncation.
 
     too_long: dropped, as the prompt alone fills max_length. bad: dropped as malformed. equal:
-    kept, though chosen equals rejected. cut: kept without the end of the prompt, which prompt +
-    completion does not begin with. truncated: kept, though longer than max_length.
+    kept, though chosen equals rejected. prompt_end_lost: kept without the last prompt tokens, which
+    change once a completion follows. truncated: kept, though longer than max_length.
     """
 
     rows: int
@@ -39,7 +39,7 @@ class PairCounts:
     too_long: int
     bad: int
     equal: int
-    cut: int
+    prompt_end_lost: int
     truncated: int
     prompt_tokens: int
     completion_tokens: int
@@ -64,7 +64,7 @@ def counted(
         too_long=count(TOO_LONG),
         bad=count(BAD),
         equal=count(EQUAL),
-        cut=count(CUT),
+        prompt_end_lost=count(END_LOST),
         truncated=int(np.count_nonzero(longest_B > (max_length or sys.maxsize))),
         prompt_tokens=int(prompt_B.sum()),
         completion_tokens=int(chosen_B.sum() + rejected_B.sum()),
@@ -72,7 +72,8 @@ def counted(
 
 
 def warn(name: str, counts: PairCounts, status: np.ndarray, notes: pa.ChunkedArray) -> None:
-    """Log how many rows are malformed, too long, equal or cut, and which are the first."""
+    """Log how many rows are malformed, too long, equal or lost the end of their prompt, and the
+    first of each."""
 
     def first(bits: int, at_most: int) -> list[str]:
         return [notes[i].as_py() for i in np.flatnonzero(status & bits)[:at_most]]
@@ -88,13 +89,15 @@ def warn(name: str, counts: PairCounts, status: np.ndarray, notes: pa.ChunkedArr
         logger.warning(
             f"{name} dataset: in {counts.equal} rows chosen equals rejected; they teach nothing"
         )
-    for note in first(CUT, 1):
-        logger.warning(f"{name} dataset: in {counts.cut} rows {CUT_PROMPT}, first in {note}")
+    for note in first(END_LOST, 1):
+        logger.warning(
+            f"{name} dataset: in {counts.prompt_end_lost} rows {PROMPT_END_LOST}, first in {note}"
+        )
 
 
 class WarnOnce:
     """`tokenize` for a stream, whose rows are not counted: warns at the first row that is dropped
-    and at the first whose prompt is cut."""
+    and at the first whose prompt loses its end."""
 
     def __init__(self, tokenize: Callable[[dict, list[int]], dict[str, list]], name: str):
         self._tokenize = tokenize
@@ -106,8 +109,8 @@ class WarnOnce:
         for status, note in zip(*(columns[name] for name in REPORT), strict=True):
             if status & DROPPED & ~self._told:
                 self._tell(DROPPED, f"rows are left out, this one first: {note}")
-            if status & CUT & ~self._told:
-                self._tell(CUT, f"in rows from this one on {CUT_PROMPT}: {note}")
+            if status & END_LOST & ~self._told:
+                self._tell(END_LOST, f"in rows from this one on {PROMPT_END_LOST}: {note}")
         return columns
 
     def _tell(self, bits: int, what: str) -> None:

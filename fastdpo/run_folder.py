@@ -41,8 +41,8 @@ NOT_IDENTITY = frozenset(
     # who reads and tokenises, and how patiently
     "dataset_num_proc dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
     "dataloader_persistent_workers dataloader_multiprocessing_context ddp_timeout "
-    # how much memory it takes: a run that had too little goes on with less. Sums of packs round
-    # in another order, and balance a mixture's experts within each pack.
+    # how much memory it takes: a run that had too little goes on with less. Packs only change the
+    # order in which sums are rounded.
     "torch_empty_cache_steps head_cache_bytes max_tokens_per_forward gradient_checkpointing "
     "gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
     "strict_layout".split()

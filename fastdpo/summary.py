@@ -44,8 +44,8 @@ def _counts_line(counts: PairCounts | None) -> str:
         parts.append(f"{counts.bad:,} dropped: malformed")
     if counts.equal:
         parts.append(f"{counts.equal:,} with chosen equal to rejected")
-    if counts.cut:
-        parts.append(f"{counts.cut:,} without the end of their prompt")
+    if counts.prompt_end_lost:
+        parts.append(f"{counts.prompt_end_lost:,} without the end of their prompt")
     if counts.truncated:
         parts.append(f"{counts.truncated:,} cut to max_length")
     parts.append(

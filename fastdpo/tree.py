@@ -1,8 +1,8 @@
 """Who sees whom in a packed row: causal trunks, and branches that continue a trunk's beginning.
 
-    rows        trunk 0        | trunk 1        | ... | branch 0 | branch 1 | ...
+    tokens      trunk 0        | trunk 1        | ... | branch 0 | branch 1 | ...
     a trunk     is one causal sequence
-    a branch    sees the first `shared` rows of its trunk, and itself causally
+    a branch    sees the first `shared` tokens of its trunk, and itself causally
 
 collate.py lays pairs out so; attention.py runs attention along it.
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 
 
 class Trunk(NamedTuple):
-    """Rows start to stop are one causal sequence."""
+    """Tokens start to stop are one causal sequence."""
 
     start: int
     stop: int
 
 
 class Branch(NamedTuple):
-    """Rows start to stop continue the `shared` rows from trunk_start on, and see no other row."""
+    """Tokens start to stop continue the `shared` tokens from trunk_start on, and see no other."""
 
     start: int
     stop: int
@@ -38,7 +38,7 @@ class Tree:
 
     The same for variable-length kernels, which take int32 running lengths: cu_trunks of the
     trunks; cu_branches of the branches, and cu_keys of what each of them sees, gathered from the
-    rows key_rows (int64): a branch's shared beginning, then itself. Moves like a tensor.
+    tokens at key_indices (int64): a branch's shared beginning, then itself. Moves like a tensor.
     """
 
     trunks: tuple[Trunk, ...]
@@ -46,20 +46,20 @@ class Tree:
     cu_trunks: Tensor
     cu_branches: Tensor
     cu_keys: Tensor
-    key_rows: Tensor
+    key_indices: Tensor
 
     @classmethod
     def of(cls, trunks: list[Trunk], branches: list[Branch]) -> "Tree":
-        """The tree of these trunks and branches, each in the order of its rows."""
+        """The tree of these trunks and branches, each in the order of its tokens."""
         seen = [(b.trunk_start, b.shared, b.start, b.stop - b.start) for b in branches]
-        key_rows = ranges(*np.array(seen, np.int64).reshape(-1, 2).T)  # two for each branch
+        key_indices = ranges(*np.array(seen, np.int64).reshape(-1, 2).T)  # two for each branch
         return cls(
             trunks=tuple(trunks),
             branches=tuple(branches),
             cu_trunks=running_lengths([t.stop - t.start for t in trunks]),
             cu_branches=running_lengths([b.stop - b.start for b in branches]),
             cu_keys=running_lengths([b.shared + b.stop - b.start for b in branches]),
-            key_rows=torch.from_numpy(key_rows),
+            key_indices=torch.from_numpy(key_indices),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Tree":

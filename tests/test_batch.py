@@ -22,8 +22,8 @@ def collate(rows=ROWS, layout="padded", pad_to_multiple_of=None, **cut):
 def scored_pairs(inputs):
     """(predicting token, predicted token) of every scored row, per completion."""
     batch = PairBatch.from_inputs(inputs)
-    before = inputs["input_ids"].flatten()[batch.scored_rows_R]
-    pairs = list(zip(before.tolist(), batch.labels_R.tolist(), strict=True))
+    before = inputs["input_ids"].flatten()[batch.scored_rows_N]
+    pairs = list(zip(before.tolist(), batch.labels_N.tolist(), strict=True))
     ends = batch.cu_seqlens.tolist()
     return [pairs[a:b] for a, b in pairwise(ends)]
 
@@ -58,7 +58,7 @@ def test_a_batch_of_trls_collator_is_scored_alike():
     trl = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
     trl["completion_mask"] = trl["completion_mask"].bool()
     ours, theirs = PairBatch.from_inputs(inputs), PairBatch.from_inputs(trl)
-    for name in ("scored_rows_R", "labels_R", "cu_seqlens"):
+    for name in ("scored_rows_N", "labels_N", "cu_seqlens"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert count_pairs(inputs) == count_pairs(trl) == ours.num_pairs == 2
 
@@ -133,7 +133,7 @@ def test_completions_that_share_no_row_need_no_map_of_rows():
     alike = alone | {"rejected_ids": [4, 6]}
     assert PairBatch.from_inputs(collate([alone], "shared")).completion_rows_C is None
     batch = PairBatch.from_inputs(collate([alike], "shared"))
-    assert batch.labels_R[batch.completion_rows_C].tolist() == [4, 5, 4, 6]
+    assert batch.labels_N[batch.completion_rows_C].tolist() == [4, 5, 4, 6]
 
 
 def test_tokens_add_up_over_batches_and_ranks():

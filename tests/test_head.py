@@ -100,8 +100,8 @@ def test_a_head_adapters_dropout_is_its_own():
     batch = PairBatch.from_inputs(inputs)
     first, second = (score(model.train(), batch).token_logps_C for _ in range(2))
     assert (first - second).abs().max() > 1e-3
-    logps_R = score(model.eval(), batch).token_logps_C
-    torch.testing.assert_close(logps_R, own_logps(model, inputs), atol=2e-5, rtol=1e-5)
+    logps_N = score(model.eval(), batch).token_logps_C
+    torch.testing.assert_close(logps_N, own_logps(model, inputs), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])

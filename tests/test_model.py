@@ -98,12 +98,12 @@ def test_stats_come_with_the_scores(inputs):
     scored = score(model, PairBatch.from_inputs(inputs), stats=TOKEN_STATS)
     logits = model(inputs["input_ids"], inputs["attention_mask"]).logits[:, :-1]
     logits_CV = logits[inputs["completion_mask"][:, 1:].bool()]
-    labels_R = PairBatch.from_inputs(inputs).labels_R
+    labels_N = PairBatch.from_inputs(inputs).labels_N
     logps_CV = logits_CV.log_softmax(-1)
     entropy_C = -(logps_CV.exp() * logps_CV).sum(-1)
     torch.testing.assert_close(scored.entropy_C, entropy_C, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(scored.mean_logit_C, logits_CV.mean(-1), atol=2e-5, rtol=1e-4)
-    assert scored.is_top1_C.tolist() == (logits_CV.argmax(-1) == labels_R).tolist()
+    assert scored.is_top1_C.tolist() == (logits_CV.argmax(-1) == labels_N).tolist()
 
 
 def test_the_models_own_forward_and_generate_still_work(inputs):

@@ -1,4 +1,4 @@
-"""Rows that are dropped, cut or odd: counted, and told once."""
+"""Rows that are dropped, without the end of their prompt, or odd: counted, and told once."""
 
 import copy
 
@@ -26,7 +26,7 @@ def test_a_prompt_whose_end_is_lost_is_counted_and_told_once(caplog):
     ]
     (_, pair, _), counts = pairs_of(rows, tokenizer)
     assert decoded(tokenizer, pair) == ["say ", "hello world</s>", "hello</s>"]
-    assert (counts.pairs, counts.cut) == (3, 2)
+    assert (counts.pairs, counts.prompt_end_lost) == (3, 2)
     (record,) = caplog.records
     assert "in 2 rows" in record.getMessage() and "first in row 1: 'hel'" in record.getMessage()
 
@@ -42,7 +42,7 @@ def test_the_end_that_a_tokenizer_adds_to_a_prompt_is_no_loss(tokenizer):
     ending._tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)]
     )
-    assert pairs_of(tiny.rows(3), ending)[1].cut == 0
+    assert pairs_of(tiny.rows(3), ending)[1].prompt_end_lost == 0
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
