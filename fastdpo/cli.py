@@ -97,7 +97,7 @@ def _run_command(argv: list[str]) -> int:
 def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     """Train as `argv` says, from the last checkpoint if its output_dir holds one of this run."""
     from fastdpo.parser import TrainParser
-    from fastdpo.rows import RowError
+    from fastdpo.row_errors import RowError
     from fastdpo.run_folder import mark_finished, mark_started, run_identity
 
     with _bad_input():

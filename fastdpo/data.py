@@ -20,8 +20,9 @@ from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.collate import ID_COLUMNS, REFERENCE_COLUMNS
-from fastdpo.messages import FieldError, check_text, is_conversation
+from fastdpo.messages import check_text, is_conversation
 from fastdpo.preferences import FIELDS, MALFORMED, ORIGIN, checked_row
+from fastdpo.row_errors import FieldError, RowError
 from fastdpo.row_report import (
     BAD,
     DROPPED,
@@ -38,10 +39,6 @@ from fastdpo.row_report import (
 )
 
 STREAMED_AT_ONCE = 64  # rows: that many are tokenised for a look at the first
-
-
-class RowError(ValueError):
-    """A malformed row: which source, which row, which field, what was wanted, what came."""
 
 
 def prepare_pairs(
@@ -155,7 +152,7 @@ def _as_it_comes(
 
 def _code() -> str:
     """A digest of what makes pairs of rows: these sources, and the version of transformers."""
-    names = ("data.py", "preferences.py", "messages.py", "row_report.py")
+    names = ("data.py", "preferences.py", "messages.py", "row_errors.py", "row_report.py")
     parts = [Path(__file__).with_name(name).read_bytes() for name in names]
     return hashlib.sha256(b"".join([*parts, transformers.__version__.encode()])).hexdigest()
 
@@ -235,7 +232,8 @@ class _Tokenize:
             raise RowError(row.fields[MALFORMED])  # which says where the row is from
         row.fields = fields = checked_row(row.fields)
         if self.with_reference and REFERENCE_COLUMNS[0] not in fields:
-            raise FieldError(REFERENCE_COLUMNS[0], "a number, as other rows have one", "no value")
+            wanted = "a number, as other rows have one"
+            raise FieldError(REFERENCE_COLUMNS[0], wanted, said="no value")
         if not self.with_reference and REFERENCE_COLUMNS[0] in fields:
             came = fields[REFERENCE_COLUMNS[0]]
             raise FieldError(REFERENCE_COLUMNS[0], "none, as the first row has none", came)

@@ -3,18 +3,7 @@
 import json
 from typing import Any
 
-
-class FieldError(ValueError):
-    """What is wrong with one field of a row: `field`, what was wanted, what came."""
-
-    def __init__(self, field: str, wanted: str, came: Any):
-        self.field = field
-        super().__init__(f"field {field!r}: want {wanted}, got {_brief(came)}")
-
-
-def _brief(value: Any) -> str:
-    text = value if isinstance(value, str) and value.startswith("no ") else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+from fastdpo.row_errors import FieldError
 
 
 def check_text(field: str, value: Any) -> None:
@@ -24,7 +13,7 @@ def check_text(field: str, value: Any) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise FieldError(field, "text", f"no Unicode ({error})") from None
+        raise FieldError(field, "text", said=f"no Unicode ({error})") from None
 
 
 def is_conversation(value: Any) -> bool:
@@ -69,7 +58,7 @@ def _check_content(where: str, message: dict[str, Any]) -> None:
     elif content is not None:
         check_text(where, content)
     elif not any(value for key, value in message.items() if key != "role"):
-        raise FieldError(where, "text", "no content")  # nor tool_calls, reasoning_content, ...
+        raise FieldError(where, "text", said="no content")  # nor tool_calls, reasoning_content, ...
 
 
 def as_sent(messages: list[Any]) -> list[Any]:

@@ -6,13 +6,13 @@ from typing import Any
 
 from fastdpo.collate import ID_COLUMNS, REFERENCE_COLUMNS
 from fastdpo.messages import (
-    FieldError,
     as_sent,
     check_conversation,
     check_text,
     is_conversation,
     parsed,
 )
+from fastdpo.row_errors import FieldError
 
 TEXT_FIELDS = ("prompt", "chosen", "rejected")
 IMAGE_FIELDS = ("image", "images")
@@ -41,8 +41,10 @@ def checked_row(row: Any) -> dict[str, Any]:
 def _checked_ids(row: dict[str, Any]) -> dict[str, Any]:
     for field in ID_COLUMNS:
         ids = row.get(field)
+        if ids is None:
+            raise FieldError(field, "token ids", said="no such field")
         if not isinstance(ids, list) or not ids:
-            raise FieldError(field, "token ids", "no such field" if ids is None else ids)
+            raise FieldError(field, "token ids", ids)
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**63:
                 raise FieldError(field, "token ids, whole numbers from 0", token)
@@ -52,7 +54,7 @@ def _checked_ids(row: dict[str, Any]) -> dict[str, Any]:
 def _checked_texts(row: dict[str, Any]) -> dict[str, Any]:
     for field in ("chosen", "rejected"):
         if field not in row:
-            raise FieldError(field, "a text or messages", "no such field")
+            raise FieldError(field, "a text or messages", said="no such field")
     kinds = {field: type(row[field]) for field in TEXT_FIELDS if field in row}
     for field, kind in kinds.items():
         if kind not in (str, list):
@@ -92,9 +94,8 @@ def _with_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
     if shared and (shared == shorter if is_conversation(chosen) else chosen[shared - 1] == " "):
         shared -= 1
     if not shared:
-        raise FieldError(
-            "prompt", "a prompt, or a beginning that chosen and rejected share", "none"
-        )
+        wanted = "a prompt, or a beginning that chosen and rejected share"
+        raise FieldError("prompt", wanted, said="none")
     return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
@@ -107,5 +108,5 @@ def _checked_reference(row: dict[str, Any]) -> dict[str, float]:
             raise FieldError(field, "a finite number", value)
     if len(given) == 1:
         missing = next(field for field in REFERENCE_COLUMNS if field not in row)
-        raise FieldError(missing, f"a number, as {given[0]} has one", "no such field")
+        raise FieldError(missing, f"a number, as {given[0]} has one", said="no such field")
     return {field: float(row[field]) for field in given}

@@ -19,9 +19,9 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
-from fastdpo.data import RowError
-from fastdpo.messages import FieldError, parsed
+from fastdpo.messages import parsed
 from fastdpo.preferences import MALFORMED, OPTION_FIELDS, TEXT_FIELDS, checked_row
+from fastdpo.row_errors import FieldError, RowError
 
 JSON_SUFFIXES = (".jsonl", ".json")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".csv")
@@ -262,9 +262,8 @@ def _check_alike(row: dict[str, Any], first: dict[str, str]) -> None:
     for field in TEXT_FIELDS if kinds else ():
         if kinds.get(field) != first.get(field):
             wanted = f"a {first[field]}" if field in first else "none"
-            raise FieldError(
-                field, f"{wanted}, as in the first row", row.get(field, "no such field")
-            )
+            said = None if field in row else "no such field"
+            raise FieldError(field, f"{wanted}, as in the first row", row.get(field), said=said)
 
 
 def in_one_kind(rows: Rows, source: str, *, skip_bad: bool) -> Rows:

@@ -12,7 +12,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from fastdpo.data import RowError, prepare_pairs
+from fastdpo.data import prepare_pairs
+from fastdpo.row_errors import RowError
 
 REAL_PAIRS = Path(__file__).parents[2] / "shared/data/preferences_en.jsonl"
 EOS = 2
@@ -289,7 +290,8 @@ def test_pairs_that_other_code_made_are_not_taken_from_the_cache(tmp_path, token
     sources = []
     monkeypatch.setattr(Path, "read_bytes", lambda path: sources.append(path.name) or b"new")
     assert cache_file() != first
-    assert sources == ["data.py", "preferences.py", "messages.py", "row_report.py"]
+    names = ("data", "preferences", "messages", "row_errors", "row_report")
+    assert sources == [f"{name}.py" for name in names]
 
 
 def test_a_stream_is_checked_as_it_is_read(tokenizer, caplog):

@@ -5,9 +5,10 @@ import tiny
 from datasets import Dataset
 
 from fastdpo.arguments import ScriptArguments
-from fastdpo.data import RowError, prepare_pairs
+from fastdpo.data import prepare_pairs
 from fastdpo.mixture import DatasetConfig, DatasetMixtureConfig, load_datasets
 from fastdpo.parser import TrainParser
+from fastdpo.row_errors import RowError
 
 
 def load(mixture, *, with_eval=False, on_bad_rows="raise"):

@@ -4,7 +4,7 @@ import pytest
 import tiny
 from pairs import assistant, chat, decoded, pairs_of, user
 
-from fastdpo.data import RowError
+from fastdpo.row_errors import RowError
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,11 @@ MALFORMED = {
         chat(chosen=[user("Two and two?"), assistant("Four.")]),
         "chosen.*another role than 'user'",
     ),
-    "nothing-shared": ({"chosen": "yes", "rejected": "no"}, "prompt.*share"),
+    "nothing-shared": ({"chosen": "yes", "rejected": "no"}, "prompt.*share, got none$"),
+    "its-own-no": (
+        {"prompt": ["no text"], "chosen": ["a"], "rejected": ["b"]},
+        r"prompt\[0\].*got 'no text'$",
+    ),
     "ids-not-numbers": (
         {"prompt_ids": ["a"], "chosen_ids": ["b"], "rejected_ids": ["c"]},
         "prompt_ids",

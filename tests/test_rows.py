@@ -7,8 +7,9 @@ import tiny
 from datasets import Dataset, DatasetDict, IterableDataset
 from pairs import CHAT
 
-from fastdpo.data import RowError, prepare_pairs
+from fastdpo.data import prepare_pairs
 from fastdpo.preferences import MALFORMED as MARK
+from fastdpo.row_errors import RowError
 from fastdpo.rows import as_dataset, load_rows
 
 
