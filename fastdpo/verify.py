@@ -100,7 +100,8 @@ class Tolerance(NamedTuple):
 
 class Finding(NamedTuple):
     """One comparison in one layout: largest and rms difference, what the largest may be, where it
-    is, and whether the ways agree. NaN where nothing could be compared."""
+    is, and whether the ways agree. NaN where nothing could be compared; `agrees` then says whether
+    that is as it should be, for a layout that the model cannot run."""
 
     layout: str
     what: str
@@ -112,7 +113,7 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         numbers = "".join(f"{x:>10.1e}" for x in (self.largest, self.rms, self.allowed))
-        verdict = "ok" if self.agrees else "DIFFERS"
+        verdict = "DIFFERS" if not self.agrees else "skipped" if math.isnan(self.largest) else "ok"
         return f"{self.layout:<8}{self.what:<24}{numbers}  {verdict:<8} {self.place}"
 
 

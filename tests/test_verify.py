@@ -157,6 +157,8 @@ def test_layouts_that_a_model_cannot_run_are_said_not_run(here, tmp_path, capsys
     assert run(here, model=tmp_path / "sinks") == 0
     lines = table(capsys)
     assert "attention sinks" in lines["shared", "not"]
+    for layout in ("shared", "packed"):
+        assert "  skipped " in lines[layout, "not"] and "  ok  " not in lines[layout, "not"]
     assert "  ok  " in lines["padded", "gradients"]
     assert run(here, "--layout", "shared", model=tmp_path / "sinks") == 2
     assert "attention sinks" in capsys.readouterr().err
