@@ -43,7 +43,7 @@ class ModelConfig:
     attn_implementation: str | None = setting(None, "The attention transformers is to use.")
     use_peft: bool = setting(False, "Train LoRA adapters and leave the model as it is.")
     lora_r: int = setting(16, "Rank of the adapters.")
-    lora_alpha: int = setting(32, "Adapters count lora_alpha / lora_r.")
+    lora_alpha: int = setting(32, "Adapter outputs are scaled by lora_alpha / lora_r.")
     lora_dropout: float = setting(0.05, "Dropout before the adapters (disable_dropout wins).")
     lora_target_modules: list[str] | None = setting(
         None, "Layers that get an adapter, or all-linear; unset: peft's choice for the model."
@@ -54,7 +54,7 @@ class ModelConfig:
     lora_modules_to_save: list[str] | None = setting(None, "Layers to train whole, and save.")
     lora_task_type: str = setting("CAUSAL_LM", "peft's name of the task.")
     use_rslora: bool = setting(
-        False, "Adapters count lora_alpha / sqrt(lora_r) (arXiv:2312.03732)."
+        False, "Scale adapter outputs by lora_alpha / sqrt(lora_r) (arXiv:2312.03732)."
     )
     use_dora: bool = setting(False, "Train magnitude apart from direction (arXiv:2402.09353).")
     load_in_8bit: bool = setting(False, "Quantise the frozen model to 8 bits.")

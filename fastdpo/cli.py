@@ -36,7 +36,7 @@ usage: fastdpo [--version] [--help] COMMAND ...
   verify  compare the engine with plain PyTorch on the first rows of a run, with its flags
             fastdpo verify --model_name_or_path MODEL --dataset_name ROWS [--max_pairs 8]
           Exit code 0: they agree; 1: they differ, and it says where; 2: bad input.
-  demo    preference-tune a small model that comes with nothing to download, and show it
+  demo    train a small model built on the spot (no download) and show what it learned
 
 `fastdpo COMMAND --help` lists a command's flags."""
 

@@ -32,9 +32,9 @@ def setting(default: Any, text: str, **metadata: Any) -> Any:
 class DPOConfig(TrainingArguments):
     """Every setting of a DPO run; ValueError names the field, what was wanted and what came.
 
-    Only DPO's own settings are here; the rest are transformers.TrainingArguments. A field that
-    TRL has and fastdpo does not run yet is accepted at its default and refused at any other
-    value, so that no setting is silently ignored.
+    Only DPO's own settings are here; the rest are transformers.TrainingArguments. TRL's features
+    that fastdpo does not run yet (sync_ref_model, activation_offloading) are refused when switched
+    on; settings that only such a feature reads have no effect.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
@@ -104,7 +104,8 @@ class DPOConfig(TrainingArguments):
         "Run a training batch in packs of at most this many tokens, one after the other, with the "
         "loss and gradients of the whole. auto: as the free memory of the GPU allows, and less "
         "after an out-of-memory error. Unset: the batch in one forward. (With loss_type "
-        f"{', '.join(BATCH_LOSSES)} each pack has one more forward, without gradient.)",
+        f"{', '.join(BATCH_LOSSES)} each pack has one more forward without gradient, and one more "
+        "for the load-balancing loss of a mixture of experts.)",
     )
     on_bad_rows: str = setting(
         "raise",
@@ -341,7 +342,7 @@ class DPOConfig(TrainingArguments):
         )
 
     def _check_unsupported(self):
-        """TRL's settings that fastdpo does not run yet: refused, never ignored."""
+        """What fastdpo does not run yet: refused where it is switched on."""
         for name in ("sync_ref_model", "activation_offloading"):
             value = getattr(self, name)
             _want(not value, f"{name}=False (True is not there yet)", value)

@@ -67,7 +67,8 @@ from fastdpo.trainer_check import (
 TAGS = ["fastdpo", "dpo"]
 OWN_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
 NOISY = (
-    "neftune_noise_alpha scales its noise by a row's length: a sequence's only where it is padded"
+    "neftune_noise_alpha scales its noise by the length of a row, and only the padded layout has "
+    "one sequence in a row"
 )
 
 

@@ -126,9 +126,15 @@ def check_arguments(
 
 def _why_no_checkpoints(config: PeftConfig | None) -> str | None:
     if getattr(config, "peft_type", None) == PeftType.PREFIX_TUNING:
-        return "PREFIX_TUNING (transformers' checkpoints leave keys that come with the model out)"
+        return (
+            "PREFIX_TUNING (the prefix is cached keys and values, which gradient checkpointing "
+            "drops)"
+        )
     if getattr(config, "alora_invocation_tokens", None):
-        return "aLoRA (peft refuses a forward without gradient, the reference's, between the two)"
+        return (
+            "aLoRA (with checkpointing, peft refuses a second forward, the reference's, before the "
+            "backward)"
+        )
     return None
 
 
