@@ -11,7 +11,7 @@ class AdapterTrainer(Trainer):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the weights are not in one piece here."""
+        """Whether FSDP or DeepSpeed is on: weights may be in pieces."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property

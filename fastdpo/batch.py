@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-# of a collator written for TRL, and what fastdpo adds to it
-NOT_THE_MODELS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "tokens")
+# keys of a collator's dictionary that the model does not take
+NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +85,15 @@ class PairBatch:
         else that it gives, and the scored rows are looked up on the device, which makes the CPU
         wait.
         """
-        model_inputs = {"input_ids": inputs["input_ids"]}
-        if "tree" in inputs:
-            model_inputs |= {name: inputs[name] for name in ("position_ids", "tree")}
-            model_inputs["attention_mask"] = _empty_mask(inputs["input_ids"])
-        if "scored_rows" not in inputs:
-            model_inputs = {name: x for name, x in inputs.items() if name not in NOT_THE_MODELS}
-            inputs = {**inputs, **scored_positions(inputs["input_ids"], inputs["completion_mask"])}
+        input_ids = inputs["input_ids"]
+        if "scored_rows" not in inputs:  # of a collator written for TRL
+            model_inputs = {name: x for name, x in inputs.items() if name not in NOT_FOR_THE_MODEL}
+            inputs = {**inputs, **scored_positions(input_ids, inputs["completion_mask"])}
+        elif "tree" in inputs:  # packed or shared
+            model_inputs = {name: inputs[name] for name in ("input_ids", "position_ids", "tree")}
+            model_inputs["attention_mask"] = _empty_mask(input_ids)
+        else:  # padded
+            model_inputs = {"input_ids": input_ids}
         reference_logps_S = None
         if "ref_chosen_logps" in inputs:
             logps = (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])

@@ -2,7 +2,7 @@
 
     each pack, no gradient --> PackLogps --\\
                                             pack_losses --> a PackLoss for each pack
-    each pack, with gradient --> token logps --PackLoss.of--> PairLoss
+    each pack, with gradient --> token logps --PackLoss.with_gradient--> PairLoss
 
 Every pack is run twice: for its log-probabilities alone, then, once the loss of all of them and
 its slope in each token are known, for the gradient. That of the sum of slope * token_logp is the
@@ -40,22 +40,22 @@ class PackLoss:
     slope_C: Tensor
     reference_logps_S: Tensor
 
-    def of(self, token_logps_C: Tensor, cu_seqlens: Tensor) -> PairLoss:
+    def with_gradient(self, token_logps_C: Tensor, cu_seqlens: Tensor) -> PairLoss:
         """`pairs`, whose loss_B now has its gradient in token_logps_C, the pack's own again."""
         change_C = token_logps_C - token_logps_C.detach()  # 0, but for its gradient
         chosen_B, rejected_B = completion_sums(self.slope_C * change_C, cu_seqlens).chunk(2)
         return self.pairs._replace(loss_B=self.pairs.loss_B + chosen_B + rejected_B)
 
 
-def with_parts(
+def with_pack_losses(
     packs: list[dict[str, Any]], score_pack: Callable[[dict[str, Any]], PackLogps], **settings: Any
 ) -> list[dict[str, Any]]:
-    """Each pack's inputs and, as "part", its PackLoss; settings: pair_loss's."""
+    """Each pack's inputs and, as "pack_loss", its PackLoss; settings: pair_loss's."""
     logps = [score_pack(pack) for pack in packs]  # fillers too: ranks run as many forwards
     num_real = sum("is_filler" not in pack for pack in packs)
-    parts = pack_losses(logps[:num_real], **settings)
-    parts += parts[-1:] * (len(packs) - num_real)  # a filler is the last pack again
-    return [pack | {"part": part} for pack, part in zip(packs, parts, strict=True)]
+    losses = pack_losses(logps[:num_real], **settings)
+    losses += losses[-1:] * (len(packs) - num_real)  # a filler is the last pack again
+    return [pack | {"pack_loss": loss} for pack, loss in zip(packs, losses, strict=True)]
 
 
 def pack_losses(packs: list[PackLogps], **settings: Any) -> list[PackLoss]:

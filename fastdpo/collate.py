@@ -11,8 +11,9 @@ sequences, prompt + completion, chosen 0..B-1, then rejected. Each is cut to max
 """
 
 import functools
+import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +27,13 @@ from fastdpo.tree import Branch, Tree, Trunk, ranges, running_lengths
 Row = Mapping[str, Any]
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+LOOKED_AT = 32  # rows, of which the longest stand for all: more of one lies beyond a sliding window
+
+
+def first_rows_longest_first(rows: Iterable[Row]) -> list[Row]:
+    """The first LOOKED_AT rows, the longest first."""
+    few = itertools.islice(rows, LOOKED_AT)
+    return sorted(few, key=lambda row: sum(len(row[name]) for name in ID_COLUMNS), reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,9 +2,10 @@
 
     loss = E * sum_e f_e P_e        Switch Transformers, arXiv:2101.03961, equation 4, over layers
 
-f_e is how many of k experts a token has among e, P_e the router's probability of e, both means over
-the batch's tokens, each as often as sequences have it. f_e has no gradient: with the batch's f_e, a
-pack's own sum of probabilities is its part of the loss, and its gradient that of the batch's.
+f_e is the share of tokens routed to expert e (each token goes to k experts), P_e the router's mean
+probability of e; a token counts once for each sequence that contains it. f_e has no gradient: with
+the batch's f_e, a pack's own sum of probabilities is its part of the loss, and its gradient that of
+the batch's.
 """
 
 from collections.abc import Callable
@@ -34,11 +35,11 @@ class BatchExperts:
     num_pairs: int
 
 
-def experts_of(causal_lm: PreTrainedModel) -> tuple[int, int] | None:
-    """How many experts a layer has and how many run a token, where transformers' names say so."""
+def experts_per_token(causal_lm: PreTrainedModel) -> int | None:
+    """How many experts a token goes to; None where transformers' names do not say so."""
     for holder in (causal_lm, causal_lm.config.get_text_config()):
         if hasattr(holder, "num_experts"):
-            return holder.num_experts, holder.num_experts_per_tok
+            return holder.num_experts_per_tok
     return None
 
 

@@ -68,20 +68,20 @@ def choose_layout(
     probe: Probe | None,
     *,
     strict: bool,
-    has_to_pad: str | None = None,
+    reason_to_pad: str | None = None,
 ) -> Layout:
     """Pick a layout that all `models` can run, and switch their attention to it.
 
     wanted: "auto" or one of collate.LAYOUTS. probe(model, layout): how the two layouts differ on a
-    real pair, None for not at all; None where the weights are not in one piece. has_to_pad: why the
-    run itself needs the padded layout. ValueError where a layout asked for by name cannot run, or,
-    when `strict`, where the probe finds a difference.
+    real pair, None for not at all; None where the weights are not in one piece. reason_to_pad: why
+    the run itself needs the padded layout. ValueError where a layout asked for by name cannot run,
+    or, when `strict`, where the probe finds a difference.
     """
     if wanted == "padded":
         return Layout("padded", DESCRIPTIONS["padded"])
     name = "shared" if wanted == "auto" else wanted
     is_error = wanted != "auto"
-    reason = has_to_pad or next(filter(None, map(why_padded, models)), None)
+    reason = reason_to_pad or next(filter(None, map(why_padded, models)), None)
     if reason is None:
         if probe is None and strict:
             raise ValueError("want strict_layout=False with sharded weights, which go unchecked")

@@ -1,9 +1,8 @@
 """Does a model compute the same packed as padded? Checked on one real pair."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -11,19 +10,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from fastdpo.batch import PairBatch
-from fastdpo.collate import ID_COLUMNS, Row
+from fastdpo.collate import Row
 from fastdpo.model import causal_lm_of, inference, score
 
 Collator = Callable[[list[Row]], dict[str, Any]]
-LOOKED_AT = 32  # rows, of which the longest is scored: more of it lies beyond a sliding window
 # rms over tokens, in nats: this many roundings of the dtype that the layers compute in
 ROUNDINGS, LEAST_TOLERANCE = 12, 1e-3
-
-
-def longest_rows(rows: Iterable[Row]) -> list[Row]:
-    """The first few rows, the longest first."""
-    few = islice(rows, LOOKED_AT)
-    return sorted(few, key=lambda row: sum(len(row[name]) for name in ID_COLUMNS), reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

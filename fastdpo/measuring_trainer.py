@@ -23,10 +23,10 @@ from fastdpo.ranks import pairs_not_repeated
 class MeasuringTrainer(PackTrainer):
     """Subclasses call `count` in compute_loss, once for each forward.
 
-    counts: of the training that runs or ran last; a new one starts with new ones.
+    counts: of the current or last training; train() starts anew.
     """
 
-    counted = ("counts",)
+    restored_on_retry = ("counts",)
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -67,7 +67,7 @@ class MeasuringTrainer(PackTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add an interval's metrics to training's `logs`: the moment that waits for the device."""
         if "loss" in logs or "train_runtime" in logs:
-            logs |= self.counts.read(self.counts.train, self.accelerator)
+            logs |= self.counts.take(self.counts.train, self.accelerator)
         if "train_runtime" in logs:  # the dictionary that train() returns, so changed in place
             logs |= self.counts.tokens.over_ranks(self.accelerator)
         super().log(logs, start_time)
@@ -88,7 +88,11 @@ class MeasuringTrainer(PackTrainer):
             batch = PairBatch.from_inputs(inputs)
             logits = model(**batch.model_inputs, use_cache=False).logits
         ids_SL = inputs["input_ids"]
-        return loss, logits[:, -ids_SL.shape[1] :], ids_SL  # behind tokens of the model's own
+        return (
+            loss,
+            logits[:, -ids_SL.shape[1] :],
+            ids_SL,
+        )  # after the virtual tokens of prompt tuning
 
     def evaluation_loop(
         self,
@@ -112,7 +116,7 @@ class MeasuringTrainer(PackTrainer):
             )
         finally:
             self.gather_function = own_gather
-        metrics = counts.read(counts.eval, self.accelerator)
+        metrics = counts.take(counts.eval, self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": metrics[name] for name in metrics})
         num_evaluated = torch.tensor(counts.num_evaluated, device=self.args.device)
         num_samples = self.accelerator.reduce(num_evaluated, "sum").item()

@@ -32,7 +32,7 @@ class MetricSums:
             sums_2M[0], sums_2M[1] = sums_M, weights
             self._sums[names] = self._sums[names].add_(sums_2M) if names in self._sums else sums_2M
 
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
+    def take_means(self, accelerator: Accelerator) -> dict[str, float]:
         """Weighted means over all ranks; the sums start again at 0. Waits for the device."""
         if not self._sums:
             return {}
@@ -61,9 +61,9 @@ class RunCounts:
     def start_evaluation(self) -> None:
         self.eval, self.num_evaluated = MetricSums(), 0
 
-    def read(self, sums: MetricSums, accelerator: Accelerator) -> dict[str, float]:
-        """`sums` and num_tokens over all ranks; nothing where nothing was added since a read."""
-        metrics = sums.read(accelerator)
+    def take(self, sums: MetricSums, accelerator: Accelerator) -> dict[str, float]:
+        """Means of `sums`, emptied, and num_tokens, over all ranks; {} where `sums` was empty."""
+        metrics = sums.take_means(accelerator)
         if not metrics:  # as TRL's last log
             return {}
         tokens = accelerator.reduce(self.num_train_tokens, "sum")

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fastdpo.batch import PairBatch
-from fastdpo.experts import ExpertCounts, balancing_loss, experts_of
+from fastdpo.experts import ExpertCounts, balancing_loss, experts_per_token
 from fastdpo.head import check_head_module, head_logps
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")  # what metrics are made of
@@ -134,7 +134,7 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def frozen_token_logps(model: nn.Module, batch: PairBatch) -> Tensor:
+def token_logps_without_grad(model: nn.Module, batch: PairBatch) -> Tensor:
     """token_logps_C of `model` as it is in inference."""
     with inference(model):
         return score(model, batch).token_logps_C
@@ -155,7 +155,7 @@ def _score(
     aux_loss = expert_counts = None
     if token_counts is not None:
         counts = nn.functional.pad(token_counts, (causal_lm._virtual_tokens, 0), value=1)
-        _, top_k = experts_of(causal_lm)
+        top_k = experts_per_token(causal_lm)
         aux_loss, expert_counts = balancing_loss(outputs.router_logits, top_k, counts, batch_counts)
     # _C of the N scored rows already: `score` gives each completion token its row's value. The head
     # of a model on several GPUs may be on another than the batch.
@@ -186,7 +186,7 @@ def aux_loss_weight(model: nn.Module, router_aux_loss_coef: float | None) -> flo
     weight = router_aux_loss_coef
     if weight is None:
         weight = getattr(config, "router_aux_loss_coef", None) or 0.0
-    if weight and experts_of(causal_lm) is None:
+    if weight and experts_per_token(causal_lm) is None:
         raise ValueError(
             f"want router_aux_loss_coef=0 for {type(causal_lm).__name__}, whose experts fastdpo "
             f"cannot count, got {weight}"
@@ -213,7 +213,7 @@ def check_scorer(
         inputs |= {"token_counts": torch.ones_like(ids_L)[None]} if aux_loss else {}
         rows = torch.arange(len(input_ids) - 1, device=model.device)
         scored = model(**inputs, scored_rows=rows, scored_labels=ids_L[1:])
-    logits_LV = own.logits[0, -len(input_ids) : -1]  # behind tokens of its own, if it has any
+    logits_LV = own.logits[0, -len(input_ids) : -1]  # after the virtual tokens of prompt tuning
     own_L = logits_LV.float().log_softmax(-1).gather(1, ids_L[1:, None]).squeeze(1)
     difference = (own_L - scored.token_logps_C.to(own_L.device)).abs().max().item()
     if math.isnan(difference):

@@ -1,7 +1,7 @@
 """Triton or plain torch? Decided here and nowhere else: by the device of the tensors.
 
-FASTDPO_DEBUG=1 in the environment makes linear_logps look at what it is given; that makes the CPU
-wait for the GPU at each call.
+FASTDPO_DEBUG=1 in the environment makes linear_logps and pair_loss look at what they are given;
+that makes the CPU wait for the GPU at each call.
 """
 
 import os
@@ -16,7 +16,7 @@ from fastdpo.kernels import reference
 from fastdpo.kernels.products import HeadRows
 
 
-def implementation(device: torch.device) -> str:
+def backend_for(device: torch.device) -> str:
     """The backend for `device`: "triton" on CUDA, "torch" elsewhere."""
     return "triton" if device.type == "cuda" else "torch"
 
@@ -32,7 +32,7 @@ def linear_logps(
     """
     if os.environ.get("FASTDPO_DEBUG") == "1":
         _check_rows(hidden_ND, head_VD.shape[0], labels_N)
-    backend = implementation(hidden_ND.device)
+    backend = backend_for(hidden_ND.device)
     return _linear_logps.linear_logps(hidden_ND, head_VD, labels_N, backend=backend, **settings)
 
 
@@ -61,7 +61,7 @@ def pair_loss(
         _check_lengths(cu_seqlens, token_logps_C.numel())
     arguments = token_logps_C, cu_seqlens, reference_logps_S
     of_batch = reference.BATCH_LOSSES.keys() & set(settings.get("loss_type", ()))
-    if implementation(token_logps_C.device) == "triton" and not of_batch:
+    if backend_for(token_logps_C.device) == "triton" and not of_batch:
         return _pair_loss.pair_loss(*arguments, **settings)
     of_twin = {"batch_losses": tuple(of_batch), "float_dtypes": (torch.float32, torch.float64)}
     _pair_loss.check_pair_loss(*arguments, **settings, **of_twin)

@@ -26,8 +26,8 @@ from transformers.utils import logging
 
 from fastdpo.adapter_trainer import AdapterTrainer
 from fastdpo.batch import PairBatch, count_pairs
+from fastdpo.collate import first_rows_longest_first
 from fastdpo.config import DPOConfig
-from fastdpo.layout_check import longest_rows
 from fastdpo.model import score
 from fastdpo.packs import PackCollator
 from fastdpo.ranks import average_gradients, least_of_ranks
@@ -39,10 +39,10 @@ Batch = dict[str, Any]
 
 
 class PackTrainer(AdapterTrainer):
-    """Subclasses set `budget`, None for whole batches, and `counted`.
+    """Subclasses set `budget`, None for whole batches, and `restored_on_retry`.
 
-    counted: names of the attributes that compute_loss adds to; an update that starts again restores
-    them, and the random state.
+    restored_on_retry: names of the attributes that compute_loss adds to; an update that starts
+    again restores them, and the random state.
 
     compute_loss is called with one pack at a time and must have no collective of its own, as ranks
     may have different numbers of packs. A pack with is_filler runs only because FSDP needs the same
@@ -50,7 +50,7 @@ class PackTrainer(AdapterTrainer):
     """
 
     budget: TokenBudget | None = None
-    counted: tuple[str, ...] = ()
+    restored_on_retry: tuple[str, ...] = ()
 
     def __init__(self, *, args: DPOConfig, **arguments: Any):
         if args.max_tokens_per_forward == "auto":  # DDP would broadcast in forwards
@@ -58,10 +58,10 @@ class PackTrainer(AdapterTrainer):
                 raise ValueError("want ddp_broadcast_buffers unset, got True with a budget 'auto'")
             args.ddp_broadcast_buffers = False
         super().__init__(args=args, **arguments)
-        # of the update that runs: batches that are done, and what was before the first of them
-        self._done: list[Batch] = []
-        self._before: dict[str, Any] = {}
-        self._random_states: list[Tensor] = []
+        # of the current update: batches already run, and the state before its first batch
+        self._done_batches: list[Batch] = []
+        self._saved_attributes: dict[str, Any] = {}
+        self._saved_random_states: list[Tensor] = []
 
     def before_packs(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
         """Hook: a batch's packs as compute_loss is to see them, as many as came."""
@@ -86,7 +86,8 @@ class PackTrainer(AdapterTrainer):
         return TokenBudget(may_shrink=True)
 
     def _inner_training_loop(self, *args, **kwargs):
-        """As transformers', which by now has set the model up to checkpoint its activations."""
+        """Measures the "auto" budget first: only now has transformers set up checkpointing, which
+        decides what fits."""
         if self.budget is not None and self.budget.may_shrink:
             most = least_of_ranks(self._tokens_that_fit(), self.accelerator)
             self.budget.max_tokens = most
@@ -95,7 +96,7 @@ class PackTrainer(AdapterTrainer):
 
     def _tokens_that_fit(self) -> int:
         """Estimated from a forward and a backward of the longest pairs."""
-        rows = longest_rows(self.train_dataset)
+        rows = first_rows_longest_first(self.train_dataset)
         one, two = (self.to_device(self.data_collator(each)) for each in (rows[:1], rows[:2]))
         gradients = 1 if self.accelerator.num_processes == 1 else 2  # DDP's buckets are as large
         kept_bytes = sum(
@@ -144,7 +145,7 @@ class PackTrainer(AdapterTrainer):
         """The batches of one update, and how many pairs they hold together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = sum(count_pairs(inputs) for inputs in batches)
-        self._done = []
+        self._done_batches = []
         if self.budget is not None and self.forwards_are_collective():
             self._equalise_counts(batches)
         return batches, num_pairs
@@ -179,15 +180,15 @@ class PackTrainer(AdapterTrainer):
         run = functools.partial(self._run_packs, step, model)
         if not self.budget.may_shrink:
             return run(inputs)
-        if not self._done:
+        if not self._done_batches:
             self._save_state()
         with self.accelerator.no_sync(model):
             losses = self._attempt(run, [inputs])
             while losses is None:
                 # not in _attempt's handler, where the error would still hold what it failed with
                 self._restore_state()
-                losses = self._attempt(run, [*self._done, inputs])
-        self._done.append(inputs)
+                losses = self._attempt(run, [*self._done_batches, inputs])
+        self._done_batches.append(inputs)
         if self.accelerator.sync_gradients:  # the last batch of the update
             average_gradients(self.model.parameters(), self.accelerator)
         return losses[-1]
@@ -231,14 +232,16 @@ class PackTrainer(AdapterTrainer):
 
     def _save_state(self) -> None:
         """At the start of an update: what _restore_state goes back to."""
-        self._before = copy.deepcopy({name: getattr(self, name) for name in self.counted})
-        self._random_states = [generator.get_state() for generator in self._generators()]
+        self._saved_attributes = copy.deepcopy(
+            {name: getattr(self, name) for name in self.restored_on_retry}
+        )
+        self._saved_random_states = [generator.get_state() for generator in self._generators()]
 
     def _restore_state(self) -> None:
         """Undo what this update did so far: gradients, counts and random numbers."""
-        for name, value in copy.deepcopy(self._before).items():
+        for name, value in copy.deepcopy(self._saved_attributes).items():
             setattr(self, name, value)
-        for generator, state in zip(self._generators(), self._random_states, strict=True):
+        for generator, state in zip(self._generators(), self._saved_random_states, strict=True):
             generator.set_state(state)
         self.model.zero_grad()
         if self.args.device.type == "cuda":

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from fastdpo.batch import PairBatch
 from fastdpo.collate import REFERENCE_COLUMNS
 from fastdpo.kernels.reference import completion_sums
-from fastdpo.model import attach_scorer, frozen_token_logps
+from fastdpo.model import attach_scorer, token_logps_without_grad
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def _frozen_logps(model: nn.Module, batch: PairBatch, ld_alpha: float | None) ->
         raise ValueError(
             "want one reference, got log-probabilities in the rows, as the training rows have none"
         )
-    return completion_sums(frozen_token_logps(model, batch), batch.cu_seqlens, ld_alpha)
+    return completion_sums(token_logps_without_grad(model, batch), batch.cu_seqlens, ld_alpha)
 
 
 @contextlib.contextmanager

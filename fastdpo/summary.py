@@ -68,7 +68,7 @@ def _kernels_line(trainer: Trainer) -> str:
     head = causal_lm_of(trainer.model).get_output_embeddings()
     is_trained = any(parameter.requires_grad for parameter in head.parameters())
     products = "trained head" if is_trained else "frozen head, two products"
-    return f"{ops.implementation(device)} on {device.type}, {products}"
+    return f"{ops.backend_for(device)} on {device.type}, {products}"
 
 
 def _updates_line(trainer: Trainer) -> str:

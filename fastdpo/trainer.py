@@ -17,29 +17,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastdpo.batch import PairBatch, TokensRun, count_pairs
-from fastdpo.batch_loss import PackLogps, with_parts
+from fastdpo.batch_loss import PackLogps, PackLoss, with_pack_losses
 from fastdpo.collate import (
     ID_COLUMNS,
     REFERENCE_COLUMNS,
     PackedCollator,
     PaddedCollator,
     Row,
+    first_rows_longest_first,
     make_collator,
 )
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
 from fastdpo.experts import ExpertCounts, with_batch_experts
 from fastdpo.layout import Layout, choose_layout
-from fastdpo.layout_check import LayoutCheck, longest_rows
-from fastdpo.losses import pair_loss
+from fastdpo.layout_check import LayoutCheck
+from fastdpo.losses import PairLoss, pair_loss
 from fastdpo.measuring_trainer import MeasuringTrainer
 from fastdpo.model import (
+    ScoredOutput,
     attach_scorer,
     aux_loss_weight,
     check_scorer,
-    frozen_token_logps,
     inference,
     score,
+    token_logps_without_grad,
 )
 from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
 from fastdpo.reference import (
@@ -65,7 +67,7 @@ from fastdpo.trainer_check import (
 )
 
 TAGS = ["fastdpo", "dpo"]
-OWN_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
+COLLATORS_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
 NOISY = (
     "neftune_noise_alpha scales its noise by the length of a row, and only the padded layout has "
     "one sequence in a row"
@@ -163,9 +165,12 @@ class DPOTrainer(MeasuringTrainer):
         )
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga  # its name before 5.18
         self._start_checked = False
-        row = longest_rows(train_dataset)[0]
+        row = first_rows_longest_first(train_dataset)[0]
         self._set_up_models(ref_model, row, has_new_adapters=peft_config is not None)
-        self.layout = self._choose_layout(row) if data_collator is None else OWN_LAYOUT
+        self.layout = COLLATORS_LAYOUT
+        if data_collator is None:
+            self.layout = self._choose_layout(row)
+            self.data_collator = self._collator(self.layout.name)
         self.budget = self.choose_budget()
         if args.precompute_ref_log_probs and not isinstance(self.reference, RowLogps):
             self._precompute_reference()
@@ -239,7 +244,7 @@ class DPOTrainer(MeasuringTrainer):
     def _remove_unused_columns(self, dataset, description=None):
         pairs = super()._remove_unused_columns(dataset, description)
         # a collator written for TRL adds lists up, which arrays would take for a sum
-        if not isinstance(pairs, Dataset) or self.layout is OWN_LAYOUT:
+        if not isinstance(pairs, Dataset) or self.layout is COLLATORS_LAYOUT:
             return pairs
         return pairs.with_format("numpy", columns=[*ID_COLUMNS], output_all_columns=True)
 
@@ -254,7 +259,7 @@ class DPOTrainer(MeasuringTrainer):
             return super().get_test_dataloader(self._prepare_new(test_dataset, "test"))
 
     def _collating_for_logits(self, wanted: bool) -> AbstractContextManager:
-        wanted = wanted and self.layout is not OWN_LAYOUT
+        wanted = wanted and self.layout is not COLLATORS_LAYOUT
         return self.collating_with(self._collator("padded") if wanted else None)
 
     def _collator(self, layout: str) -> PaddedCollator | PackedCollator:
@@ -269,15 +274,13 @@ class DPOTrainer(MeasuringTrainer):
             device=self.args.device,
             autocast=self.accelerator.autocast,
         )
-        layout = choose_layout(
+        return choose_layout(
             self.args.layout,
             list(self._models().values()),
             None if self.is_sharded else lambda m, name: check.difference(m, self._collator(name)),
             strict=self.args.strict_layout,
-            has_to_pad=self._why_padded(),
+            reason_to_pad=self._why_padded(),
         )
-        self.data_collator = self._collator(layout.name)
-        return layout
 
     def _why_padded(self) -> str | None:
         """Why the run itself needs the padded layout."""
@@ -317,7 +320,7 @@ class DPOTrainer(MeasuringTrainer):
             return packs
         if self.args.mixes_pairs:
             score_pack = functools.partial(self._pack_logps, model)
-            packs = with_parts(packs, score_pack, **self.args.loss_settings)
+            packs = with_pack_losses(packs, score_pack, **self.args.loss_settings)
         if self.aux_loss_weight:
             num_pairs = sum(count_pairs(pack) for pack in packs if "is_filler" not in pack)
             count = functools.partial(self._expert_counts, model)
@@ -333,7 +336,7 @@ class DPOTrainer(MeasuringTrainer):
         batch = PairBatch.from_inputs(inputs)
         reference_logps_S = self._reference_logps(model, batch)
         with self.compute_loss_context_manager():
-            token_logps_C = frozen_token_logps(model, batch)
+            token_logps_C = token_logps_without_grad(model, batch)
         return PackLogps(token_logps_C, batch.cu_seqlens, reference_logps_S)
 
     def compute_loss(
@@ -349,9 +352,11 @@ class DPOTrainer(MeasuringTrainer):
         loss_is_scaled_for_ga=True.
         """
         batch = PairBatch.from_inputs(inputs)
-        part, experts = inputs.get("part"), inputs.get("experts")  # before_packs'
+        pack_loss, experts = inputs.get("pack_loss"), inputs.get("experts")  # before_packs'
         # before the policy, whose activations would otherwise wait beside the reference's
-        reference_logps_S = part.reference_logps_S if part else self._reference_logps(model, batch)
+        reference_logps_S = (
+            pack_loss.reference_logps_S if pack_loss else self._reference_logps(model, batch)
+        )
         scored = score(
             model,
             batch,
@@ -359,19 +364,11 @@ class DPOTrainer(MeasuringTrainer):
             aux_loss=self.aux_loss_weight > 0,
             batch_counts=experts and experts.counts,
         )
-        if experts:  # each pair is to have the whole batch's
+        if experts:
+            # the pack's part times N / B: its B pairs, divided by the update's, then carry exactly
+            # that part of the batch's N pairs
             scored.aux_loss = scored.aux_loss * experts.num_pairs / batch.num_pairs
-        token_logps_C, cu_seqlens = scored.token_logps_C, batch.cu_seqlens
-        if part:
-            losses = part.of(token_logps_C, cu_seqlens)
-        else:
-            losses = pair_loss(
-                token_logps_C,
-                cu_seqlens,
-                reference_logps_S,
-                log_sum_p2_C=scored.log_sum_p2_C,  # None without use_weighting
-                **self.args.loss_settings,
-            )
+        losses = self._pair_losses(batch, scored, reference_logps_S, pack_loss)
         if self.aux_loss_weight:
             losses = losses._replace(loss_B=losses.loss_B + self.aux_loss_weight * scored.aux_loss)
         num_pairs = num_items_in_batch if self.loss_is_scaled_for_ga else None
@@ -386,6 +383,24 @@ class DPOTrainer(MeasuringTrainer):
             self._start_checked = True
         self.count(batch, scored, losses, aux_loss=scored.aux_loss, tokens=tokens)
         return (loss, scored) if return_outputs else loss
+
+    def _pair_losses(
+        self,
+        batch: PairBatch,
+        scored: ScoredOutput,
+        reference_logps_S: Tensor,
+        pack_loss: PackLoss | None,
+    ) -> PairLoss:
+        """The losses of the batch's pairs; with pack_loss, of a pack whose batch mixes pairs."""
+        if pack_loss:
+            return pack_loss.with_gradient(scored.token_logps_C, batch.cu_seqlens)
+        return pair_loss(
+            scored.token_logps_C,
+            batch.cu_seqlens,
+            reference_logps_S,
+            log_sum_p2_C=scored.log_sum_p2_C,  # None without use_weighting
+            **self.args.loss_settings,
+        )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As transformers.Trainer's; rows passed here are prepared as those of the constructor."""

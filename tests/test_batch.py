@@ -1,4 +1,4 @@
-from itertools import pairwise
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdpo.batch import PairBatch, TokensRun, count_pairs
-from fastdpo.collate import LAYOUTS, Cut, make_collator
+from fastdpo.collate import LAYOUTS, LOOKED_AT, Cut, first_rows_longest_first, make_collator
 
 PAD = 99
 ROWS = [
@@ -25,7 +25,7 @@ def scored_pairs(inputs):
     before = inputs["input_ids"].flatten()[batch.scored_rows_N]
     pairs = list(zip(before.tolist(), batch.labels_N.tolist(), strict=True))
     ends = batch.cu_seqlens.tolist()
-    return [pairs[a:b] for a, b in pairwise(ends)]
+    return [pairs[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def test_chosen_stand_before_rejected_padded_to_the_longest():
@@ -151,3 +151,18 @@ def test_tokens_add_up_over_batches_and_ranks():
 def test_tokens_counted_are_those_that_run(max_length):
     inputs = collate(max_length=max_length)
     assert PairBatch.from_inputs(inputs).num_tokens == inputs["attention_mask"].sum()
+
+
+def test_the_longest_of_the_first_rows_is_looked_at_and_a_stream_not_read_on():
+    def stream():
+        for i in itertools.count():
+            assert i < LOOKED_AT, "read too far"
+            is_long = i == 7  # as a whole: others have longer prompts
+            yield {
+                "prompt_ids": [i] * (2 if is_long else 9),
+                "chosen_ids": [i] * (30 if is_long else 4),
+                "rejected_ids": [i],
+            }
+
+    rows = first_rows_longest_first(stream())
+    assert len(rows) == LOOKED_AT and rows[0]["prompt_ids"] == [7, 7]

@@ -14,7 +14,7 @@ from test_trainer import LORA, logged, make_trainer, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from watches import Watch
 
-from fastdpo.batch_loss import PackLogps, pack_losses, with_parts
+from fastdpo.batch_loss import PackLogps, pack_losses, with_pack_losses
 from fastdpo.kernels.reference import completion_sums
 from fastdpo.losses import LOSS_TYPES, pair_loss
 
@@ -76,7 +76,7 @@ def test_packs_have_the_loss_and_the_slopes_of_their_batch(lengths, places, loss
     for pack, part in zip(packs, parts, strict=True):
         mine = taken_out(batch, pack)
         token_logps_C = mine.token_logps_C.clone().requires_grad_()
-        losses = part.of(token_logps_C, mine.cu_seqlens)
+        losses = part.with_gradient(token_logps_C, mine.cu_seqlens)
         torch.testing.assert_close(losses.loss_B, whole.loss_B[pack])
         torch.testing.assert_close(losses.metrics_MB, whole.metrics_MB[:, pack])
         losses.loss_B.sum().backward()
@@ -91,7 +91,9 @@ def test_nothing_waits_for_the_device_or_is_made_elsewhere():
     with FakeTensorMode() as fake, torch.device("meta"), Watch():
         packs = [PackLogps(*map(fake.from_tensor, pack)) for pack in packs]
         for pack, part in zip(packs, pack_losses(packs, **SETTINGS | mix), strict=True):
-            part.of(pack.token_logps_C.requires_grad_(), pack.cu_seqlens).loss_B.sum().backward()
+            part.with_gradient(
+                pack.token_logps_C.requires_grad_(), pack.cu_seqlens
+            ).loss_B.sum().backward()
 
 
 def test_a_filler_is_the_last_pack_again_and_mixes_with_none():
@@ -101,11 +103,13 @@ def test_a_filler_is_the_last_pack_again_and_mixes_with_none():
     inputs = [{"logps": pack} for pack in packs]
     inputs += [inputs[-1] | {"is_filler": True}] * 2
     run = []
-    found = with_parts(inputs, lambda pack: run.append(pack) or pack["logps"], **SETTINGS | mix)
+    found = with_pack_losses(
+        inputs, lambda pack: run.append(pack) or pack["logps"], **SETTINGS | mix
+    )
     assert run == inputs  # a rank runs as many forwards as any
     for pack, part, made_of in zip(found, [*parts, parts[-1], parts[-1]], inputs, strict=True):
-        torch.testing.assert_close(pack["part"].pairs.loss_B, part.pairs.loss_B)
-        assert {**pack, "part": None} == {**made_of, "part": None}
+        torch.testing.assert_close(pack["pack_loss"].pairs.loss_B, part.pairs.loss_B)
+        assert {**pack, "pack_loss": None} == {**made_of, "pack_loss": None}
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])

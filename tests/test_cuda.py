@@ -26,7 +26,7 @@ from fastdpo.kernels.products import has_good_onednn
 from fastdpo.kernels.reference import completion_sums
 from fastdpo.losses import pair_loss, pair_weights
 from fastdpo.metrics import MetricSums, pair_metrics
-from fastdpo.model import TOKEN_STATS, attach_scorer, frozen_token_logps, score
+from fastdpo.model import TOKEN_STATS, attach_scorer, score, token_logps_without_grad
 from fastdpo.token_budget import UNBOUNDED
 
 with_cuda = pytest.mark.skipif(
@@ -144,7 +144,9 @@ def model_on(body_device, head_device=GPU, trained_head=True, **head_settings):
 def step(model, batch, dtype=None, **settings):
     """Reference, policy, loss and metrics of a training step; the loss."""
     with autocast(dtype):
-        reference_logps_S = completion_sums(frozen_token_logps(model, batch), batch.cu_seqlens)
+        reference_logps_S = completion_sums(
+            token_logps_without_grad(model, batch), batch.cu_seqlens
+        )
     with autocast(dtype):
         scored = score(model, batch, stats=STATS)
     tokens = scored.token_logps_C, batch.cu_seqlens

@@ -44,7 +44,7 @@ def test_pairs_and_tokens_weigh_alike_however_they_are_batched():
     sums.add(measured([4, 2], mean_logit=1.0))  # one pair
     sums.add(measured([1, 2, 3, 2], mean_logit=2.0))  # two pairs
     sums.add({("aux_loss",): (torch.tensor(3.0), 1)})
-    metrics = sums.read(ONE_RANK)
+    metrics = sums.take_means(ONE_RANK)
     assert metrics == {
         "rewards/chosen": pytest.approx(-0.5 * (4 + 1 + 2) / 3),
         "rewards/rejected": pytest.approx(-0.5 * (2 + 3 + 2) / 3),
@@ -58,7 +58,7 @@ def test_pairs_and_tokens_weigh_alike_however_they_are_batched():
         "logits/rejected": pytest.approx((2 * 1 + 5 * 2) / 7),
         "aux_loss": 3.0,
     }
-    assert sums.read(ONE_RANK) == {}
+    assert sums.take_means(ONE_RANK) == {}
 
 
 def test_nothing_waits_for_the_device_before_the_read():
@@ -75,9 +75,9 @@ def test_ranks_add_up_in_one_order_whatever_came_first():
     there.add({("a",): (torch.tensor(1.0), 1)})
     there.add({("b",): (torch.tensor(3.0), 1)})
     seen = []
-    there.read(SimpleNamespace(reduce=lambda sums, how: seen.append(sums) or sums))
+    there.take_means(SimpleNamespace(reduce=lambda sums, how: seen.append(sums) or sums))
     both = SimpleNamespace(reduce=lambda sums, how: {"sum": sums + seen[0]}[how])
-    assert here.read(both) == {"a": 2.0, "b": 2.0}
+    assert here.take_means(both) == {"a": 2.0, "b": 2.0}
 
 
 def test_a_long_interval_loses_no_small_number():
@@ -85,13 +85,13 @@ def test_a_long_interval_loses_no_small_number():
     sums.add({("loss",): (torch.tensor(2.0**24), 1)})
     for _ in range(2):
         sums.add({("loss",): (torch.tensor(1.0), 0)})
-    assert sums.read(ONE_RANK) == {"loss": 2.0**24 + 2}
+    assert sums.take_means(ONE_RANK) == {"loss": 2.0**24 + 2}
 
 
 def test_no_token_of_chosen_completions_counts_as_none_right():
     sums = MetricSums()
     sums.add(measured([0, 2], mean_logit=1.0))
-    metrics = sums.read(ONE_RANK)
+    metrics = sums.take_means(ONE_RANK)
     assert metrics["mean_token_accuracy"] == metrics["logits/chosen"] == 0.0
 
 
@@ -104,7 +104,7 @@ def test_an_evaluation_measures_the_first_pairs_as_if_they_were_alone(count):
     scored.is_top1_C = torch.arange(15) % 3 == 0
     sums = MetricSums()
     sums.add(evaluation_metrics(batch, scored, losses, count))
-    found = sums.read(ONE_RANK)
+    found = sums.take_means(ONE_RANK)
     if count == 0:
         assert set(found.values()) == {0.0}
         return
@@ -113,4 +113,4 @@ def test_an_evaluation_measures_the_first_pairs_as_if_they_were_alone(count):
     alone_batch, _, alone_losses = scored_batch(first, mean_logit=1.0)
     alone.add(pair_metrics(alone_batch, scored.of_rows(kept), alone_losses))
     alone.add({("loss",): (alone_losses.loss_B.sum()[None], count)})
-    assert found == pytest.approx(alone.read(ONE_RANK))
+    assert found == pytest.approx(alone.take_means(ONE_RANK))

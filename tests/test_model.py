@@ -16,8 +16,8 @@ from fastdpo.model import (
     aux_loss_weight,
     causal_lm_of,
     check_scorer,
-    frozen_token_logps,
     score,
+    token_logps_without_grad,
 )
 
 VOCAB = 97
@@ -142,7 +142,7 @@ def test_frozen_scores_have_no_gradient_and_no_dropout(training):
     )
     attach_scorer(model)
     model.train(training)
-    logps_C = frozen_token_logps(model, PairBatch.from_inputs(inputs))
+    logps_C = token_logps_without_grad(model, PairBatch.from_inputs(inputs))
     assert not logps_C.requires_grad and model.training == training
     torch.testing.assert_close(logps_C, own_logps(model.eval(), inputs), atol=2e-5, rtol=1e-5)
 

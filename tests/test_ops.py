@@ -10,7 +10,7 @@ from fastdpo.kernels import pair_loss as kernel
     [("cuda", "triton"), ("cuda:1", "triton"), ("cpu", "torch"), ("mps", "torch")],
 )
 def test_triton_runs_on_cuda_and_torch_on_all_else(device, name):
-    assert ops.implementation(torch.device(device)) == name
+    assert ops.backend_for(torch.device(device)) == name
 
 
 def test_a_cpu_scores_in_float64():

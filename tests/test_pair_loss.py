@@ -242,7 +242,7 @@ def test_nothing_waits_for_the_device(ld_alpha):
 
 @pytest.mark.parametrize("loss_type", [("sigmoid", "hinge"), ("aot", "sigmoid"), ("sft",)])
 def test_on_a_gpu_a_loss_of_a_batch_leaves_the_kernel_out(monkeypatch, loss_type):
-    monkeypatch.setattr(ops, "implementation", lambda device: "triton")
+    monkeypatch.setattr(ops, "backend_for", lambda device: "triton")
     runs_kernel = []
     monkeypatch.setattr(
         ops._pair_loss,
