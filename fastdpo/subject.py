@@ -27,9 +27,9 @@ from fastdpo.head import check_head_module
 from fastdpo.layout import why_padded
 from fastdpo.mixture import DatasetMixtureConfig, load_datasets
 from fastdpo.model import causal_lm_of
+from fastdpo.pair_check import check_pairs
 from fastdpo.policy import load_tokenizer, make_policy, make_ready
 from fastdpo.rows import as_dataset
-from fastdpo.trainer_check import check_pairs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +130,7 @@ def load_subject(
     if args.layout not in ("auto", "padded") and (reason := why_padded(policy)) is not None:
         raise ValueError(f"want layout={args.layout!r} for a model that can run it: {reason}")
     if isinstance(policy, PeftModel):
-        _stir(subject)
+        _fill_zero_adapters(subject)
     return subject
 
 
@@ -143,7 +143,7 @@ def _check_weights(subject: Subject) -> None:
             raise ValueError(f"want finite weights, got {bad:,} NaN or Inf in {name}")
 
 
-def _stir(subject: Subject) -> None:
+def _fill_zero_adapters(subject: Subject) -> None:
     """Small values for the adapters' parameters that are all zero."""
     for parameter in subject.trained.values():
         if not parameter.any():

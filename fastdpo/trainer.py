@@ -43,6 +43,7 @@ from fastdpo.model import (
     score,
     token_logps_without_grad,
 )
+from fastdpo.pair_check import check_pairs
 from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
 from fastdpo.reference import (
     FrozenModel,
@@ -61,7 +62,6 @@ from fastdpo.trainer_check import (
     check_best_metric,
     check_models,
     check_overrides,
-    check_pairs,
     redefines,
     returns_means,
 )

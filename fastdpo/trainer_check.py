@@ -1,30 +1,23 @@
-"""What DPOTrainer refuses, said before the rows are tokenised; then what no model can embed."""
+"""What DPOTrainer refuses, said before the rows are tokenised."""
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PeftType
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from fastdpo.collate import ID_COLUMNS, PackedCollator
+from fastdpo.collate import PackedCollator
 from fastdpo.config import DPOConfig
 from fastdpo.losses import PAIR_METRICS
 from fastdpo.metrics import TOKEN_METRICS
-from fastdpo.model import aux_loss_weight, causal_lm_of
+from fastdpo.model import aux_loss_weight
 
-CHUNK = 1000
 PROMPT_LEARNING = (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 # of TRL's DPOTrainer, now and before
 NEVER_CALLED = ("_prepare_dataset", "_compute_loss", "_precompute_ref_logps")
 NEVER_CALLED += ("compute_ref_log_probs", "get_batch_loss_metrics", "concatenated_forward")
-POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")  # GPT-2, OPT, BERT
 EVAL_METRICS = (
     *("loss", "aux_loss", *TOKEN_METRICS, *PAIR_METRICS),
     *("num_tokens", "runtime", "samples_per_second", "steps_per_second"),
@@ -116,7 +109,7 @@ def check_arguments(
         raise ValueError(f"want gradient_checkpointing=False with {why}, got True")
     if isinstance(model, str):
         return
-    aux_loss_weight(model, args.router_aux_loss_coef)
+    aux_loss_weight(model, args.router_aux_loss_coef)  # raises where the coefficient does not fit
     if args.model_init_kwargs is not None or quantization_config is not None:
         raise ValueError(
             "want model as a name with model_init_kwargs or quantization_config, got a "
@@ -212,86 +205,3 @@ def _check_collators_settings(args: DPOConfig) -> None:
                 f"want {name}={unset!r} with a data_collator of your own, which decides that, got "
                 f"{getattr(args, name)!r}"
             )
-
-
-def check_pairs(
-    datasets: Mapping[str, Dataset | IterableDataset],
-    models: Iterable[PreTrainedModel | PeftModel],
-    args: DPOConfig,
-) -> None:
-    """ValueError for a pair of the datasets, here by name, that one of the models cannot embed.
-
-    Token ids beyond its vocabulary, or a pair longer, cut and padded as args say, than its table of
-    positions: a GPU would end in an assert of its own. A stream goes unchecked.
-    """
-    causal_lms = [causal_lm_of(model) for model in models]
-    _check_token_ids(datasets, causal_lms)
-    _check_positions(datasets, causal_lms, args.max_length, args.pad_to_multiple_of or 1)
-
-
-def _check_token_ids(
-    datasets: Mapping[str, Dataset | IterableDataset], causal_lms: list[PreTrainedModel]
-) -> None:
-    V, model = min((m.config.get_text_config().vocab_size, type(m).__name__) for m in causal_lms)
-    for name, start, table in _tables(datasets):
-        for field in ID_COLUMNS:
-            largest, row = _largest(table[field].combine_chunks())
-            if largest >= V:
-                raise ValueError(
-                    f"{name} dataset, pair {start + row}, {field}: want token ids in [0, {V}), "
-                    f"the vocabulary of {model}, got {largest} (a token added to the tokenizer "
-                    "and not to the model?)"
-                )
-
-
-def _check_positions(
-    datasets: Mapping[str, Dataset | IterableDataset],
-    causal_lms: list[PreTrainedModel],
-    max_length: int | None,
-    multiple: int,
-) -> None:
-    with_tables = filter(_has_position_table, causal_lms)
-    found = [(m.config.get_text_config().max_position_embeddings, m) for m in with_tables]
-    P, model = min(found, default=(sys.maxsize, None), key=lambda each: each[0])
-    P -= P % multiple
-    padded = f" padded to multiples of {multiple}" if multiple > 1 else ""
-    if (max_length or sys.maxsize) <= P:
-        return
-    for name, start, table in _tables(datasets):
-        prompt, chosen, rejected = (pc.list_value_length(table[each]) for each in ID_COLUMNS)
-        lengths = pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_numpy()
-        if lengths.max() > P:
-            raise ValueError(
-                f"{name} dataset, pair {start + lengths.argmax()}: want at most {P} tokens, the "
-                f"positions of {type(model).__name__}{padded}, got {lengths.max()}: set "
-                f"max_length={P}"
-            )
-
-
-def _tables(
-    datasets: Mapping[str, Dataset | IterableDataset],
-) -> Iterator[tuple[str, int, pa.Table]]:
-    """Each dataset's name and token ids as Arrow columns, CHUNK pairs from the given one on."""
-    for name, pairs in datasets.items():
-        if isinstance(pairs, Dataset):
-            columns = pairs.select_columns(list(ID_COLUMNS)).with_format("arrow")
-            tables = columns.iter(CHUNK)
-            for start, table in zip(range(0, len(pairs), CHUNK), tables, strict=True):
-                yield name, start, table
-
-
-def _has_position_table(model: nn.Module) -> bool:
-    return any(
-        isinstance(module, nn.Embedding) and name.endswith(POSITION_TABLES)
-        for name, module in model.named_modules()
-    )
-
-
-def _largest(column: pa.ListArray) -> tuple[int, int]:
-    """The largest number in the lists of `column`, -1 for none, and the first row that has it."""
-    numbers = pc.list_flatten(column)
-    if len(numbers) == 0:
-        return -1, 0
-    largest = pc.max(numbers)
-    row = pc.list_parent_indices(column)[pc.index(numbers, largest).as_py()]
-    return largest.as_py(), row.as_py()

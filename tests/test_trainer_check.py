@@ -22,8 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastdpo import DPOConfig, DPOTrainer, data, trainer, trainer_check
-from fastdpo.trainer_check import check_pairs
+from fastdpo import DPOConfig, DPOTrainer, trainer, trainer_check
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
 
@@ -240,14 +239,3 @@ def test_a_pair_longer_than_a_models_positions_is_refused(tokenizer, family):
     padding = {"max_length": 64, "pad_to_multiple_of": 24, "layout": "padded"}
     with pytest.raises(ValueError, match="at most 48 tokens, .*padded to multiples of 24, got"):
         build(tokenizer, padding, **arguments)
-
-
-def test_token_ids_are_looked_at_without_python_lists(tokenizer, monkeypatch):
-    pairs, _ = data.prepare_pairs(Dataset.from_list(tiny.rows()), tokenizer)
-    monkeypatch.setattr(Dataset, "__getitem__", None)  # what would make them
-    check_pairs({"train": pairs}, [tiny.model("llama", len(tokenizer))], args())
-
-
-def test_completions_without_a_token_have_none_to_embed():
-    pairs = Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": []}])
-    check_pairs({"train": pairs}, [tiny.model("llama", 3)], args())

@@ -1,0 +1,101 @@
+"""Pairs that a model cannot embed, found before a GPU would end in an assert of its own."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastdpo.collate import ID_COLUMNS
+from fastdpo.config import DPOConfig
+from fastdpo.model import causal_lm_of
+
+CHUNK = 1000
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")  # GPT-2, OPT, BERT
+
+
+def check_pairs(
+    datasets: Mapping[str, Dataset | IterableDataset],
+    models: Iterable[PreTrainedModel | PeftModel],
+    args: DPOConfig,
+) -> None:
+    """ValueError for a pair of the datasets, here by name, that one of the models cannot embed.
+
+    Token ids beyond its vocabulary, or a pair longer, cut and padded as args say, than its table of
+    positions. A stream goes unchecked.
+    """
+    causal_lms = [causal_lm_of(model) for model in models]
+    _check_token_ids(datasets, causal_lms)
+    _check_positions(datasets, causal_lms, args.max_length, args.pad_to_multiple_of or 1)
+
+
+def _check_token_ids(
+    datasets: Mapping[str, Dataset | IterableDataset], causal_lms: list[PreTrainedModel]
+) -> None:
+    V, model = min((m.config.get_text_config().vocab_size, type(m).__name__) for m in causal_lms)
+    for name, start, table in _tables(datasets):
+        for field in ID_COLUMNS:
+            largest, row = _largest(table[field].combine_chunks())
+            if largest >= V:
+                raise ValueError(
+                    f"{name} dataset, pair {start + row}, {field}: want token ids in [0, {V}), "
+                    f"the vocabulary of {model}, got {largest} (a token added to the tokenizer "
+                    "and not to the model?)"
+                )
+
+
+def _check_positions(
+    datasets: Mapping[str, Dataset | IterableDataset],
+    causal_lms: list[PreTrainedModel],
+    max_length: int | None,
+    multiple: int,
+) -> None:
+    with_tables = filter(_has_position_table, causal_lms)
+    found = [(m.config.get_text_config().max_position_embeddings, m) for m in with_tables]
+    P, model = min(found, default=(sys.maxsize, None), key=lambda each: each[0])
+    P -= P % multiple
+    padded = f" padded to multiples of {multiple}" if multiple > 1 else ""
+    if (max_length or sys.maxsize) <= P:
+        return
+    for name, start, table in _tables(datasets):
+        prompt, chosen, rejected = (pc.list_value_length(table[each]) for each in ID_COLUMNS)
+        lengths = pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_numpy()
+        if lengths.max() > P:
+            raise ValueError(
+                f"{name} dataset, pair {start + lengths.argmax()}: want at most {P} tokens, the "
+                f"positions of {type(model).__name__}{padded}, got {lengths.max()}: set "
+                f"max_length={P}"
+            )
+
+
+def _tables(
+    datasets: Mapping[str, Dataset | IterableDataset],
+) -> Iterator[tuple[str, int, pa.Table]]:
+    """Each dataset's name and token ids as Arrow columns, CHUNK pairs from the given one on."""
+    for name, pairs in datasets.items():
+        if isinstance(pairs, Dataset):
+            columns = pairs.select_columns(list(ID_COLUMNS)).with_format("arrow")
+            tables = columns.iter(CHUNK)
+            for start, table in zip(range(0, len(pairs), CHUNK), tables, strict=True):
+                yield name, start, table
+
+
+def _has_position_table(model: nn.Module) -> bool:
+    return any(
+        isinstance(module, nn.Embedding) and name.endswith(POSITION_TABLES)
+        for name, module in model.named_modules()
+    )
+
+
+def _largest(column: pa.ListArray) -> tuple[int, int]:
+    """The largest number in the lists of `column`, -1 for none, and the first row that has it."""
+    numbers = pc.list_flatten(column)
+    if len(numbers) == 0:
+        return -1, 0
+    largest = pc.max(numbers)
+    row = pc.list_parent_indices(column)[pc.index(numbers, largest).as_py()]
+    return largest.as_py(), row.as_py()
