@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from ranks import logged_by
-from test_pack_trainer import RunsOutOfMemory
-from test_trainer import LORA, logged, make_trainer, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
+from trainers import LORA, RunsOutOfMemory, logged, make_trainer, weights
 from watches import Watch
 
 from fastdpo.batch_loss import PackLogps, pack_losses, with_pack_losses

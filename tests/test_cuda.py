@@ -9,9 +9,9 @@ import tiny
 import torch
 from accelerate.utils import send_to_device
 from numerics import assert_as_accurate
-from test_trainer import logged, make_trainer
 from tiny_heads import inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
+from trainers import logged, make_trainer
 from transformers import AutoModelForCausalLM
 from watches import Watch
 

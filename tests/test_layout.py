@@ -16,8 +16,8 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from test_trainer import LORA, logged, make_trainer
 from torch.utils.flop_counter import FlopCounterMode
+from trainers import LORA, logged, make_trainer
 
 from fastdpo import attention
 from fastdpo.batch import PairBatch

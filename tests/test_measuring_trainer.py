@@ -9,7 +9,7 @@ import tiny
 import torch
 from datasets import Dataset, IterableDataset
 from ranks import run_ranks
-from test_trainer import logged, make_trainer
+from trainers import logged, make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ import json, sys
 from pathlib import Path
 import tiny
 from datasets import Dataset
-from test_trainer import make_trainer
+from trainers import make_trainer
 
 tokenizer = tiny.tokenizer()
 reference = tiny.model("llama", len(tokenizer), seed=1)

@@ -6,7 +6,7 @@ import tiny
 import torch
 from peft import LoraConfig
 from ranks import run_ranks
-from test_trainer import logged, make_trainer, weights
+from trainers import RunsOutOfMemory, logged, make_trainer, weights
 from transformers import TrainerCallback
 
 from fastdpo import pack_trainer
@@ -84,29 +84,7 @@ def test_a_rank_with_fewer_packs_fills_up_and_trains_alike(tmp_path, tokenizer, 
         torch.testing.assert_close(weights(evened.model)[name], weight, rtol=0, atol=1e-6)
 
 
-class RunsOutOfMemory:
-    """Raises CUDA's error where a forward has more tokens than fit, in forward or in backward."""
-
-    def __init__(self, model, most, in_backward):
-        self.most, self.raised, self.tokens = most, 0, []
-        embedding = model.get_input_embeddings()
-        if in_backward:
-            embedding.register_full_backward_hook(self.check_backward)
-        else:
-            embedding.register_forward_hook(self.check)
-
-    def check(self, module, inputs, output):
-        self.check_backward(module, None, (output,))
-
-    def check_backward(self, module, _, outputs):
-        if torch.is_grad_enabled() or outputs[0].requires_grad is False:
-            self.tokens.append(outputs[0].shape[0] * outputs[0].shape[1])
-            if self.tokens[-1] > self.most:
-                self.raised += 1
-                raise torch.OutOfMemoryError("pretended")
-
-
-SECOND_BATCH_LARGER = {
+TWO_BATCHES_IN_ORDER = {
     "train_sampling_strategy": "sequential",
     "gradient_accumulation_steps": 2,
 }
@@ -123,7 +101,7 @@ def rows_with_a_longer_one():
 def test_an_update_that_runs_out_of_memory_is_run_again_in_smaller_packs(
     tmp_path, tokenizer, in_backward
 ):
-    common = {**SECOND_BATCH_LARGER, "rows": rows_with_a_longer_one(), "max_steps": 3}
+    common = {**TWO_BATCHES_IN_ORDER, "rows": rows_with_a_longer_one(), "max_steps": 3}
     plain = make_trainer(tmp_path, tokenizer, **common)
     plain.train()
     trainer = make_trainer(tmp_path, tokenizer, max_tokens_per_forward="auto", **common)
@@ -139,7 +117,7 @@ def test_an_update_that_runs_out_of_memory_is_run_again_in_smaller_packs(
 
 
 def test_an_update_that_is_run_again_logs_the_loss_of_its_own_batches(tmp_path, tokenizer):
-    common = {**SECOND_BATCH_LARGER, "rows": rows_with_a_longer_one(), "learning_rate": 1e-2}
+    common = {**TWO_BATCHES_IN_ORDER, "rows": rows_with_a_longer_one(), "learning_rate": 1e-2}
     plain = make_trainer(tmp_path, tokenizer, max_steps=3, **common)
     plain.train()
     trainer = make_trainer(
@@ -209,7 +187,7 @@ def test_an_update_that_starts_again_draws_the_dropout_of_its_first_start(tmp_pa
             rows=rows_with_a_longer_one(),
             disable_dropout=False,
             max_steps=2,
-            **SECOND_BATCH_LARGER,
+            **TWO_BATCHES_IN_ORDER,
             **settings,
         )
 

@@ -16,7 +16,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from test_trainer import LORA, logged, make_trainer, weights
+from trainers import LORA, logged, make_trainer, weights
 from transformers import TrainerCallback
 
 import fastdpo

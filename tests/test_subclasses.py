@@ -4,9 +4,9 @@ import pytest
 import tiny
 from datasets import Dataset
 from peft import LoraConfig
-from test_trainer import TRL_ARGUMENTS, logged, weights
+from trainers import logged, make_trainer, weights
 
-from fastdpo import DPOConfig, DPOTrainer
+from fastdpo import DPOTrainer
 
 
 @pytest.fixture(scope="module")
@@ -14,27 +14,11 @@ def tokenizer():
     return tiny.tokenizer()
 
 
-def build(kind, tmp_path, tokenizer, rows=None, **settings):
+def build(kind, tmp_path, tokenizer, **settings):
     """A trainer of class `kind`, whose updates are 4 batches of a pair."""
-    arguments = {name: settings.pop(name) for name in list(settings) if name in TRL_ARGUMENTS}
-    defaults = {
-        "output_dir": tmp_path,
-        "max_steps": 3,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-    }
-    return kind(
-        model=tiny.model("llama", len(tokenizer)),
-        args=DPOConfig(**(defaults | settings)),
-        train_dataset=Dataset.from_list(tiny.rows() if rows is None else rows),
-        processing_class=tokenizer,
-        **arguments,
-    )
+    batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    settings = {"max_steps": 3, **batches, **settings}
+    return make_trainer(tmp_path, tokenizer, kind=kind, **settings)
 
 
 class Plain(DPOTrainer):

@@ -7,25 +7,12 @@ import tiny
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
+from trainers import LORA, logged, make_trainer, weights
 from transformers import AutoModelForCausalLM
 from watches import Watch
 
-from fastdpo import DPOConfig, DPOTrainer
+from fastdpo import DPOTrainer
 
-TRL_ARGUMENTS = [
-    "model",
-    "ref_model",
-    "args",
-    "data_collator",
-    "train_dataset",
-    "eval_dataset",
-    "processing_class",
-    "compute_metrics",
-    "callbacks",
-    "optimizers",
-    "quantization_config",
-    "peft_config",
-]
 TRL_METRICS = [
     "loss",
     "grad_norm",
@@ -43,42 +30,11 @@ TRL_METRICS = [
     "num_tokens",
     "epoch",
 ]
-LORA = {"r": 4, "lora_dropout": 0.0, "target_modules": "all-linear"}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny.tokenizer()
-
-
-def make_trainer(tmp_path, tokenizer, model=None, rows=None, **settings):
-    arguments = {name: settings.pop(name) for name in list(settings) if name in TRL_ARGUMENTS}
-    defaults = {
-        "output_dir": tmp_path,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return DPOTrainer(
-        model=tiny.model("llama", len(tokenizer)) if model is None else model,
-        args=DPOConfig(**(defaults | settings)),
-        train_dataset=Dataset.from_list(tiny.rows() if rows is None else rows),
-        processing_class=tokenizer,
-        **arguments,
-    )
-
-
-def logged(trainer, name="loss"):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def weights(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def test_training_starts_at_ln_2_and_learns(tmp_path, tokenizer):

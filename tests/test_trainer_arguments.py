@@ -8,7 +8,7 @@ import tiny
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
-from test_trainer import LORA, TRL_ARGUMENTS, logged, make_trainer, weights
+from trainers import LORA, TRL_ARGUMENTS, logged, make_trainer, weights
 from transformers import TrainerCallback
 
 from fastdpo import DPOConfig, DPOTrainer

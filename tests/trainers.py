@@ -1,0 +1,77 @@
+"""Small trainers on the CPU, and what several tests ask of one."""
+
+import tiny
+import torch
+from datasets import Dataset
+
+from fastdpo import DPOConfig, DPOTrainer
+
+TRL_ARGUMENTS = [
+    "model",
+    "ref_model",
+    "args",
+    "data_collator",
+    "train_dataset",
+    "eval_dataset",
+    "processing_class",
+    "compute_metrics",
+    "callbacks",
+    "optimizers",
+    "quantization_config",
+    "peft_config",
+]
+LORA = {"r": 4, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+
+def make_trainer(tmp_path, tokenizer, model=None, rows=None, kind=DPOTrainer, **settings):
+    """A trainer of a tiny Llama on tiny.rows(), unless said otherwise; settings: arguments of
+    `kind`, or of its DPOConfig."""
+    arguments = {name: settings.pop(name) for name in list(settings) if name in TRL_ARGUMENTS}
+    defaults = {
+        "output_dir": tmp_path,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return kind(
+        model=tiny.model("llama", len(tokenizer)) if model is None else model,
+        args=DPOConfig(**(defaults | settings)),
+        train_dataset=Dataset.from_list(tiny.rows() if rows is None else rows),
+        processing_class=tokenizer,
+        **arguments,
+    )
+
+
+def logged(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+class RunsOutOfMemory:
+    """Raises CUDA's error where a forward has more tokens than fit, in forward or in backward."""
+
+    def __init__(self, model, most, in_backward):
+        self.most, self.raised, self.tokens = most, 0, []
+        embedding = model.get_input_embeddings()
+        if in_backward:
+            embedding.register_full_backward_hook(self.check_backward)
+        else:
+            embedding.register_forward_hook(self.check)
+
+    def check(self, module, inputs, output):
+        self.check_backward(module, None, (output,))
+
+    def check_backward(self, module, _, outputs):
+        if torch.is_grad_enabled() or outputs[0].requires_grad is False:
+            self.tokens.append(outputs[0].shape[0] * outputs[0].shape[1])
+            if self.tokens[-1] > self.most:
+                self.raised += 1
+                raise torch.OutOfMemoryError("pretended")
