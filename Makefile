@@ -1,7 +1,6 @@
 # Every target first sets up .venv, which .venv/.ready marks as done.
 PYTHON ?= python3
 BIN := .venv/bin
-# a machine without a GPU needs no more of torch than this build has; pip finds it by the pin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test bench lint

@@ -35,7 +35,8 @@ except ImportError:  # not installed, or built for another torch
 PREFIX = "fastdpo_"
 HALF = (torch.float16, torch.bfloat16)
 VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)  # they grew with torch
-CHOOSES_BACKEND = torch.__version__ >= "2.15"  # varlen_attn does, by sdpa_kernel's setting
+# varlen_attn does, by sdpa_kernel's setting; a TorchVersion is compared as a version
+CHOOSES_BACKEND = torch.__version__ >= "2.15"
 
 
 def attend_along_trees(causal_lm: PreTrainedModel) -> None:

@@ -233,7 +233,7 @@ def _is_launched() -> bool:
 
 
 def _launch_flags(unknown: list[str]) -> list[str]:
-    """Flags of `accelerate launch`, `--accelerate_config` written out, those left out that are off.
+    """Flags of `accelerate launch`, `--accelerate_config` written out, `--flag=false` dropped.
 
     ValueError for what accelerate does not know either.
     """

@@ -22,7 +22,7 @@ import torch
 from numpy import ndarray
 
 from fastdpo.batch import TokensRun, scored_positions
-from fastdpo.tree import Branch, Tree, Trunk, ranges, running_lengths
+from fastdpo.tree import Branch, Tree, Trunk, cu_seqlens_of_list, ranges
 
 Row = Mapping[str, Any]
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -311,7 +311,7 @@ class _PackedRow:
         inputs = {
             "scored_rows": torch.from_numpy(ranges(*np.array(rows).T)),
             "completion_labels": torch.from_numpy(np.concatenate(labels)),
-            "cu_seqlens": running_lengths(counts[used].reshape(-1, 2).sum(1)),
+            "cu_seqlens": cu_seqlens_of_list(counts[used].reshape(-1, 2).sum(1)),
         }
         if counts[used].sum() != counts.sum():  # else every row is read once, in this very order
             starts = np.cumsum(counts) - counts

@@ -73,7 +73,7 @@ def prepare_pairs(
         limit=max_length if truncation_mode == "keep_start" else None,
         skip_bad=on_bad_rows == "skip",
         with_reference=_has_reference(dataset, columns),
-        code=_code(),
+        source_digest=_source_digest(),
     )
     if isinstance(dataset, IterableDataset):
         return _as_it_comes(dataset, tokenize, columns), None
@@ -150,7 +150,7 @@ def _as_it_comes(
     return pairs
 
 
-def _code() -> str:
+def _source_digest() -> str:
     """A digest of what makes pairs of rows: these sources, and the version of transformers."""
     names = ("data.py", "preferences.py", "messages.py", "row_errors.py", "row_report.py")
     parts = [Path(__file__).with_name(name).read_bytes() for name in names]
@@ -183,7 +183,8 @@ class _Tokenize:
     limit: int | None
     skip_bad: bool
     with_reference: bool
-    code: str  # datasets' cache, which knows a class by its name alone, is to know what is in it
+    # enters datasets' cache key, which sees a class's name and fields, not its code
+    source_digest: str
 
     @property
     def features(self) -> Features:

@@ -1,7 +1,7 @@
 """`fastdpo demo`: fit a small model, teach it a preference, and hold it against the naive way.
 
-    fit (both manners) --> fitted/ --DPOTrainer--> trained/ --> score on held-out questions
-                                  \\--naive loop--> the same losses, its time and memory
+    fit (both directions) --> fitted/ --DPOTrainer--> trained/ --> score on held-out questions
+                                     \\--naive loop--> the same losses, its time and memory
 
 Each of the two runs in a process of its own, so that neither's time or memory is the other's.
 """
@@ -118,7 +118,7 @@ def train_rows(size: Size) -> Dataset:
 
 
 def fit(size: Size):
-    """Tokenizer and a model fitted to answers of both manners, two wrong for each right one."""
+    """Tokenizer and a model fitted to answers in both directions, two wrong for each right one."""
     torch.manual_seed(0)
     draw = random.Random(0)
     tokenizer = build_tokenizer()

@@ -2,8 +2,8 @@
 
     Please count from 317 .    right: up : 318 319 320 321 322    wrong: down : 316 315 314 313 312
 
-A model fitted to texts of which more count down than up can do both, and counts down. What is
-wanted the preference pairs teach it, on some numbers; it is then asked for others.
+A model fitted to texts of which more count down than up can do both, and counts down. The
+preference pairs teach it which is wanted, on some numbers; it is then asked about others.
 """
 
 import random
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 NUMBERS = range(1000)
 STEPS = 5
-MANNERS = [
+PHRASINGS = [
     "Please count from {} .",
     "Count from {} , five numbers , no more .",
     "What comes with {} ? Say the next five numbers .",
@@ -41,11 +41,11 @@ class Question:
 
 
 def make_questions() -> list[Question]:
-    """A question for every number from which one can count both ways, in a manner drawn for it."""
+    """A question for every number from which one can count both ways, its phrasing drawn."""
     draw = random.Random(0)
     starts = list(NUMBERS)[STEPS:-STEPS]
     draw.shuffle(starts)
-    return [Question(draw.choice(MANNERS).format(start), start) for start in starts]
+    return [Question(draw.choice(PHRASINGS).format(start), start) for start in starts]
 
 
 def preference_rows(questions: list[Question]) -> list[dict[str, str]]:
@@ -57,7 +57,7 @@ def preference_rows(questions: list[Question]) -> list[dict[str, str]]:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A token a word or number; a BOS before every text."""
-    words = sorted({*" ".join(MANNERS).split(), "up", "down"} - {"{}"})
+    words = sorted({*" ".join(PHRASINGS).split(), "up", "down"} - {"{}"})
     vocabulary = [*SPECIAL, *words, *map(str, NUMBERS)]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<pad>")

@@ -44,7 +44,11 @@ class TrainParser(HfArgumentParser):
         finder.error = self.error
         finder.add_argument("--config")
         path = finder.parse_known_args(argv)[0].config
-        unknown = self._take_values(_read_yaml(path)) if path is not None else []
+        unknown = []
+        if path is not None:
+            values, environment = _read_yaml(path)
+            os.environ.update(environment)
+            unknown = self._take_values(values)
         *arguments, others, remaining = self.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
@@ -106,8 +110,8 @@ class _EachOnce(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file, its `env` set in this process's environment and left out."""
+def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The mapping in a YAML file without its `env`, and that: environment variables."""
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.load(file, _EachOnce)
@@ -118,8 +122,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     environment = values.pop("env", None) or {}
     if not isinstance(environment, dict):
         raise ValueError(f"{path}: want a mapping as env, got {environment!r}")
-    os.environ.update({str(name): str(value) for name, value in environment.items()})
-    return values
+    return values, {str(name): str(value) for name, value in environment.items()}
 
 
 def _checked(action: argparse.Action, value: Any) -> Any:

@@ -63,7 +63,8 @@ def load_policy(
     config_kwargs = {
         k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs
     }
-    config = AutoConfig.from_pretrained(_found(name), **config_kwargs)
+    _check_found(name)
+    config = AutoConfig.from_pretrained(name, **config_kwargs)
     if config.is_encoder_decoder:
         raise ValueError(f"want a decoder-only language model, got {name} ({config.model_type})")
     if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
@@ -159,7 +160,7 @@ def load_tokenizer(
     if processing_class is None:
         if not (name := model_name(model)):
             raise ValueError("want a tokenizer as processing_class for a model without a name")
-        _found(name)
+        _check_found(name)
         try:
             processing_class = AutoTokenizer.from_pretrained(name, **init_kwargs)
         except (ValueError, OSError) as error:
@@ -180,12 +181,11 @@ def load_tokenizer(
     return processing_class
 
 
-def _found(name: str) -> str:
-    """`name`, of a folder that is there or of a Hub repository."""
+def _check_found(name: str) -> None:
+    """ValueError for a path at which there is no folder; a Hub repository's name goes unchecked."""
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():  # the Hub would say that it is no repository's name
         raise ValueError(f"want a folder with a model or a name on the Hub, {name} is not there")
-    return name
 
 
 def model_name(model: str | PreTrainedModel | PeftModel) -> str:

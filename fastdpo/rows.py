@@ -75,7 +75,7 @@ def load_rows(
         raise ValueError(f"want a file or folder of preference rows, {path_or_name} is not there")
     rows = _load(
         path_or_name,
-        path_or_name,
+        path=path_or_name,
         name=config_name,
         split=split,
         streaming=streaming,
@@ -89,12 +89,12 @@ def _selected(rows: Rows, columns: list[str] | None) -> Rows:
     return rows if columns is None else rows.select_columns(columns)
 
 
-def _load(path: str, *arguments: Any, **settings: Any) -> Rows:
-    """What `datasets` reads from `path`, which its own errors do not name."""
+def _load(source: str, **settings: Any) -> Rows:
+    """What `datasets` reads from `source`, which its own errors do not name."""
     try:
-        return datasets.load_dataset(*arguments, **settings)
+        return datasets.load_dataset(**settings)
     except (DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"{path}: {error.__cause__ or error}") from error
+        raise ValueError(f"{source}: {error.__cause__ or error}") from error
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -183,7 +183,7 @@ def _read_file(path: Path, columns: list[str] | None, *, streaming: bool, skip_b
     kind = path.suffix.removeprefix(".")
     options = CSV_OPTIONS if kind == "csv" else {}
     files = {"data_files": str(path), "split": "train"}
-    rows = _selected(_load(str(path), kind, streaming=streaming, **files, **options), columns)
+    rows = _selected(_load(str(path), path=kind, streaming=streaming, **files, **options), columns)
     if kind == "parquet":
         return rows
     parse = partial(_parse_cells, str(path), skip_bad)

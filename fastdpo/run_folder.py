@@ -259,12 +259,12 @@ def _read(path: Path) -> dict[str, Any]:
 def _write(path: Path, run: dict[str, Any]) -> None:
     """Replace run.json at once: whoever reads it, or kills this, finds the old one or the new."""
     path.mkdir(parents=True, exist_ok=True)
-    partial = path / f".{RUN_FILE}.{os.getpid()}"
-    with open(partial, "w", encoding="utf-8") as file:
+    unfinished = path / f".{RUN_FILE}.{os.getpid()}"
+    with open(unfinished, "w", encoding="utf-8") as file:
         json.dump(run, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path / RUN_FILE)
+    os.replace(unfinished, path / RUN_FILE)
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

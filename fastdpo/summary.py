@@ -1,15 +1,19 @@
 """What a run is about to do, in the lines a person reads before it starts."""
 
+from typing import TYPE_CHECKING
+
 from peft import PeftModel
-from transformers import Trainer
 
 from fastdpo import ops
 from fastdpo.model import causal_lm_of
 from fastdpo.row_report import PairCounts
 
+if TYPE_CHECKING:
+    from fastdpo.trainer import DPOTrainer
 
-def describe_run(trainer: Trainer) -> str:
-    """Model, data, layout, kernels, reference and steps of a DPOTrainer, a line each."""
+
+def describe_run(trainer: "DPOTrainer") -> str:
+    """Model, data, layout, kernels, reference and steps of a run, a line each."""
     lines = {"model": _model_line(trainer)}
     for name, counts in trainer.pair_counts.items():
         lines[f"{name} pairs"] = _counts_line(counts)
@@ -21,7 +25,7 @@ def describe_run(trainer: Trainer) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
 
-def _model_line(trainer: Trainer) -> str:
+def _model_line(trainer: "DPOTrainer") -> str:
     model = trainer.model
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -54,7 +58,7 @@ def _counts_line(counts: PairCounts | None) -> str:
     return "; ".join(parts)
 
 
-def _layout_line(trainer: Trainer) -> str:
+def _layout_line(trainer: "DPOTrainer") -> str:
     line = f"{trainer.layout.name}: {trainer.layout.line}"
     if trainer.budget is None:
         return line
@@ -63,7 +67,7 @@ def _layout_line(trainer: Trainer) -> str:
     return f"{line}; packs of {trainer.budget.max_tokens:,} tokens"
 
 
-def _kernels_line(trainer: Trainer) -> str:
+def _kernels_line(trainer: "DPOTrainer") -> str:
     device = trainer.args.device
     head = causal_lm_of(trainer.model).get_output_embeddings()
     is_trained = any(parameter.requires_grad for parameter in head.parameters())
@@ -71,7 +75,7 @@ def _kernels_line(trainer: Trainer) -> str:
     return f"{ops.backend_for(device)} on {device.type}, {products}"
 
 
-def _updates_line(trainer: Trainer) -> str:
+def _updates_line(trainer: "DPOTrainer") -> str:
     args = trainer.args
     per_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     length = (

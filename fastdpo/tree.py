@@ -56,9 +56,9 @@ class Tree:
         return cls(
             trunks=tuple(trunks),
             branches=tuple(branches),
-            cu_trunks=running_lengths([t.stop - t.start for t in trunks]),
-            cu_branches=running_lengths([b.stop - b.start for b in branches]),
-            cu_keys=running_lengths([b.shared + b.stop - b.start for b in branches]),
+            cu_trunks=cu_seqlens_of_list([t.stop - t.start for t in trunks]),
+            cu_branches=cu_seqlens_of_list([b.stop - b.start for b in branches]),
+            cu_keys=cu_seqlens_of_list([b.shared + b.stop - b.start for b in branches]),
             key_indices=torch.from_numpy(key_indices),
         )
 
@@ -74,7 +74,7 @@ class Tree:
         return replace(self, **tensors)
 
 
-def running_lengths(lengths: ArrayLike) -> Tensor:
+def cu_seqlens_of_list(lengths: ArrayLike) -> Tensor:
     """cu_seqlens of sequences of these lengths: where each starts, and where the last one ends."""
     return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
 

@@ -32,7 +32,7 @@ from fastdpo.layout import why_padded
 from fastdpo.losses import pair_loss
 from fastdpo.model import attach_scorer, causal_lm_of, score
 from fastdpo.subject import Subject
-from fastdpo.tree import running_lengths
+from fastdpo.tree import cu_seqlens_of_list
 
 SIDES = ("chosen", "rejected")
 # Tolerances, in roundings of the dtype that the layers compute in. In a Llama of 16 random layers
@@ -45,8 +45,11 @@ SMALL_GRADIENT = 0.01  # of all parameters' gradient: a parameter's own counts a
 
 
 class Answer(NamedTuple):
-    """What one way computes: token_logps has a (C,) per completion, pair 0's chosen, pair 0's
-    rejected, pair 1's ...; loss_B; the trained parameters' gradients, None for none."""
+    """What one way computes.
+
+    token_logps: (C,) for each completion, in the order pair 0's chosen, pair 0's rejected, pair 1's
+    chosen and so on. gradients: of each trained parameter by name, None where it has none.
+    """
 
     token_logps: list[Tensor]
     loss_B: Tensor
@@ -63,8 +66,11 @@ class OwnTokens(NamedTuple):
 
 
 class PlainPairs(NamedTuple):
-    """A few pairs: their completions in the order of Answer's, and Plain's other values for them.
-    The losses carry their gradient."""
+    """The plain way's values for a few pairs, of which Plain is made.
+
+    completions: in the order of Answer's. loss_B carries its gradient. reference_logps_B2 and
+    slope_B: as in Plain.
+    """
 
     completions: list[OwnTokens]
     reference_logps_B2: Tensor
@@ -73,9 +79,12 @@ class PlainPairs(NamedTuple):
 
 
 class Plain(NamedTuple):
-    """The plain answer; the reference's log-probabilities, (B, 2); for each
-    pair the length of its loss's gradient in the token log-probabilities; and the standard
-    deviation of the logits of a token, rms over tokens."""
+    """The plain way's answer for all pairs, and what the tolerances are made of.
+
+    reference_logps_B2: the reference's log-probability of chosen and rejected. slope_B: how long
+    the gradient of a pair's loss in its token log-probabilities is. spread: the standard deviation
+    of a token's logits over the vocabulary, rms over tokens.
+    """
 
     answer: Answer
     reference_logps_B2: Tensor
@@ -158,7 +167,7 @@ def _plain_pairs(subject: Subject, few: list[int], offsets_B2: Tensor) -> PlainP
     completions = chosen + rejected
     token_logps_C = torch.cat([each.logps_C for each in completions])
     lengths = [len(each.logps_C) for each in completions]
-    cu_seqlens = running_lengths(lengths).to(token_logps_C.device)
+    cu_seqlens = cu_seqlens_of_list(lengths).to(token_logps_C.device)
     # as the loss sums them, or the reference is as far off as what ld_alpha leaves out
     logps_S = reference.completion_sums(token_logps_C.detach(), cu_seqlens, args.ld_alpha)
     reference_logps_S = logps_S - offsets_B2.T.flatten().to(logps_S)
