@@ -34,11 +34,13 @@ def _without_adapters(head: nn.Module) -> nn.Module:
 
 def _check_adapter(head: BaseTunerLayer) -> None:
     is_lora = isinstance(head, LoraLayer) and isinstance(head.get_base_layer(), nn.Linear)
+    is_lora = is_lora and isinstance(head.lora_A, nn.ModuleDict)  # AdaLoRA's are parameters
     # DoRA and its like are variants; a bias of B's would be one of the logits
     if not is_lora or head.lora_variant or any(head.lora_bias.values()):
         raise ValueError(
             "want no adapter on the output embedding but LoRA without variants (DoRA and others) "
-            f"or lora_bias, got {type(head).__name__}: leave 'lm_head' out of target_modules"
+            f"or lora_bias, got {type(head).__name__}: leave 'lm_head' out of target_modules, and "
+            "the input embedding where the two are tied"
         )
 
 
@@ -59,16 +61,17 @@ def head_logps(
     base = _without_adapters(head)
     config = causal_lm.config.get_text_config()
     hidden_ND = hidden_ND.to(base.weight.device)
+    low_rank = None if base is head else _low_rank(head, hidden_ND)  # first: it may unmerge
     rows = quantised_rows(base, hidden_ND.dtype)
     token_logps_N, found = ops.linear_logps(
         hidden_ND,
         base.weight if rows is None else rows,
         labels_N.to(base.weight.device),
         bias_V=getattr(base, "bias", None),
-        low_rank=None if base is head else _low_rank(head, hidden_ND),
+        low_rank=low_rank,
         scale=logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        stats=("lse", *stats),
+        softcap=logit_softcap(config),
+        stats=("lse", *stats),  # at least one, so that the answer is a pair
         **settings,
     )
     return token_logps_N, {name: found[name] for name in stats}
@@ -76,6 +79,8 @@ def head_logps(
 
 def _low_rank(head: LoraLayer, hidden_ND: Tensor) -> tuple[Tensor, Tensor] | None:
     """(s * dropout(hidden) Aᵀ, B) of the active adapters, side by side; None without one."""
+    if head.disable_adapters and head.merged:
+        head.unmerge()  # as PEFT's own forward does
     if head.disable_adapters or head.merged:
         return None
     names = [name for name in head.active_adapters if name in head.lora_A]
@@ -88,6 +93,14 @@ def _low_rank(head: LoraLayer, hidden_ND: Tensor) -> tuple[Tensor, Tensor] | Non
         downs.append(head.scaling[name] * A(x_ND))
     ups = [head.lora_B[name].weight for name in names]
     return torch.cat(downs, 1), torch.cat(ups, 1)
+
+
+def logit_softcap(config: Any) -> float | None:
+    """The cap of softcap * tanh(logits / softcap), by any of the names that configs have for it."""
+    # Gemma; RecurrentGemma; xLSTM
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    caps = (getattr(config, name, None) for name in names)
+    return next((cap for cap in caps if cap is not None), None)
 
 
 def logit_scale(config: Any) -> float:

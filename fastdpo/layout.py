@@ -47,9 +47,10 @@ def why_padded(model: nn.Module) -> str | None:
     adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
     if any(getattr(config, "alora_invocation_tokens", None) for config in adapters):
         return "aLoRA looks for its invocation once in each row"
-    if causal_lm._is_stateful:
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    others = sorted(layer_types - LAYER_TYPES)
+    if causal_lm._is_stateful and (others or not layer_types):
         return f"{name} carries a state from token to token"
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if others:
         return f"{name} has layers of type {', '.join(others)}"
     if not causal_lm._supports_attention_backend:

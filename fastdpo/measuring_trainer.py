@@ -7,8 +7,10 @@ batch size, the packs and the number of ranks.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -88,11 +90,8 @@ class MeasuringTrainer(PackTrainer):
             batch = PairBatch.from_inputs(inputs)
             logits = model(**batch.model_inputs, use_cache=False).logits
         ids_SL = inputs["input_ids"]
-        return (
-            loss,
-            logits[:, -ids_SL.shape[1] :],
-            ids_SL,
-        )  # after the virtual tokens of prompt tuning
+        # after the virtual tokens of prompt tuning
+        return loss, logits[:, -ids_SL.shape[1] :], ids_SL
 
     def evaluation_loop(
         self,
@@ -123,9 +122,14 @@ class MeasuringTrainer(PackTrainer):
         return output._replace(num_samples=num_samples)
 
 
-def _gather_pairs(gather: Callable, x: Tensor) -> Tensor:
-    """`x` of all ranks, without repeats: accelerate cuts the last batch to its number of pairs.
+def _gather_pairs(gather: Callable, outputs: Any) -> Any:
+    """`outputs` of all ranks, without repeats: accelerate cuts the last batch to its pairs.
 
-    x: (S, ...), chosen and rejected; or (B,), the loss of a batch as many times.
+    A tensor, or tuples, lists and mappings of tensors: (S, ...), chosen and rejected; or (B,), the
+    loss of a batch as many times.
     """
-    return gather(x) if x.ndim == 1 else torch.cat([gather(half) for half in x.chunk(2)])
+
+    def gathered(x: Tensor) -> Tensor:
+        return gather(x) if x.ndim == 1 else torch.cat([gather(half) for half in x.chunk(2)])
+
+    return recursively_apply(gathered, outputs)

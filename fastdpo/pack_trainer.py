@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from fastdpo.adapter_trainer import AdapterTrainer
@@ -31,6 +32,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.model import score
 from fastdpo.packs import PackCollator
 from fastdpo.ranks import average_gradients, least_of_ranks
+from fastdpo.sampler import SeededByEpoch
 from fastdpo.token_budget import UNBOUNDED, TokenBudget, half_of_largest, tokens_that_fit
 
 logger = logging.get_logger(__name__)
@@ -53,9 +55,12 @@ class PackTrainer(AdapterTrainer):
     restored_on_retry: tuple[str, ...] = ()
 
     def __init__(self, *, args: DPOConfig, **arguments: Any):
-        if args.max_tokens_per_forward == "auto":  # DDP would broadcast in forwards
+        if args.max_tokens_per_forward is not None:  # ranks may have different numbers of forwards
             if args.ddp_broadcast_buffers:
-                raise ValueError("want ddp_broadcast_buffers unset, got True with a budget 'auto'")
+                raise ValueError(
+                    "want ddp_broadcast_buffers unset with max_tokens_per_forward="
+                    f"{args.max_tokens_per_forward!r}, got True"
+                )
             args.ddp_broadcast_buffers = False
         super().__init__(args=args, **arguments)
         # of the current update: batches already run, and the state before its first batch
@@ -122,6 +127,13 @@ class PackTrainer(AdapterTrainer):
             return super().get_train_dataloader()
         with self.collating_with(self._pack_collator):
             return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededByEpoch(sampler, seed)
 
     @property
     def _pack_collator(self) -> PackCollator:

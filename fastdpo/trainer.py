@@ -74,6 +74,14 @@ NOISY = (
 )
 
 
+def _of_args(name: str) -> property:
+    return property(
+        lambda self: getattr(self.args, name),
+        lambda self, value: setattr(self.args, name, value),
+        doc=f"args.{name}",
+    )
+
+
 class DPOTrainer(MeasuringTrainer):
     """Direct Preference Optimization (arXiv:2305.18290) of a decoder-only language model.
 
@@ -99,6 +107,15 @@ class DPOTrainer(MeasuringTrainer):
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
+
+    # TRL's trainer has these, and callbacks change them between steps
+    beta, label_smoothing, ld_alpha, loss_weights = map(
+        _of_args, ("beta", "label_smoothing", "ld_alpha", "loss_weights")
+    )
+    f_divergence_type, f_alpha_divergence_coef = map(
+        _of_args, ("f_divergence_type", "f_alpha_divergence_coef")
+    )
+    loss_types, use_weighting = map(_of_args, ("loss_type", "use_weighting"))
 
     def __init__(
         self,
@@ -251,7 +268,16 @@ class DPOTrainer(MeasuringTrainer):
     def get_eval_dataloader(self, eval_dataset=None):
         """As transformers.Trainer's; padded where compute_metrics wants each sequence's logits."""
         with self._collating_for_logits(self.compute_metrics is not None):
+            self._forget_other_loader(eval_dataset)
             return super().get_eval_dataloader(eval_dataset)
+
+    def _forget_other_loader(self, eval_dataset) -> None:
+        """With persistent workers, transformers keeps loaders by name, whatever they are of."""
+        loaders = getattr(self, "_eval_dataloaders", {})
+        name = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        is_own = eval_dataset is None or isinstance(eval_dataset, str)
+        if name in loaders and not (is_own and loaders[name].collate_fn is self.data_collator):
+            del loaders[name]
 
     def get_test_dataloader(self, test_dataset):
         """As transformers.Trainer's, of preference rows; padded, as predictions are logits."""

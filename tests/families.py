@@ -35,6 +35,12 @@ FAMILIES = {  # what each adds to what a layout has to get right
     "olmo2": {},  # norms after the layers
     "smollm3": {},  # layers without positions
     "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.5},
+    "granitemoehybrid": {  # of its two kinds of layers attention alone, and no experts
+        "layer_types": ["attention"] * 2,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "mamba_n_heads": 8,
+    },
     "cohere": {"logit_scale": 0.25},  # parallel attention and feed-forward
     "mixtral": {"num_local_experts": 4, **EXPERTS},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, **EXPERTS},

@@ -1,7 +1,8 @@
+import families
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
 from fastdpo.batch import PairBatch
 from fastdpo.collate import PaddedCollator
@@ -64,6 +65,16 @@ def test_a_merged_adapter_counts_once():
     assert_scored_as_by_its_own_logits(model)
 
 
+def test_a_merged_adapter_that_is_switched_off_counts_no_more():
+    model = with_head_adapter()
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert_scored_as_by_its_own_logits(model)
+    inputs = PaddedCollator(pad_token_id=0)(ROWS)
+    score(model, PairBatch.from_inputs(inputs)).token_logps_C.sum().backward()
+    assert model.get_output_embeddings().lora_B["default"].weight.grad.abs().max() > 0
+
+
 def test_of_several_adapters_the_active_ones_count():
     model, settings = with_head_adapter(), {"task_type": "CAUSAL_LM", "init_lora_weights": False}
     model.add_adapter("second", LoraConfig(r=2, target_modules=["lm_head"], **settings))
@@ -111,6 +122,13 @@ def test_other_head_adapters_are_refused(settings):
         check_head_module(model.get_base_model())
 
 
+def test_an_adaptive_adapter_on_the_head_is_refused():
+    settings = {"target_modules": ["lm_head"], "total_step": 10}
+    model = get_peft_model(tiny.model("llama", VOCAB), AdaLoraConfig(**settings))
+    with pytest.raises(ValueError, match="no adapter on the output embedding but LoRA"):
+        check_head_module(model.get_base_model())
+
+
 class Config(dict):
     __getattr__ = dict.get
 
@@ -131,3 +149,12 @@ class Config(dict):
 )
 def test_logit_scale_of_each_family(settings, scale):
     assert logit_scale(Config(settings)) == scale
+
+
+@pytest.mark.parametrize("family", ["recurrent_gemma", "xlstm"])
+def test_a_cap_by_another_name_counts(family):
+    settings = {"recurrent_gemma": {"num_hidden_layers": 3, "logits_soft_cap": 1.0}}
+    settings |= {"xlstm": {"output_logit_soft_cap": 1.0, "num_heads": 4}}
+    model = families.model(family, torch.float32, vocab_size=VOCAB, **settings[family])
+    attach_scorer(model)
+    check_scorer(model, [5, 6, 7, 8])

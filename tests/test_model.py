@@ -238,6 +238,28 @@ def test_logits_made_in_an_unknown_way_are_found_out():
         check_scorer(model, [5, 6, 7, 8])
 
 
+def test_a_model_that_looks_at_later_tokens_is_found_out():
+    model = families.model("llama", torch.float32, vocab_size=VOCAB, is_causal=False)
+    attach_scorer(model)
+    with pytest.raises(ValueError, match="want a causal model"):
+        check_scorer(model, [5, 6, 7, 8])
+
+
+def test_a_dense_model_of_a_family_with_experts_has_no_loss_of_them():
+    model = families.model("granitemoehybrid", torch.float32, vocab_size=VOCAB)
+    assert model.config.router_aux_loss_coef > 0
+    assert aux_loss_weight(model, None) == 0.0
+
+
+def test_a_loss_of_experts_that_cannot_be_made_is_a_setting_to_change():
+    model = tiny.model("mixtral", VOCAB)
+    attach_scorer(model)
+    model.num_experts_per_tok = 400  # of 4 experts
+    model.config.num_experts_per_tok = 400
+    with pytest.raises(ValueError, match="cannot be made .*: set router_aux_loss_coef=0"):
+        check_scorer(model, [5, 6, 7, 8], aux_loss=True)
+
+
 def test_rounded_logits_are_no_unknown_way_and_nan_is_no_agreement():
     model = tiny.model("llama", VOCAB, dtype=torch.bfloat16)
     model.lm_head.weight.data *= 30  # logits whose rounding is large
