@@ -57,6 +57,44 @@ def test_compute_metrics_sees_the_logits(tmp_path, tokenizer):
     assert trainer.evaluate(metric_key_prefix="held")["held_rows"] == 8
 
 
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+def test_logits_may_be_made_into_several_tensors(tmp_path, tokenizer, kind):
+    def several(logits, labels):
+        found = {"best": logits.argmax(-1), "lse": logits.logsumexp(-1)}
+        return found if kind is dict else kind(found.values())
+
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        eval_dataset=Dataset.from_list(tiny.rows(6)),
+        compute_metrics=lambda prediction: {"kinds": len(prediction.predictions)},
+        per_device_eval_batch_size=4,
+    )
+    trainer.preprocess_logits_for_metrics = several
+    prediction = trainer.predict(Dataset.from_list(tiny.rows(6)))
+    found = prediction.predictions
+    found = list(found.values()) if kind is dict else found
+    assert [len(each) for each in found] == [12, 12]
+    assert trainer.evaluate()["eval_kinds"] == 2
+
+
+def test_workers_that_stay_serve_what_is_asked_for_now(tmp_path, tokenizer):
+    rows = Dataset.from_list(tiny.rows(4))
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        eval_dataset=rows,
+        per_device_eval_batch_size=4,
+        dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+    )
+    trainer.evaluate()
+    assert trainer.get_eval_dataloader() is trainer.get_eval_dataloader(), "kept"
+    trainer.compute_metrics = lambda prediction: {"rows": len(prediction.label_ids)}
+    assert trainer.evaluate()["eval_rows"] == 8
+    assert trainer.evaluate(rows.select([1]))["eval_rows"] == 2
+
+
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_a_streamed_evaluation_measures_what_a_kept_one_does(tmp_path, tokenizer, layout):
     rows = tiny.rows(7)

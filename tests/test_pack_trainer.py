@@ -245,8 +245,10 @@ def test_the_loaders_workers_see_the_budget_shrink(tmp_path, tokenizer):
 
 
 def test_a_setting_that_would_put_a_collective_into_a_forward_is_refused(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="want ddp_broadcast_buffers unset"):
-        make_trainer(tmp_path, tokenizer, max_tokens_per_forward="auto", ddp_broadcast_buffers=True)
+    for budget in ("auto", 100):
+        settings = {"max_tokens_per_forward": budget, "ddp_broadcast_buffers": True}
+        with pytest.raises(ValueError, match=f"unset with max_tokens_per_forward={budget!r}"):
+            make_trainer(tmp_path, tokenizer, **settings)
 
 
 @pytest.mark.parametrize(
@@ -292,17 +294,20 @@ def test_two_ranks_train_as_one_and_one_that_runs_out_of_memory_stops_no_other(t
     # 2 ranks score 10 of 32 pairs at a time, and the last 2 with some that are there already
     precomputed = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 5}
     auto = {"settings": {"max_tokens_per_forward": "auto"}, "start_with": 130}
+    # a forward more for each pack, where one rank has several and the other one
+    mixing = {"settings": {"max_tokens_per_forward": 450, "loss_type": "aot"}}
     places = [
         {"batch": 1, "pack": 1, "in_backward": False},  # where DDP has run nothing yet
         {"batch": 2, "pack": 2, "in_backward": False},  # after another batch of the update
         {"batch": 2, "pack": 2, "in_backward": True},
         {"batch": 3, "pack": 2, "in_backward": True},  # after another update
     ]
-    uneven, even, undisturbed, *disturbed, ended, averaged = trained(
+    uneven, even, mixed, undisturbed, *disturbed, ended, averaged = trained(
         tmp_path / "runs",
         2,
         numbered,
         {"settings": numbered["settings"] | precomputed, "even": True},
+        mixing,
         auto,
         *[auto | {"fails": place} for place in places],
         auto | {"fails": "always"},
@@ -313,6 +318,10 @@ def test_two_ranks_train_as_one_and_one_that_runs_out_of_memory_stops_no_other(t
             assert torch.equal(weight, ranks[1]["weights"][name]), name
     assert uneven[0]["forwards"] != uneven[1]["forwards"]
     assert even[0]["forwards"] == even[1]["forwards"]
+    forwards = [rank["forwards"] for rank in mixed]
+    assert any(1 in counts and max(counts) > 1 for counts in zip(*forwards, strict=True)), forwards
+    for name, weight in mixed[0]["weights"].items():
+        assert torch.equal(weight, mixed[1]["weights"][name]), name
     for first, second in disturbed:
         assert (first["raised"], second["raised"]) == (0, 1)
         assert first["budget"] == second["budget"] < 130

@@ -291,3 +291,33 @@ def test_ligers_kernels_leave_the_head_to_fastdpo(tmp_path, tokenizer, monkeypat
     trainer = make_trainer(tmp_path, tokenizer, use_liger_kernel=True, **settings)
     trainer.train()
     assert trainer.args.liger_kernel_config["rope"] is False
+
+
+def test_a_loss_setting_may_change_between_steps_by_the_name_that_trl_has(tmp_path, tokenizer):
+    trainers = [make_trainer(tmp_path, tokenizer, beta=beta) for beta in (0.1, 1.0)]
+    assert trainers[0].beta == 0.1 and trainers[0].loss_types == ["sigmoid"]
+    trainers[0].beta = 1.0
+    for trainer in trainers:
+        trainer.train()
+    assert logged(trainers[0]) == logged(trainers[1])
+
+
+def test_a_sampler_grouped_by_length_resumes_in_its_order(tmp_path, tokenizer):
+    def trainer(folder):
+        return make_trainer(
+            tmp_path / folder,
+            tokenizer,
+            rows=tiny.rows(24),
+            train_sampling_strategy="group_by_length",
+            num_train_epochs=2,
+            max_steps=-1,
+            save_strategy="steps",
+            save_steps=8,
+        )
+
+    whole, resumed = trainer("whole"), trainer("resumed")
+    whole.train()
+    torch.manual_seed(5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-8"))
+    assert whole.state.global_step == 12
+    assert logged(resumed, "logps/chosen") == logged(whole, "logps/chosen")
