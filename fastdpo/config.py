@@ -116,8 +116,9 @@ class DPOConfig(TrainingArguments):
     # The head
     head_cache_bytes: int = setting(
         HEAD_CACHE_BYTES,
-        "Memory for a trained head's tiles of probabilities, kept for the backward; tiles that do "
-        "not fit are computed again. Affects speed and memory, not results.",
+        "Memory for a trained head's tiles of probabilities, kept for the backward, beside those "
+        "that find room where the head's gradient will be; the others are computed again. Affects "
+        "speed and memory, not results.",
     )
     head_skip_below: float = setting(
         0.0,

@@ -2,17 +2,22 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from fastdpo.collate import ID_COLUMNS
 from fastdpo.config import DPOConfig
 from fastdpo.model import causal_lm_of
+
+logger = logging.get_logger(__name__)
 
 CHUNK = 1000
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")  # GPT-2, OPT, BERT
@@ -26,11 +31,14 @@ def check_pairs(
     """ValueError for a pair of the datasets, here by name, that one of the models cannot embed.
 
     Token ids beyond its vocabulary, or a pair longer, cut and padded as args say, than its table of
-    positions. A stream goes unchecked.
+    positions, or than the length from which its rotary frequencies follow the longest sequence of a
+    forward, where that must not matter. A stream goes unchecked.
     """
     causal_lms = [causal_lm_of(model) for model in models]
     _check_token_ids(datasets, causal_lms)
     _check_positions(datasets, causal_lms, args.max_length, args.pad_to_multiple_of or 1)
+    for causal_lm in causal_lms:
+        _check_frequencies(datasets, causal_lm, args)
 
 
 def _check_token_ids(
@@ -61,15 +69,60 @@ def _check_positions(
     padded = f" padded to multiples of {multiple}" if multiple > 1 else ""
     if (max_length or sys.maxsize) <= P:
         return
-    for name, start, table in _tables(datasets):
-        prompt, chosen, rejected = (pc.list_value_length(table[each]) for each in ID_COLUMNS)
-        lengths = pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_numpy()
+    for name, start, lengths in _lengths(datasets):
         if lengths.max() > P:
             raise ValueError(
                 f"{name} dataset, pair {start + lengths.argmax()}: want at most {P} tokens, the "
                 f"positions of {type(model).__name__}{padded}, got {lengths.max()}: set "
                 f"max_length={P}"
             )
+
+
+def _check_frequencies(
+    datasets: Mapping[str, Dataset | IterableDataset], causal_lm: PreTrainedModel, args: DPOConfig
+) -> None:
+    """Of dynamic and longrope scaling: transformers picks it by a forward's longest sequence."""
+    L = _length_of_other_frequencies(causal_lm.config.get_text_config())
+    if (args.max_length or sys.maxsize) <= L:
+        return
+    for name, start, lengths in _lengths(datasets):
+        if lengths.max() <= L:
+            continue
+        found = (
+            f"{name} dataset, pair {start + lengths.argmax()}: {lengths.max()} tokens, and from "
+            f"{L + 1} on the rotary frequencies of {type(causal_lm).__name__} follow the longest "
+            "sequence of a forward"
+        )
+        for setting in ("max_tokens_per_forward", "precompute_ref_log_probs"):
+            if getattr(args, setting):
+                raise ValueError(
+                    f"{found}: {setting} would change the result, unset it or set max_length={L}"
+                )
+        logger.warning(f"{found}: log-probabilities depend on the other pairs of a batch")
+        return
+
+
+def _length_of_other_frequencies(config: Any) -> int:
+    """The most tokens that have the frequencies of a short sequence."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [rope, *(kind for kind in rope.values() if isinstance(kind, Mapping))]  # by layer type
+    lengths = [
+        kind.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for kind in each
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(lengths, default=sys.maxsize)
+
+
+def _lengths(
+    datasets: Mapping[str, Dataset | IterableDataset],
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Tokens of each pair's longer sequence, CHUNK pairs from the given one on."""
+    for name, start, table in _tables(datasets):
+        prompt, chosen, rejected = (pc.list_value_length(table[each]) for each in ID_COLUMNS)
+        yield name, start, pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_numpy()
 
 
 def _tables(
