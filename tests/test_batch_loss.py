@@ -5,7 +5,7 @@ import itertools
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from ranks import logged_by
@@ -51,7 +51,7 @@ def taken_out(batch, pairs):
 
 
 @given(
-    # two empty completions tie with two others, and equal ones may change places
+    # two completions without a token that weighs tie with two others, and may change places
     lengths=st.lists(st.tuples(*[st.integers(0, 5)] * 2).filter(any), min_size=1, max_size=9),
     places=st.randoms(use_true_random=False),
     loss_types=st.lists(st.sampled_from(LOSS_TYPES), min_size=1, max_size=3),
@@ -59,6 +59,7 @@ def taken_out(batch, pairs):
 )
 @settings(deadline=None, derandomize=True)
 def test_packs_have_the_loss_and_the_slopes_of_their_batch(lengths, places, loss_types, ld_alpha):
+    assume(ld_alpha != 0 or all(map(all, lengths)))  # or tokens beside an empty one tie
     B, batch = len(lengths), made(lengths)
     order = places.sample(range(B), B)
     cuts = sorted({0, B, *(places.randrange(B) for _ in range(3))})
