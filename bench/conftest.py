@@ -6,11 +6,9 @@ pytest-benchmark's own table is not: its times are of single turns, which mean n
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-datasets.disable_progress_bars()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -25,6 +25,7 @@ from bench.stepped_trainer import SteppedTrainer
 from bench.tasks import END_ID, MODELS, PAD_ID, Task, random_model, word_tokenizer
 from fastdpo import DPOConfig, DPOTrainer
 
+disable_progress_bars()
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 1e-3, 1.0
 LORA_RANK = 16
 

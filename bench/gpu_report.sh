@@ -3,13 +3,14 @@
 #
 #     bench/gpu_report.sh [--dry] [FOLDER]        FOLDER: gpu_report by default; wanted new
 #
-# --dry runs the same steps without a GPU, tiny, to see that they run: it measures nothing.
+# --dry runs the same steps without a GPU, tiny, to see that they run: it measures nothing. Of the
+# tests it runs those of the losses alone, and collects the others.
 # PYTHON names the interpreter, python3 by default; it has the extras `bench` and `test`. Nothing is
 # downloaded: on a machine without a network they come from wheels that were carried there,
 #     pip install --no-index --find-links WHEELS '.[bench,test]'
 # and Triton wants a C compiler and Python's headers.
-# A step that fails or outlasts its limit is named in summary.txt, and the others still run; what is
-# left when the nine minutes (TOTAL_S) end is left out, and named too.
+# What is not installed is named first. A step that fails or outlasts its limit is named in
+# summary.txt, and the others still run; without datasets the whole training steps are left out.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 DRY=""
@@ -35,21 +36,32 @@ fi
 {
     echo "commit $(git describe --always --dirty 2>/dev/null || echo unknown)${DRY:+, a dry run without a GPU}"
     "$PYTHON" -c "
+from importlib.util import find_spec
+wanted = 'torch triton transformers peft accelerate datasets pytest pytest_benchmark hypothesis'
+wanted += ' trl liger_kernel cut_cross_entropy'
+missing = [name for name in wanted.split() if find_spec(name) is None]
+print('not installed:', ', '.join(missing) or 'nothing that is wanted')"
+    "$PYTHON" -c "
 import sys, torch, triton, transformers
 names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ['no GPU']
 print(f'{names}, CUDA {torch.version.cuda}, Python {sys.version.split()[0]}')
 print(f'torch {torch.__version__}, triton {triton.__version__}, transformers {transformers.__version__}')"
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
 } > "$SUMMARY" 2>&1
+cat "$SUMMARY"
 
-# step LIMIT_S NAME COMMAND...: its output goes to NAME.txt, its fate to the summary
+DUE=$SECONDS  # when the steps so far have used up their limits
+# step LIMIT_S NAME COMMAND...: its output goes to NAME.txt, its fate to the summary; it may take
+# what those before it left of theirs
 step() {
-    local limit="$1" name="$2" began=$SECONDS left=$((TOTAL_S - KILL_S - SECONDS)) status
+    local limit name="$2" began=$SECONDS left=$((TOTAL_S - KILL_S - SECONDS)) status
+    DUE=$((DUE + $1))
+    limit=$((DUE - SECONDS))
     shift 2
     if ((limit > left)); then limit=$left; fi
     if [[ -n "$DRY" ]]; then limit=600; fi  # a busy machine is no fault of the steps
     if ((limit <= 0)); then
-        echo "$name: left out, no time left" >> "$SUMMARY"
+        echo "$name: left out, no time left" | tee -a "$SUMMARY"
         return
     fi
     # an interrupted pytest still prints the tables it has
@@ -57,30 +69,34 @@ step() {
     status=$?
     case $status in
         0) status="ok" ;;
+        5) status="nothing to run" ;;  # says pytest
         124 | 137) status="cut off at ${limit} s" ;;
         *) status="FAILED ($status)" ;;
     esac
-    echo "$name: $status, $((SECONDS - began)) s: $(tail -n 1 "$OUT/$name.txt")" >> "$SUMMARY"
+    echo "$name: $status, $((SECONDS - began)) s: $(tail -n 1 "$OUT/$name.txt")" | tee -a "$SUMMARY"
 }
 
-bench() {  # LIMIT_S NAME TESTS FILTER: the tables in NAME.txt; a dry run takes the tiny cases
-    local filter=(-k "$4")
-    if [[ -n "$DRY" ]]; then filter=(-m "not slow"); fi
-    step "$1" "$2" "$PYTHON" -m pytest -q -rs "bench/$3" "${filter[@]}"
+PYTEST=("$PYTHON" -m pytest -q -rs -p bench.without_datasets --continue-on-collection-errors)
+# LIMIT_S NAME FILE CASES [TEST]: the tables in NAME.txt; a dry run takes the tiny cases instead
+bench() {
+    local filter=(-k "$4${5:+ and $5}")
+    if [[ -n "$DRY" ]]; then filter=(-m "not slow" -k "${5:-}"); fi
+    step "$1" "$2" "${PYTEST[@]}" "bench/$3" "${filter[@]}"
 }
 
-# limits add up to more than there is: quick steps leave it to the others, the first matter most;
-# a dry run's tests are those of the losses alone
+# with a few seconds for the start, the limits add up to what there is
 TESTS=(tests/test_cuda.py tests/test_attention.py tests/test_linear_logps.py
     tests/test_second_product.py tests/test_pair_loss.py)
-if [[ -n "$DRY" ]]; then TESTS=(tests/test_losses.py); fi
-step 150 tests "$PYTHON" -m pytest -q "${TESTS[@]}"
-bench 190 linear_logps bench_linear_logps.py "8B"
-bench 110 train_step bench_train_step.py::test_train_step "chat and lora"
-step 40 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/trace.json.gz"
-bench 80 layouts bench_layouts.py "long"
-bench 30 attention bench_attention.py "8B and (full or long)"
-bench 40 pair_loss bench_pair_loss.py "64 and not tiny"
-bench 30 gradient_filter bench_gradient_filter.py "8B"
-bench 60 precomputed bench_train_step.py::test_precomputed_reference_step "chat and lora"
-cat "$SUMMARY"
+if [[ -n "$DRY" ]]; then
+    step 0 collected "${PYTEST[@]}" --collect-only "${TESTS[@]}"
+    TESTS=(tests/test_losses.py)
+fi
+step 100 tests "${PYTEST[@]}" "${TESTS[@]}"
+bench 110 linear_logps bench_linear_logps.py "8B"
+bench 80 train_step bench_train_step.py "chat and lora" test_train_step
+step 25 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/trace.json.gz"
+bench 60 layouts bench_layouts.py "long"
+bench 40 attention bench_attention.py "8B and (full or long)"
+bench 30 pair_loss bench_pair_loss.py "64 and not tiny"
+bench 35 gradient_filter bench_gradient_filter.py "8B"
+bench 40 precomputed bench_train_step.py "chat and lora" test_precomputed
