@@ -10,7 +10,8 @@ from bench.measure import CUDA, Seconds, seconds
 from bench.tables import environment, table
 from bench.tasks import WARMUP_STEPS, Task
 
-LOSS_TOLERANCE = 5e-2 if CUDA else 1e-4  # bfloat16 logits round a completion's sum by 0.7 nats
+# bfloat16 logits round a completion's sum by 0.7 nats
+LOSS_TOLERANCE, MOVES_PER_ERROR = (5e-2, 5) if CUDA else (1e-4, 10)
 
 
 def race(
@@ -33,14 +34,16 @@ def race(
         def turn(name: str) -> None:
             taken[name].append(seconds(contenders[name].step))
 
+        def turns_of_the_others() -> None:
+            for name in names[:-1]:
+                turn(name)
+
         for contender in contenders.values():
             for _ in range(WARMUP_STEPS):
                 contender.step()
         check(logs)
         benchmark.pedantic(
-            lambda: turn(names[-1]),
-            setup=lambda: [turn(name) for name in names[:-1]] and None,
-            rounds=task.timed_steps,
+            lambda: turn(names[-1]), setup=turns_of_the_others, rounds=task.timed_steps
         )
         check(logs)
     return taken
@@ -53,8 +56,8 @@ def losses(log: list[dict[str, float]]) -> list[float]:
 def assert_same_losses(logs: dict[str, list[dict[str, float]]]) -> None:
     """Every step's loss within LOSS_TOLERANCE of the first contender's.
 
-    And the losses must move by more than ten times what they differ, or they would show nothing:
-    the first loss is ln 2, whatever the gradients are.
+    And the losses must move by more than MOVES_PER_ERROR times what they differ, or they would show
+    nothing: the first loss is ln 2, whatever the gradients are.
     """
     name, *others = logs
     expected, furthest = losses(logs[name]), 0.0
@@ -65,7 +68,13 @@ def assert_same_losses(logs: dict[str, list[dict[str, float]]]) -> None:
                 f"step {step}: {name} {wanted}, {other} {loss}: a wrong run is not timed"
             )
     moved = max(abs(loss - math.log(2)) for loss in expected)
-    assert moved > 10 * furthest, f"losses move by {moved:.1e} and differ by {furthest:.1e}"
+    # bfloat16 needs a whole race to get out of its own rounding. In six steps of 4 layers with LoRA
+    # a right run moved 15 to 18 times its error; one with a fifth more learning rate 4 times, one
+    # without the chosen completions' gradient 2 times.
+    if len(expected) > WARMUP_STEPS or not CUDA:
+        assert moved > MOVES_PER_ERROR * furthest, (
+            f"losses move by {moved:.1e} and differ by {furthest:.1e}"
+        )
 
 
 def report(

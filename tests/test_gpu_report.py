@@ -1,11 +1,14 @@
-"""bench/gpu_report.sh: its steps and its time, with a Python that is none."""
+"""bench/gpu_report.sh: its steps and its time, with a Python that is none; when a race counts."""
 
+import math
 import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 STEPS = "tests linear_logps train_step profile layouts attention pair_loss".split()
@@ -94,3 +97,29 @@ def test_a_file_that_needs_datasets_is_skipped_where_there_is_none(tmp_path):
     )
     assert "test_rows.py:0: datasets is not installed" in done.stdout, done.stdout
     assert "1 passed, 1 skipped, 1 error" in done.stdout
+
+
+MOVES = [0, 4.1e-3, -1.8e-3, -1.1e-2]  # of a race in bfloat16, a step each
+RIGHT, WRONG = [0, 3.4e-4, -5e-4, 6.9e-4], [0, 3.4e-4, -2.6e-3, 2.6e-3]
+
+
+@pytest.mark.parametrize(
+    "errors, passes",
+    [(RIGHT, True), (WRONG, False), (RIGHT[:2], True), ([-move for move in MOVES], False)],
+    ids=["right", "wrong", "warm-up", "untrained"],
+)
+def test_a_bfloat16_race_is_judged_at_its_end(monkeypatch, errors, passes):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench import step_race
+
+    for name, value in {"CUDA": True, "LOSS_TOLERANCE": 5e-2, "MOVES_PER_ERROR": 5}.items():
+        monkeypatch.setattr(step_race, name, value)
+    naive = [math.log(2) + move for move in MOVES[: len(errors)]]
+    other = [loss + error for loss, error in zip(naive, errors, strict=True)]
+    losses = {"naive": naive, "other": other}
+    logs = {name: [{"loss": loss} for loss in each] for name, each in losses.items()}
+    if passes:
+        step_race.assert_same_losses(logs)
+    else:
+        with pytest.raises(AssertionError, match="losses move by"):
+            step_race.assert_same_losses(logs)
