@@ -149,7 +149,10 @@ def test_attention(benchmark, profile, heads):
             taken[way].append(seconds(case.step).cost)
 
     benchmark.pedantic(turn, rounds=ROUNDS, warmup_rounds=2)
-    found = table("Attention, as a share of the padded layout's without a mask (milliseconds)")
+    found = table(
+        "Attention, as a share of the padded layout's without a mask (milliseconds); a cell: "
+        f"{ROUNDS} timed turns, the same {PAIRS} pairs in each"
+    )
     for way, case in cases.items():
         share = statistics.median(
             ours / theirs for ours, theirs in zip(taken[way], taken["padded"], strict=True)

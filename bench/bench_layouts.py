@@ -4,8 +4,8 @@
     pytest bench/bench_layouts.py -m "not slow"          one tiny model, seconds
 
 Whole training steps of fastdpo in each layout beside the plain padded loop's, with LoRA: the
-named profiles, five that are like public datasets, and real pairs. Contenders take turns, step
-by step, on the same batches; a run whose losses differ is not timed.
+named profiles, five that are like public datasets, and the first pairs of a real one. Contenders
+take turns, step by step, on the same batches; a run whose losses differ is not timed.
 """
 
 import pytest

@@ -207,7 +207,7 @@ def check(batch, loss_type, loss, gradient_C):
 )
 def test_pair_loss(benchmark, size, loss_type, way):
     row = f"{size}, {'+'.join(loss_type)}: {way}"
-    found = table("The loss of a batch of pairs, forward and backward")
+    found = table(f"The loss of a batch of pairs, forward and backward; a row: {TURNS} timed turns")
     if way == "liger" and len(loss_type) > 1:
         found.notes[way] = "liger: has no mix of losses, and no ipo"
         pytest.skip("Liger has no mix of losses, and no ipo")

@@ -29,7 +29,16 @@ class Seconds:
 
         CPU time is blind to what else runs on the machine, and to a GPU's work.
         """
-        return self.wall if CUDA or torch.get_num_threads() > 1 else self.cpu
+        return self.cpu if cpu_time_counts() else self.wall
+
+    @property
+    def user(self) -> float:
+        """CPU time without the kernel's part."""
+        return self.cpu - self.kernel
+
+
+def cpu_time_counts() -> bool:
+    return not CUDA and torch.get_num_threads() == 1
 
 
 def seconds(step: Callable[[], object]) -> Seconds:

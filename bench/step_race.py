@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 
 from bench.contenders import CONTENDERS
-from bench.measure import CUDA, Seconds, seconds
+from bench.measure import CUDA, Seconds, cpu_time_counts, seconds
 from bench.tables import environment, table
 from bench.tasks import WARMUP_STEPS, Task
 
@@ -84,7 +84,8 @@ def report(
 
     A ratio is the median, over the steps, of another's cost of a step over the contender's own
     cost of the same step. Tokens are those of the 2B sequences, padding aside, for everyone. The
-    kernel's share is mostly new pages for large tensors, which cost differently on every machine.
+    kernel's share is mostly new pages for large tensors, which cost differently on every machine:
+    where CPU time is what counts, every ratio has another in brackets without it.
     """
     tokens = sum(
         2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) + 2
@@ -92,7 +93,12 @@ def report(
     ) / len(task.pairs)
     against = [name for name in ("naive", "TRL", "TRL, fastest", "supervised") if name in taken]
     timed = len(next(iter(taken.values())))
-    found = table(f"{title}; {task.model}; {timed} steps of {task.batch} pairs")
+    found = table(
+        f"{title}; {task.model}; a row: {timed} timed steps at batch {task.batch}, "
+        f"{timed * task.batch} pairs"
+    )
+    if cpu_time_counts():
+        found.notes["brackets"] = "in brackets: without the kernel's part of both"
     rows = {}
     for name, steps in taken.items():
         per_pair = statistics.median(s.cost for s in steps) / task.batch
@@ -104,14 +110,16 @@ def report(
             "tokens/s": tokens / per_pair,
             "peak MiB": peaks.get(name, math.nan),
             "of naive's peak": peaks.get(name, math.nan) / peaks.get("naive", math.nan),
-            **{
-                f"{other} / this": statistics.median(
-                    theirs.cost / ours.cost
-                    for theirs, ours in zip(taken[other], steps, strict=True)
-                )
-                for other in against
-            },
+            **{f"{other} / this": _ratio(taken[other], steps) for other in against},
         }
         for column, value in rows[name].items():
             found.put(name, column, value)
     benchmark.extra_info |= {"title": title, "environment": environment(), "rows": rows}
+
+
+def _ratio(theirs: list[Seconds], ours: list[Seconds]) -> str:
+    steps = list(zip(theirs, ours, strict=True))
+    ratio = f"{statistics.median(their.cost / our.cost for their, our in steps):.2f}"
+    if not cpu_time_counts():
+        return ratio
+    return f"{ratio} ({statistics.median(their.user / our.user for their, our in steps):.2f})"

@@ -63,7 +63,11 @@ class Task:
 
 
 def task_of(profile: str, *, adapters: bool, timed_steps: int = 4) -> Task:
-    """The task of a length profile by its name, of "tiny", or of "real pairs"."""
+    """The task of a length profile by its name, of "tiny", or of "real pairs".
+
+    Batches are of 8 pairs for the three TARGETS, else of 4. "real pairs" are as many as the steps
+    take, 28 by default, the first of the data set.
+    """
     steps = WARMUP_STEPS + timed_steps + 1
     if profile == "tiny":
         pairs = random_pairs(TINY, 4 * steps, vocab_size=MODELS["tiny"].vocab_size)
