@@ -52,9 +52,9 @@ def inputs(head):
     """hidden_ND, head_VD and labels_N."""
     N, D, V = HEADS[head]
     torch.manual_seed(0)
-    hidden_ND = torch.randn(N, D).to(DEVICE, DTYPE)
-    head_VD = (torch.randn(V, D) / D**0.5).to(DEVICE, DTYPE)
-    return hidden_ND, head_VD, torch.randint(0, V, (N,)).to(DEVICE)
+    hidden_ND = torch.randn(N, D, device=DEVICE).to(DTYPE)
+    head_VD = (torch.randn(V, D, device=DEVICE) / D**0.5).to(DTYPE)
+    return hidden_ND, head_VD, torch.randint(0, V, (N,), device=DEVICE)
 
 
 @functools.lru_cache(maxsize=1)
