@@ -30,12 +30,8 @@ def dpo_loss(token_logps_N: Tensor) -> tuple[Tensor, Tensor]:
     return -F.logsigmoid(BETA * (chosen_B - rejected_B)).mean(), logps_S
 
 
-def fastdpo(hidden_ND, head_VD, labels_N):
-    return ops.linear_logps(hidden_ND, head_VD, labels_N, head_cache_bytes=1 << 30)
-
-
-def fastdpo_uncached(hidden_ND, head_VD, labels_N):
-    return ops.linear_logps(hidden_ND, head_VD, labels_N, head_cache_bytes=0)
+def fastdpo(**settings):
+    return lambda *inputs: ops.linear_logps(*inputs, **settings)
 
 
 def naive(hidden_ND, head_VD, labels_N):
@@ -85,12 +81,13 @@ def liger_cross_entropy(hidden_ND, head_VD, labels_N):
     return -liger_fused_linear_cross_entropy(hidden_ND, head_VD, labels_N, reduction="none")
 
 
-def cut_cross_entropy(hidden_ND, head_VD, labels_N):
-    from cut_cross_entropy import linear_cross_entropy
+def cut_cross_entropy(**settings):
+    def logps(*inputs):
+        from cut_cross_entropy import linear_cross_entropy
 
-    # its kernel is for a GPU; without one its users get torch.compile of all logits
-    impl = "cce" if CUDA else "torch_compile"
-    return -linear_cross_entropy(hidden_ND, head_VD, labels_N, reduction="none", impl=impl)
+        return -linear_cross_entropy(*inputs, reduction="none", **settings)
+
+    return logps
 
 
 def liger_dpo(chunk_size: int):
@@ -109,9 +106,19 @@ def liger_dpo(chunk_size: int):
     return loss
 
 
+if CUDA:
+    FASTDPO_WAYS = {"fastdpo, 2 GiB of tiles": fastdpo(head_cache_bytes=2 << 30)}
+    CUT_WAYS = {  # by default its gradient leaves out blocks of tokens all less likely than 2**-12
+        "Cut Cross-Entropy kernel, filtered by default": cut_cross_entropy(impl="cce"),
+        "Cut Cross-Entropy kernel, exact": cut_cross_entropy(impl="cce", filter_eps=None),
+    }
+else:  # its kernel is for a GPU; without one its users get torch.compile of all logits
+    FASTDPO_WAYS = {}
+    CUT_WAYS = {"Cut Cross-Entropy, its torch.compile": cut_cross_entropy(impl="torch_compile")}
 TOKEN_WAYS = {
-    "fastdpo": fastdpo,
-    "fastdpo, no cache": fastdpo_uncached,
+    "fastdpo": fastdpo(),
+    "fastdpo, no cache": fastdpo(head_cache_bytes=0),
+    **FASTDPO_WAYS,
     "naive": naive,
     "torch.compile of naive": compiled_naive,
     "naive, checkpointed chunks of rows": checkpointed_naive,
@@ -120,7 +127,7 @@ TOKEN_WAYS = {
     f"torch linear_cross_entropy, {ROWS} rows a chunk": torch_chunked(ROWS),
     "TRL ChunkedLogProbFunction": trl,
     "Liger fused linear cross entropy": liger_cross_entropy,
-    "Cut Cross-Entropy" + (" kernel" if CUDA else ", its torch.compile"): cut_cross_entropy,
+    **CUT_WAYS,
 }
 
 
@@ -137,8 +144,10 @@ MODULES = {"TRL": "trl", "Liger": "liger_kernel", "Cut": "cut_cross_entropy"}
 
 def reason_to_skip(way: str, mode: str) -> str | None:
     """Why this way has no cell in this column; None where it has one."""
-    if way == "fastdpo, no cache" and mode != "trained":
+    if way.startswith("fastdpo, ") and mode != "trained":
         return "only a trained head keeps tiles"
+    if way == "Cut Cross-Entropy kernel, exact" and mode == "forward":
+        return "only its gradient is ever filtered"
     module = next((MODULES[word] for word in MODULES if way.startswith(word)), None)
     if module and importlib.util.find_spec(module) is None:
         return f"{module} is not installed"
