@@ -12,13 +12,12 @@ set, the warm-up's among them.
 
 import pytest
 
-from bench.contenders import CONTENDERS
+from bench.contenders import PEERS
 from bench.length_profiles import REAL_PAIRS, TARGETS
 from bench.peak_memory import peaks_mib
 from bench.step_race import LOSS_TOLERANCE, losses, race, report
 from bench.tasks import task_of
 
-PEERS = [name for name in ("TRL", "TRL, fastest") if name in CONTENDERS]
 no_real_pairs = pytest.mark.skipif(not REAL_PAIRS.exists(), reason=f"no {REAL_PAIRS.name} here")
 PROFILES = [
     "tiny",

@@ -2,12 +2,15 @@
 
     CONTENDERS[name](task) -> an object with step(), log and close()
 
-TRL runs twice: as it comes, and at its fastest. The one setting that makes it faster is
-gradient_checkpointing=False. Its other candidates: use_liger_kernel needs a GPU, padding_free is
-ignored by 1.16, its head is always the chunked one, and precompute_ref_log_probs takes work out
-of the step instead of doing it faster (bench_train_step.py gives that question a test of its own).
+TRL runs as it comes, at its fastest, and on a GPU with Liger's layers too. What makes it faster is
+gradient_checkpointing=False and, on a GPU, use_liger_kernel. Its other candidates: padding_free is
+ignored by 1.16, its head is always the chunked one, model_init_kwargs={"use_kernels": True} is for
+models loaded by name and fetches its kernels over the network, and precompute_ref_log_probs takes
+work out of the step instead of doing it faster (bench_train_step.py gives that question a test of
+its own).
 """
 
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,7 +19,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Trainer, TrainingArguments
 
 from bench.length_profiles import Pair
 from bench.measure import CUDA
@@ -116,6 +119,32 @@ def trl(task: Task, **settings) -> SteppedTrainer:
     return _dpo(DPOTrainer, DPOConfig, ref_model, task, **settings)
 
 
+class LigerTRL:
+    """TRL at its fastest with Liger's layers, which no other contender gets to see.
+
+    Liger replaces functions and classes in the module of the model's family, for all models of the
+    process: they are in place during this contender's steps, and the module's own between them.
+    """
+
+    def __init__(self, task: Task):
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(MODELS[task.model])]
+        self._module = vars(sys.modules[model_class.__module__])
+        before = dict(self._module)
+        self._stepped = trl(task, **FASTEST, use_liger_kernel=True)
+        self._ligers = {n: x for n, x in self._module.items() if x is not before.get(n)}
+        self._own = {name: before[name] for name in self._ligers}
+        self._module.update(self._own)
+        self.log = self._stepped.log
+
+    def step(self) -> None:
+        self._module.update(self._ligers)
+        self._stepped.step()
+        self._module.update(self._own)
+
+    def close(self) -> None:
+        self._stepped.close()
+
+
 def supervised(task: Task) -> SteppedTrainer:
     """transformers' own trainer on the same 2B padded sequences: cross-entropy of completions."""
     model = random_model(task.model)
@@ -147,5 +176,9 @@ CONTENDERS: dict[str, Callable] = {
     **{name: _with(fastdpo, **FASTEST, **layout) for name, layout in LAYOUTS.items()},
     "supervised": supervised,
 }
+PEERS: dict[str, Callable] = {}
 if find_spec("trl"):
-    CONTENDERS |= {"TRL": trl, "TRL, fastest": _with(trl, **FASTEST)}
+    PEERS |= {"TRL": trl, "TRL, fastest": _with(trl, **FASTEST)}
+    if CUDA and find_spec("liger_kernel"):
+        PEERS["TRL, fastest, Liger's layers"] = LigerTRL
+CONTENDERS |= PEERS

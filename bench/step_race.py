@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Callable
 
-from bench.contenders import CONTENDERS
+from bench.contenders import CONTENDERS, PEERS
 from bench.measure import CUDA, Seconds, cpu_time_counts, seconds
 from bench.tables import environment, table
 from bench.tasks import WARMUP_STEPS, Task
@@ -91,7 +91,7 @@ def report(
         2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) + 2
         for pair in task.pairs
     ) / len(task.pairs)
-    against = [name for name in ("naive", "TRL", "TRL, fastest", "supervised") if name in taken]
+    against = [name for name in ("naive", *PEERS, "supervised") if name in taken]
     timed = len(next(iter(taken.values())))
     found = table(
         f"{title}; {task.model}; a row: {timed} timed steps at batch {task.batch}, "
