@@ -61,7 +61,8 @@ def fold_cases():
                     types = {f"{name}_ptr": "*fp32" for name in pointers}
                     types |= {"labels_ptr": "*i64", "p_ptr": dtype, "scale": "fp32"}
                     types |= dict.fromkeys(integers, "i32") | {"softcap": "fp32"}
-                    constants = {"CAP": capped, "BLOCK_V": fold.BLOCK_V}
+                    block = fold.BLOCK_V_OF_SUMS if full else fold.BLOCK_V
+                    constants = {"CAP": capped, "BLOCK_V": block}
                     constants |= dict.fromkeys(optional.values(), full)
                     given = types if full else constants
                     given |= dict.fromkeys(optional, "*fp32" if full else None)
@@ -94,7 +95,7 @@ def second_product_cases():
             strides = ("p_stride", "w_stride", "u_stride")
             integers = dict.fromkeys(("N", "T", "K", "blocks", *strides), "i32")
             yield Case(
-                name=f"likely product {head} {dtype[1:]}",
+                name=f"reached product {head} {dtype[1:]}",
                 kernel=second_product._reached_product_kernel,
                 types=pointers | integers,
                 constants=constants | {"w_step": 1},
@@ -105,7 +106,7 @@ def second_product_cases():
             pointers = {"p_ptr": dtype, "total_ptr": "*fp32", "reached_ptr": "*i32"}
             del constants["BLOCK_K"]
             yield Case(
-                name=f"likely blocks {head} {dtype[1:]}",
+                name=f"reached blocks {head} {dtype[1:]}",
                 kernel=second_product._reached_kernel,
                 types=pointers
                 | dict.fromkeys(("N", "T", "p_stride"), "i32")

@@ -20,6 +20,7 @@ from fastdpo.kernels.products import has_fast_mkl
 
 LOG2_E = math.log2(math.e)
 BLOCK_V = 1024  # columns that a program of the Triton fold reads at a time
+BLOCK_V_OF_SUMS = 512  # with sums for statistics: of 1024, triton 3.7.1 spills some on sm_90
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,7 @@ def _fold_kernel(
 
 def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
     """As _torch_fold, in one launch: a program a row."""
+    sums = (rows.weighted_N, rows.sum_N, rows.squares_N)
     with torch.cuda.device_of(z_NT):  # Triton launches on the current GPU, wherever tensors are
         _fold_kernel[(z_NT.shape[0],)](
             z_NT,
@@ -201,9 +203,7 @@ def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
             rows.total_N,
             rows.target_N,
             rows.rescale_N,
-            rows.weighted_N,
-            rows.sum_N,
-            rows.squares_N,
+            *sums,
             start,
             z_NT.shape[1],
             z_NT.stride(0),
@@ -215,7 +215,7 @@ def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
             WEIGHTED=rows.weighted_N is not None,
             SUM=rows.sum_N is not None,
             SQUARES=rows.squares_N is not None,
-            BLOCK_V=BLOCK_V,
+            BLOCK_V=BLOCK_V if all(x is None for x in sums) else BLOCK_V_OF_SUMS,
         )
 
 

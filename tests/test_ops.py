@@ -51,7 +51,7 @@ TWINS = [ops.pair_loss, kernel.pair_loss]
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": ("nope",)}, "want some of .*'nope'"),
+        ({"loss_type": ("nope",)}, "want loss_type of .*'nope'"),
         ({"loss_type": ("sigmoid", "hinge"), "loss_weights": (1.0,)}, "a weight for each"),
         ({"f_divergence_type": "nope"}, "want f_divergence_type in"),
         ({"loss_type": ("robust",), "label_smoothing": 0.5}, "from 0 and below 0.5"),
