@@ -85,7 +85,7 @@ bench() {
 }
 
 # with a few seconds for the start, the limits add up to what there is
-TESTS=(tests/test_cuda.py tests/test_attention.py tests/test_linear_logps.py
+TESTS=(tests/test_cuda.py tests/test_attention.py tests/test_linear_logps.py tests/test_row_statistics.py
     tests/test_second_product.py tests/test_pair_loss.py)
 if [[ -n "$DRY" ]]; then
     step 0 collected "${PYTEST[@]}" --collect-only "${TESTS[@]}"

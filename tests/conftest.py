@@ -42,3 +42,21 @@ def small_tiles(monkeypatch):
     for device in ("cpu", "cuda"):
         monkeypatch.setitem(vocabulary_walk.TILE_ROWS, device, 4)
         monkeypatch.setitem(vocabulary_walk.TILE_COLUMNS, device, 2 * BLOCK_V)
+
+
+@pytest.fixture
+def narrow_operands(monkeypatch):
+    """Operands and p in bfloat16 as they are on a GPU, their products done here in float32.
+
+    (The interpreter of Triton cuts off what a GPU would round.)
+    """
+    from fastdpo.kernels import linear_logps, second_product, vocabulary_walk
+
+    def product(a, b, out, *, accumulate, alike=False):
+        assert (a.dtype, b.dtype) == (torch.bfloat16,) * 2 and out.dtype == torch.float32
+        assert out.stride(1) == 1 and out.stride(0) % 16 == 0
+        out.copy_(a.float() @ b.float() + (out if accumulate else 0))
+
+    monkeypatch.setattr(linear_logps, "_operand_dtypes", lambda hidden_ND: (hidden_ND.dtype, None))
+    for each in (vocabulary_walk, second_product):
+        monkeypatch.setattr(each, "product", product)

@@ -1,0 +1,52 @@
+"""Entropy and the others of a row's distribution, from the walk that scores its label."""
+
+import pytest
+import torch
+from tiny_heads import inputs
+
+from fastdpo.kernels import reference
+from fastdpo.kernels.linear_logps import linear_logps
+from fastdpo.kernels.row_statistics import STATS
+
+BACKENDS = ["torch", "triton"]
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+
+@pytest.mark.usefixtures("narrow_operands")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_of_narrow_operands_are_exact(backend, device):
+    hidden_ND, head_VD, labels_N, _ = inputs((5, 16, 100), torch.bfloat16, device)
+    hidden_ND.requires_grad_()
+    _, stats = linear_logps(hidden_ND, head_VD, labels_N, stats=STATS, backend=backend)
+    _, exact = reference.linear_logps(hidden_ND.double(), head_VD.double(), labels_N, stats=STATS)
+    for name in STATS:
+        torch.testing.assert_close(
+            stats[name].double(), exact[name].double(), atol=1e-4, rtol=1e-5, msg=name
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_need_no_gradient_and_no_wide_inputs(backend, dtype, device):
+    hidden_ND, head_VD, labels_N, _ = inputs((5, 8, 100), dtype, device)
+    _, stats = linear_logps(hidden_ND, head_VD, labels_N, stats=STATS, backend=backend)
+    _, with_u = linear_logps(
+        hidden_ND.requires_grad_(), head_VD, labels_N, stats=STATS, backend=backend
+    )
+    _, exact = reference.linear_logps(hidden_ND.double(), head_VD.double(), labels_N, stats=STATS)
+    for name in STATS:
+        for found in (stats, with_u):
+            torch.testing.assert_close(
+                found[name].double(), exact[name].double(), atol=1e-4, rtol=1e-5, msg=name
+            )
+
+
+def test_a_sure_rows_entropy_is_not_below_0():
+    hidden_ND, head_VD, labels_N, _ = inputs((300, 64, 500), torch.float32)
+    hidden_ND = (5 * hidden_ND).requires_grad_()
+    stats = ("entropy",)
+    _, ours = linear_logps(hidden_ND, head_VD, labels_N, stats=stats, backend="torch")
+    _, truth = reference.linear_logps(hidden_ND.double(), head_VD.double(), labels_N, stats=stats)
+    assert (truth["entropy"] < 1e-4).any(), "some rows are sure"
+    assert ours["entropy"].min() >= 0
+    assert (ours["entropy"] - truth["entropy"]).abs().max() < 5e-3
