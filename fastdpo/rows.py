@@ -1,15 +1,16 @@
 """Files, folders and Hub names -> preference rows as a datasets.Dataset.
 
 JSON is read here, line by line, so that a bad row is told by file and line (counted from 1) and
-before Arrow asks all rows to be alike. All else is read by `datasets`.
+before Arrow asks all rows to be alike. So is a CSV file, whose cells are texts: pandas would guess
+their kinds, and take the first of too many fields for an index. All else is read by `datasets`.
 """
 
 import codecs
+import csv
 import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,16 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
+from fastdpo.collate import REFERENCE_COLUMNS
 from fastdpo.messages import parsed
 from fastdpo.preferences import MALFORMED, OPTION_FIELDS, TEXT_FIELDS, checked_row
 from fastdpo.row_errors import FieldError, RowError
 
-JSON_SUFFIXES = (".jsonl", ".json")
-SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 Rows = Dataset | IterableDataset
 UNLIKE = (pa.ArrowException, OverflowError)  # what a column of unlike values raises
-# an empty cell is no text; NA, null and a column of numbers are texts
-CSV_OPTIONS = {
-    "keep_default_na": False,
-    "na_values": [""],
-    "converters": dict.fromkeys(TEXT_FIELDS, lambda cell: cell or None),
-}
 MESSAGES = re.compile(r'\s*\[\s*\{\s*"role"\s*:')
+PANDAS_INDEX = "__index_level_0__"  # the first of more fields than the header has
 BETWEEN_ROWS = re.compile(r"[ \t\r\n,]*")
 
 
@@ -56,9 +52,10 @@ def load_rows(
     read, None for all.
 
     RowError names file, line and field of a malformed row in JSON, one of another kind than the
-    file's first among them, and of a CSV cell that is no JSON; with on_bad_rows="skip" the row
-    stays, with that message as `fastdpo_malformed`, for prepare_pairs to count and leave out.
-    ValueError for a path or a split that is not there, and what `datasets` cannot read.
+    file's first among them, and of one in CSV with other fields than the header or a cell that is
+    no JSON; with on_bad_rows="skip" the row stays, with that message as `fastdpo_malformed`, for
+    prepare_pairs to count and leave out. ValueError for a path or a split that is not there, and
+    what `datasets` cannot read.
     """
     path, skip_bad = Path(path_or_name).expanduser(), on_bad_rows == "skip"
     if path.is_file():
@@ -92,9 +89,12 @@ def _selected(rows: Rows, columns: list[str] | None) -> Rows:
 def _load(source: str, **settings: Any) -> Rows:
     """What `datasets` reads from `source`, which its own errors do not name."""
     try:
-        return datasets.load_dataset(**settings)
+        rows = datasets.load_dataset(**settings)
     except (DatasetGenerationError, ValueError) as error:
         raise ValueError(f"{source}: {error.__cause__ or error}") from error
+    if rows.info.builder_name == "csv" and PANDAS_INDEX in (rows.column_names or ()):
+        raise ValueError(f"{source}: want as many fields in a row as in the header, got more")
+    return rows
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -176,28 +176,92 @@ def _check_one_kind(values: list[Any], source: str, name: str) -> None:
 
 
 def _read_file(path: Path, columns: list[str] | None, *, streaming: bool, skip_bad: bool) -> Rows:
-    if path.suffix in JSON_SUFFIXES:
-        return _read_json(path, columns, streaming=streaming, skip_bad=skip_bad)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: want a file of {SUFFIXES}, got {path.suffix or 'no suffix'}")
-    kind = path.suffix.removeprefix(".")
-    options = CSV_OPTIONS if kind == "csv" else {}
-    files = {"data_files": str(path), "split": "train"}
-    rows = _selected(_load(str(path), path=kind, streaming=streaming, **files, **options), columns)
-    if kind == "parquet":
-        return rows
-    parse = partial(_parse_cells, str(path), skip_bad)
+    if path.suffix == ".parquet":
+        files = {"data_files": str(path), "split": "train"}
+        rows = _selected(_load(str(path), path="parquet", streaming=streaming, **files), columns)
+        return _with_a_row(rows, path)
+    read = _csv_rows if path.suffix == ".csv" else _checked_rows
+    settings = {"path": str(path), "skip_bad": skip_bad, "columns": columns and tuple(columns)}
     if streaming:
-        return rows.map(parse, with_indices=True)
-    return as_dataset(map(parse, rows, count()), str(path))
+        return _with_a_row(IterableDataset.from_generator(read, gen_kwargs=settings), path)
+    rows = list(read(**settings))
+    if all(MALFORMED in row for row in rows):
+        raise ValueError(f"{path}: want at least one row, got none ({len(rows)} malformed)")
+    return as_dataset(rows, str(path))
 
 
-def _parse_cells(path: str, skip_bad: bool, row: dict[str, Any], index: int) -> dict[str, Any]:
-    """A CSV row, its cells that hold messages as JSON parsed, if it is a conversation."""
+def _with_a_row(rows: Rows, path: Path) -> Rows:
+    try:
+        first = next(iter(rows), None)
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error  # Arrow does not name the file
+    if first is None:
+        raise ValueError(f"{path}: want at least one row, got none")
+    return rows
+
+
+def _csv_rows(
+    path: str, skip_bad: bool, columns: tuple[str, ...] | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file: its cells as texts, but None for an empty one, a number in the
+    reference columns, and messages where a conversation is written as JSON."""
+    lines = _csv_lines(path)
+    header = next(lines, [])
+    twice = [name for name in header if header.count(name) > 1]
+    missing = {*(columns or ())}.difference(header)
+    if twice or missing:
+        wanted = f"the columns {list(columns)}" if missing else "each name once in the header"
+        raise ValueError(f"{path}: want {wanted}, got {header}")
+    for index, cells in enumerate(lines):
+        if len(cells) != len(header):
+            wanted = f"want {len(header)} fields, as in the header, got {len(cells)}"
+            yield _malformed(f"{path}, row {index}: {wanted}", skip_bad)
+            continue
+        row = {name: cell or None for name, cell in zip(header, cells, strict=True)}
+        row = {name: row[name] for name in columns or header}
+        try:
+            yield row | _numbers(row) | _messages(row)
+        except FieldError as error:
+            yield _malformed(f"{path}, row {index}, {error}", skip_bad)
+
+
+def _csv_lines(path: str) -> Iterator[list[str]]:
+    """The cells of each line that is not blank; RowError for what is no CSV, even where bad rows
+    are skipped: there is no telling where the next row begins."""
+    csv.field_size_limit(2**31 - 1)  # its own limit is 131,072 characters
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for cells in reader:
+                if len(cells) > 1 or "".join(cells).strip():
+                    yield cells
+        except (csv.Error, UnicodeDecodeError) as error:
+            told = f"{path}, after line {reader.line_num}: want CSV in UTF-8, got {error}"
+            raise RowError(told) from None
+
+
+def _numbers(row: dict[str, str | None]) -> dict[str, float]:
+    """The numbers in a CSV row's reference columns."""
+    numbers = {}
+    for field in REFERENCE_COLUMNS:
+        if (cell := row.get(field)) is not None:
+            try:
+                numbers[field] = float(cell)
+            except ValueError:
+                raise FieldError(field, "a finite number", cell) from None
+    return numbers
+
+
+def _messages(row: dict[str, str | None]) -> dict[str, list]:
+    """What a CSV row's cells hold as messages in JSON, if it is a conversation."""
     messages, errors = {}, []
     for field in TEXT_FIELDS:
         cell = row.get(field)
-        if isinstance(cell, str) and cell.lstrip().startswith("[{"):  # as a text may begin too
+        if cell is not None and cell.lstrip().startswith("[{"):  # as a text may begin too
             try:
                 value = parsed(field, cell, list)
             except FieldError as error:
@@ -206,8 +270,8 @@ def _parse_cells(path: str, skip_bad: bool, row: dict[str, Any], index: int) -> 
                 if all(isinstance(each, dict) and "role" in each for each in value):
                     messages[field] = value
     if errors and (messages or any(MESSAGES.match(str(row.get(f))) for f in TEXT_FIELDS)):
-        return _malformed(f"{path}, row {index}, {errors[0]}", skip_bad)
-    return row | messages
+        raise errors[0]
+    return messages
 
 
 def _malformed(reason: str, skip_bad: bool) -> dict[str, str | None]:
@@ -215,16 +279,6 @@ def _malformed(reason: str, skip_bad: bool) -> dict[str, str | None]:
     if not skip_bad:
         raise RowError(reason)
     return dict.fromkeys(TEXT_FIELDS) | {MALFORMED: reason}
-
-
-def _read_json(path: Path, columns: list[str] | None, *, streaming: bool, skip_bad: bool) -> Rows:
-    settings = {"path": str(path), "skip_bad": skip_bad, "columns": columns and tuple(columns)}
-    if streaming:
-        return IterableDataset.from_generator(_checked_rows, gen_kwargs=settings)
-    rows = list(_checked_rows(**settings))
-    if all(MALFORMED in row for row in rows):
-        raise ValueError(f"{path}: want at least one row, got none ({len(rows)} malformed)")
-    return as_dataset(rows, str(path))
 
 
 def _checked_rows(
@@ -329,9 +383,12 @@ def _array_rows(path: Path, whole: bytes) -> Iterator[tuple[int, Any]]:
         line = whole[: error.start].count(b"\n") + 1
         raise RowError(f"{path}, line {line}: want UTF-8, got {error}") from None
     try:
-        json.loads(text)  # with one comma between two rows, and nothing behind the array
+        # with one comma between two rows, and nothing behind the array
+        json.loads(text, parse_int=str)  # a number that is too long is told with its row, below
     except json.JSONDecodeError as error:
         raise RowError(f"{path}, line {error.lineno}: want one array of JSON: {error}") from None
+    except RecursionError:
+        pass  # told with its row, too
     decode = json.JSONDecoder(object_pairs_hook=_each_once).raw_decode
     line, counted = 1, 0
     at = BETWEEN_ROWS.match(text, text.index("[") + 1).end()
@@ -339,7 +396,7 @@ def _array_rows(path: Path, whole: bytes) -> Iterator[tuple[int, Any]]:
         line, counted = line + text.count("\n", counted, at), at
         try:
             row, at = decode(text, at)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"{path}, line {line}: want an object in JSON, got {error}") from None
         yield line, row
         at = BETWEEN_ROWS.match(text, at).end()

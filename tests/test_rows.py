@@ -1,7 +1,9 @@
+import io
 import json
 import re
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -11,6 +13,12 @@ from fastdpo.data import prepare_pairs
 from fastdpo.preferences import MALFORMED as MARK
 from fastdpo.row_errors import RowError
 from fastdpo.rows import as_dataset, load_rows
+
+
+def no_rows():
+    file = io.BytesIO()
+    pq.write_table(pa.table({"chosen": pa.array([], "string")}), file)
+    return file.getvalue()
 
 
 def write_lines(path, lines):
@@ -112,6 +120,40 @@ def test_a_csv_text_may_begin_as_messages_do(tmp_path):
     Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
     for streaming in (False, True):
         assert texts(load_rows(str(tmp_path / "rows.csv"), streaming=streaming)) == rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_csv_row_has_as_many_fields_as_the_header(streaming, tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\n1,a,b,c\n2,a,b,c\n3,a,b\n")
+    path = str(tmp_path / "rows.csv")
+    with pytest.raises(RowError, match=r"rows.csv, row 0: want 3 fields, as in the header, got 4"):
+        list(load_rows(path, streaming=streaming))
+    rows = list(load_rows(path, streaming=streaming, on_bad_rows="skip"))
+    assert [row["prompt"] for row in rows] == [None, None, "3"]
+
+
+def test_a_surplus_field_in_a_folder_of_csv_files_is_refused(tmp_path):
+    (tmp_path / "train.csv").write_text("prompt,chosen,rejected\nx,a,b,c\ny,a,b,c\n")
+    with pytest.raises(ValueError, match="want as many fields in a row as in the header"):
+        load_rows(str(tmp_path))
+
+
+def test_a_name_that_comes_twice_in_a_csv_header_is_told(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\n")
+    with pytest.raises(ValueError, match="rows.csv: want each name once in the header, got"):
+        load_rows(str(tmp_path / "rows.csv"))
+
+
+def test_a_csv_column_that_no_one_reads_may_hold_anything(tmp_path):
+    lines = ["prompt,chosen,rejected,note,ref_chosen_logps,ref_rejected_logps"]
+    lines += [f"a,b,c,{note},-1,-2.5" for note in ("1", "x", "9" * 30)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    rows = load_rows(str(tmp_path / "rows.csv"))
+    assert rows["note"][:] == ["1", "x", "9" * 30]
+    assert (rows["ref_chosen_logps"][0], rows["ref_rejected_logps"][0]) == (-1.0, -2.5)
+    (tmp_path / "rows.csv").write_text("\n".join(lines).replace("-2.5", "low"))
+    with pytest.raises(RowError, match="row 0, field 'ref_rejected_logps': want a finite number"):
+        load_rows(str(tmp_path / "rows.csv"))
 
 
 def test_csv_rows_of_another_kind_are_told_by_their_row(tmp_path):
@@ -295,6 +337,14 @@ def test_tool_calls_keep_each_their_own_arguments(tmp_path):
         ]
 
 
+@pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, "9" * 5_000])
+def test_what_python_cannot_read_of_an_array_is_told_by_its_line(value, tmp_path):
+    first = json.dumps(tiny.rows(1)[0])
+    (tmp_path / "rows.json").write_text(f'[{first},\n{{"prompt": {value}}}]')
+    with pytest.raises(RowError, match="rows.json, line 2: want an object in JSON, got"):
+        load_rows(str(tmp_path / "rows.json"))
+
+
 def test_a_name_that_comes_twice_in_an_array_is_told(tmp_path):
     (tmp_path / "rows.json").write_text('[{"prompt": "a", "chosen": "b", "chosen": "c"}]')
     with pytest.raises(RowError, match="line 1: .*'chosen' twice"):
@@ -308,14 +358,17 @@ def test_a_name_that_comes_twice_in_an_array_is_told(tmp_path):
         ("rows.csv", "prompt,chosen,rejected\na,\u00e9,c\n".encode("latin-1")),
         ("rows.csv", b""),
         ("rows.csv", b"prompt,chosen,rejected\n"),
+        ("rows.csv", b'prompt,chosen,rejected\na,b,"c\n'),
         ("rows.parquet", b"no parquet"),
+        ("rows.parquet", no_rows()),
     ],
-    ids=["ragged", "latin-1", "empty", "no rows", "no parquet"],
+    ids=["ragged", "latin-1", "empty", "no rows", "no end", "no parquet", "empty parquet"],
 )
-def test_a_file_that_cannot_be_read_is_named(name, content, tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_that_cannot_be_read_is_named(streaming, name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name):
-        load_rows(str(tmp_path / name))
+        list(load_rows(str(tmp_path / name), streaming=streaming))
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/nowhere/rows"])
