@@ -19,7 +19,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.collate import ID_COLUMNS, REFERENCE_COLUMNS
+from fastdpo.collate import ID_COLUMNS, REFERENCE_COLUMNS, Cut
 from fastdpo.messages import check_text, is_conversation
 from fastdpo.preferences import FIELDS, MALFORMED, ORIGIN, checked_row
 from fastdpo.row_errors import FieldError, RowError
@@ -70,7 +70,7 @@ def prepare_pairs(
     tokenize = _Tokenize(
         tokenizer=tokenizer,
         name=name,
-        limit=max_length if truncation_mode == "keep_start" else None,
+        cut=Cut(max_length=max_length, truncation_mode=truncation_mode),
         skip_bad=on_bad_rows == "skip",
         with_reference=_has_reference(dataset, columns),
         source_digest=_source_digest(),
@@ -152,8 +152,8 @@ def _as_it_comes(
 
 def _source_digest() -> str:
     """A digest of what makes pairs of rows: these sources, and the version of transformers."""
-    names = ("data.py", "preferences.py", "messages.py", "row_errors.py", "row_report.py")
-    parts = [Path(__file__).with_name(name).read_bytes() for name in names]
+    names = ("data", "preferences", "messages", "row_errors", "row_report", "collate")
+    parts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in names]
     return hashlib.sha256(b"".join([*parts, transformers.__version__.encode()])).hexdigest()
 
 
@@ -180,7 +180,7 @@ class _Tokenize:
 
     tokenizer: PreTrainedTokenizerBase
     name: str
-    limit: int | None
+    cut: Cut
     skip_bad: bool
     with_reference: bool
     # enters datasets' cache key, which sees a class's name and fields, not its code
@@ -321,10 +321,13 @@ class _Tokenize:
             if field in given and max(pair[field]) >= vocab_size:
                 raise FieldError(field, f"token ids below {vocab_size}", max(pair[field]))
         row.fields = pair
-        if self.limit is not None and len(pair["prompt_ids"]) >= self.limit:
+        (_, chosen), (_, rejected) = (
+            self.cut(pair["prompt_ids"], pair[field]) for field in ID_COLUMNS[1:]
+        )
+        if not chosen:  # keep_end leaves something of it
             row.status, row.note = TOO_LONG, f"{row.origin}: its prompt alone fills max_length"
             return
-        if pair["chosen_ids"] == pair["rejected_ids"]:
+        if chosen == rejected:
             row.status |= EQUAL
         if lost and lost != [self.tokenizer.eos_token_id]:  # the tokenizer's own end of any text
             row.status |= END_LOST

@@ -342,13 +342,15 @@ def _compare_losses(subject, layout, plain: Plain, answer: Answer, tolerance: To
 def _compare_gradients(
     subject, layout, plain: Plain, answer: Answer, tolerance: Tolerance
 ) -> Finding:
-    """Each parameter's difference, as a share of its gradient's length."""
+    """Each parameter's difference, as a share of its gradient's length; as it is, where no
+    parameter has a gradient."""
     names = list(subject.trained)
     theirs = [_or_zero(plain.answer.gradients[name]) for name in names]
     ours = [_or_zero(answer.gradients[name]) for name in names]
     norm_P = torch.stack([x.norm().cpu() for x in theirs])
     difference_P = torch.stack([(a - b).norm().cpu() for a, b in zip(ours, theirs, strict=True)])
-    share_P = difference_P / (norm_P + SMALL_GRADIENT * norm_P.norm())
+    length_P = norm_P + SMALL_GRADIENT * norm_P.norm()
+    share_P = difference_P / (length_P if norm_P.any() else 1)
     return _finding(layout, "gradients (share)", share_P, tolerance.gradient, names.__getitem__)
 
 

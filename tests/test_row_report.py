@@ -77,6 +77,20 @@ def test_pairs_that_are_cut_to_max_length_are_counted(tokenizer):
     assert truncated == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_pairs_that_are_equal_once_they_are_cut_are_counted_as_equal(mode, tokenizer):
+    ids = {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9, 8, 7], "rejected_ids": [7, 8, 5, 8, 7]}
+    rows = [ids, ids | {"rejected_ids": [9, 8, 7, 8, 9]}]
+    for limit, equal in ((None, 0), (5, 0), (4, 1)):
+        _, counts = pairs_of(
+            rows,
+            tokenizer,
+            max_length=limit and limit - 2 * (mode == "keep_end"),
+            truncation_mode=mode,
+        )
+        assert counts.equal == equal
+
+
 def test_where_no_row_is_left_it_is_told_why(tokenizer):
     rows = [{"prompt": "a b " * 50, "chosen": " c", "rejected": " d"}]
     with pytest.raises(ValueError, match="no row is left of 1: in 1 the prompt alone"):

@@ -85,6 +85,19 @@ def test_pairs_that_teach_nothing_are_refused_alone(here, capsys):
     assert run(here, rows="equal.jsonl") == 0
 
 
+def test_pairs_that_are_equal_once_they_are_cut_are_refused_alone(here, tmp_path, capsys):
+    row = {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9, 9], "rejected_ids": [7, 8, 10]}
+    tiny.write_rows(tmp_path / "rows.jsonl", [row] * 2)
+    assert run(here, rows=tmp_path / "rows.jsonl") == 0
+    assert run(here, "--max_length", "4", rows=tmp_path / "rows.jsonl") == 2
+    assert "got 2 with chosen equal to rejected" in capsys.readouterr().err
+
+
+def test_a_loss_without_any_gradient_agrees(here, capsys):
+    assert run(here, "--loss_weights", "0") == 0
+    assert not what_differs(capsys)
+
+
 def test_what_16_bits_cannot_show_is_said(here, capsys):
     for flags, is_said in ((("--bf16", "True"), True), ((), False)):
         run(here, *flags, "--layout", "padded")
