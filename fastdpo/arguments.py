@@ -31,7 +31,8 @@ class ScriptArguments:
 
 @dataclass
 class ModelConfig:
-    """The policy, its adapters and its quantisation. ValueError for 8 and 4 bits at once."""
+    """The policy, its adapters and its quantisation. ValueError for what cannot be, such as 8
+    and 4 bits at once."""
 
     model_name_or_path: str | None = setting(None, "The policy: a folder or a model on the Hub.")
     model_revision: str = setting("main", "Branch, tag or commit of the model on the Hub.")
@@ -66,6 +67,8 @@ class ModelConfig:
     def __post_init__(self):
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("want load_in_8bit or load_in_4bit, got both")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"want lora_dropout in [0, 1), got {self.lora_dropout}")
         if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
             self.lora_target_modules = self.lora_target_modules[0]  # all-linear, or a pattern
 

@@ -294,12 +294,19 @@ def _launch(launch_flags: list[str], argv: Sequence[str]) -> int:
 def _bad_input() -> Iterator[None]:
     """What is wrong with the flags, files, model or rows becomes one line.
 
-    ImportError is among it: a flag asked for a package that is not installed.
+    ImportError is among it: a flag asked for a package that is not installed. An error of another
+    kind, from deep inside a library, is told with its kind; too little memory stays what it is.
     """
+    import torch
+
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, OSError, ImportError) as error:
         raise BadInput(_one_line(error)) from error
+    except Exception as error:
+        raise BadInput(f"{type(error).__name__}: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception | str) -> str:

@@ -5,6 +5,7 @@ moves over unchanged. Two defaults differ, and both are written beside the field
 there is no GPU, and `logging_nan_inf_filter`.
 """
 
+import json
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -191,6 +192,7 @@ class DPOConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         self.pad_to_multiple_of = _pad_multiple(self.pad_to_multiple_of)
         self.max_tokens_per_forward = _max_tokens(self.max_tokens_per_forward)
+        self._check_objects()
         has_own_accelerator_config = self.accelerator_config is not None
         super().__post_init__()
         if not has_own_accelerator_config:  # the CPU goes on while batches move from pinned memory
@@ -267,14 +269,30 @@ class DPOConfig(TrainingArguments):
             "ld_alpha": self.ld_alpha,
         }
 
+    def _check_objects(self):
+        """Settings that are mappings, which the command line hands over as JSON text."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except ValueError as error:
+                    raise ValueError(f"DPOConfig: want {name} as JSON: {error}") from error
+            elif name.endswith("_kwargs"):
+                _want(isinstance(value, dict | None), f"{name} as a mapping", value)
+
     def _check_loop(self):
         """Values that transformers would refuse late, or train no step with."""
         counts = ("per_device_train_batch_size", "per_device_eval_batch_size")
         for name in (*counts, "gradient_accumulation_steps"):
             _want(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
-        for name in ("learning_rate", "num_train_epochs", "dataloader_num_workers"):
+        counts = ("num_train_epochs", "dataloader_num_workers")
+        for name in ("learning_rate", "weight_decay", "warmup_steps", *counts):
             value = getattr(self, name)
             _want(0 <= value < math.inf, f"{name} >= 0", value)
+        norm, alpha = self.max_grad_norm, self.neftune_noise_alpha
+        _want(norm is None or norm >= 0, "max_grad_norm >= 0", norm)  # inf measures, and clips none
+        _want(alpha is None or 0 <= alpha < math.inf, "neftune_noise_alpha >= 0", alpha)
 
     def _check_choices(self):
         for each in fields(self):

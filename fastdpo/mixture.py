@@ -3,8 +3,10 @@
 ScriptArguments, DatasetMixtureConfig --load_datasets--> preference rows
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from datasets import Dataset, IterableDataset, Value, concatenate_datasets
 
@@ -59,7 +61,21 @@ def _dataset_config(entry: DatasetConfig | dict[str, Any]) -> DatasetConfig:
     if unknown or "path" not in entry:
         got = f"unknown {unknown}" if unknown else f"no path, only {list(entry)}"
         raise ValueError(f"datasets: want path and any of {list(names)[1:]}, got {got}")
+    for name, hint in get_type_hints(DatasetConfig).items():
+        if name in entry and not _is_a(entry[name], hint):
+            kind = hint if isinstance(hint, UnionType) else hint.__name__
+            raise ValueError(f"datasets: want {name} as {kind}, got {entry[name]!r}")
     return DatasetConfig(**entry)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether `value` is of a type such as DatasetConfig's fields have."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if isinstance(value, list):
+        return list[str] in kinds and all(isinstance(each, str) for each in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float in kinds
+    return any(isinstance(value, get_origin(kind) or kind) for kind in kinds)
 
 
 def load_datasets(
@@ -99,10 +115,10 @@ def _load_mixture(
         raise ValueError("want test_split_size with `datasets` and an eval_strategy, got none")
     if held_out is not None and dataset_args.streaming:
         raise ValueError("want test_split_size or streaming, got both: a stream cannot be split")
-    if held_out is not None and held_out >= 1:
-        if held_out % 1:
+    if held_out is not None:
+        if not 0 < held_out < math.inf or (held_out > 1 and held_out % 1):
             raise ValueError(f"want test_split_size as a share below 1 or a count, got {held_out}")
-        held_out = int(held_out)  # a flag's count is a float
+        held_out = int(held_out) if held_out >= 1 else held_out  # a flag's count is a float
 
     parts = []
     for each in dataset_args.datasets:
@@ -124,7 +140,7 @@ def _load_mixture(
     if any(fraction is not None for fraction in fractions):
         if dataset_args.streaming:
             raise ValueError("want fraction or streaming, got both: a stream has no length")
-        parts = _in_proportion(parts, fractions)
+        parts = _in_proportion(parts, fractions, names)
     rows = concatenate_datasets(parts)
     if held_out is None:
         return rows, None
@@ -159,13 +175,21 @@ def _with_origin(rows: Rows, source: str) -> Rows:
     return rows.add_column(ORIGIN, [f"{source}, row {i}" for i in range(len(rows))])
 
 
-def _in_proportion(parts: list[Dataset], fractions: list[float | None]) -> list[Dataset]:
+def _in_proportion(
+    parts: list[Dataset], fractions: list[float | None], names: list[str]
+) -> list[Dataset]:
     """The first rows of each part, as many as give the largest mixture in these proportions."""
     are_numbers = all(isinstance(fraction, (int, float)) for fraction in fractions)
-    if not are_numbers or min(fractions) < 0 or not sum(fractions):
+    are_shares = are_numbers and all(0 <= fraction < math.inf for fraction in fractions)
+    if not are_shares or not sum(fractions):
         raise ValueError(f"want a fraction >= 0 for every dataset or for none, got {fractions}")
     shares = [fraction / sum(fractions) for fraction in fractions]
     total = min(len(part) / share for part, share in zip(parts, shares, strict=True) if share)
-    return [
-        part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)
-    ]
+    counts = [round(share * total) for share in shares]
+    for share, count, name in zip(shares, counts, names, strict=True):
+        if share and not count:
+            raise ValueError(
+                f"want a fraction of at least one row of {name}, got none of {round(total)} rows "
+                f"of the mixture with fractions {fractions}"
+            )
+    return [part.select(range(count)) for part, count in zip(parts, counts, strict=True)]

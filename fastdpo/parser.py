@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -12,6 +12,8 @@ from transformers import HfArgumentParser
 from fastdpo.arguments import ModelConfig, ScriptArguments
 from fastdpo.config import DPOConfig
 from fastdpo.mixture import DatasetMixtureConfig
+
+OR_BOOLEAN = ("resume_from_checkpoint", "trackio_static_space_id")  # texts, or true or false
 
 
 class TrainParser(HfArgumentParser):
@@ -23,6 +25,9 @@ class TrainParser(HfArgumentParser):
 
     def __init__(self, prog: str):
         super().__init__((ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+        self._hints = {
+            k: v for each in self.dataclass_types for k, v in get_type_hints(each).items()
+        }
         self._let_none_through()
         self.add_argument("--config", help="A YAML file with values for these flags.")
         self._own_flag = self._add_own_flag().dest
@@ -61,22 +66,22 @@ class TrainParser(HfArgumentParser):
 
     def _let_none_through(self) -> None:
         """Accept none and null as values of numbers that may be None, as TRL's parser does."""
-        hints = {k: v for each in self.dataclass_types for k, v in get_type_hints(each).items()}
         for action in self._actions:
-            if action.type in (int, float) and NoneType in get_args(hints[action.dest]):
+            if action.type in (int, float) and NoneType in get_args(self._hints[action.dest]):
                 action.type = _or_none(action.type)
 
     def _take_values(self, values: dict[str, Any]) -> list[str]:
         """Make `values` the defaults; those that are no flag of this parser come back as tokens."""
-        actions = {a.dest: a for a in self._actions if a.dest not in ("help", "config")}
         unknown = []
         for name, value in values.items():
-            if name not in actions:
+            # --flag and --no_flag are two actions of one name
+            actions = [action for action in self._actions if action.dest == name]
+            if name == "config" or "help".startswith(str(name)):
+                raise ValueError(f"want --{name} on the command line, got it in the YAML file")
+            if not actions:
                 unknown += _tokens(name, value)
-                continue
-            for action in self._actions:  # --flag and --no_flag are two actions of one name
-                if action.dest == name:
-                    action.default = _checked(actions[name], value)
+            for action in actions:
+                action.default = _checked(actions[0], value, self._hints.get(name))
         return unknown
 
 
@@ -100,14 +105,13 @@ def _or_none(number: type) -> Callable[[str], Any]:
 class _EachOnce(yaml.SafeLoader):
     """Refuses a mapping that has a name twice: YAML would keep the last of the values."""
 
-    def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(name, deep=True) for name, _ in node.value]
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
-            raise yaml.constructor.ConstructorError(
-                problem=f"{twice[0]!r} twice, {node.start_mark}"
-            )
-        return super().construct_mapping(node, deep)
+            raise yaml.composer.ComposerError(problem=f"{twice[0]!r} twice, {node.start_mark}")
+        return node
 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -115,18 +119,25 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.load(file, _EachOnce)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: want a mapping of flags to values, got {values!r}")
     environment = values.pop("env", None) or {}
     if not isinstance(environment, dict):
         raise ValueError(f"{path}: want a mapping as env, got {environment!r}")
-    return values, {str(name): str(value) for name, value in environment.items()}
+    environment = {str(name): str(value) for name, value in environment.items()}
+    for name, value in environment.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise ValueError(f"{path}: want names and values of variables as env, got {name!r}")
+    return values, environment
 
 
-def _checked(action: argparse.Action, value: Any) -> Any:
-    """A YAML value as the flag takes it; argparse converts text, and checks nothing else."""
+def _checked(action: argparse.Action, value: Any, hint: Any) -> Any:
+    """A YAML value as the flag takes it; argparse converts text, and checks nothing else.
+
+    hint: the type of the setting, which may be more than one word of the command line.
+    """
     if value is False and action.choices and "no" in action.choices:
         value = "no"  # what YAML 1.1 makes of a bare no
     if value is not None and action.choices and value not in action.choices:
@@ -134,13 +145,29 @@ def _checked(action: argparse.Action, value: Any) -> Any:
     wants_number = getattr(action.type, "__name__", None) in ("int", "float")
     if wants_number and action.nargs == "+" and isinstance(value, list):
         return [action.type(str(each)) for each in value]
-    one_number = action.nargs in (None, "?") and action.type is not str and not action.choices
-    if one_number and isinstance(value, (list, dict)):
-        raise ValueError(f"{action.dest}: want one value, got {value!r}")
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if (one_number and wants_number) or (is_number and action.type is str):
-        return str(value)  # as the command line has it, for argparse to convert
+    if action.nargs in (None, "?") and not action.choices:
+        if not _is_one(action, value, hint):
+            raise ValueError(f"{action.dest}: want one value, got {value!r}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if wants_number or is_number:
+            return str(value)  # as the command line has it, for argparse to convert
+    elif action.type is str and not action.choices:
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(each, str | None) for each in texts):
+            raise ValueError(f"{action.dest}: want texts, got {value!r}")
     return value
+
+
+def _is_one(action: argparse.Action, value: Any, hint: Any) -> bool:
+    """Whether a YAML value is one word of the command line, or more where the hint says so."""
+    kinds = {get_origin(each) or each for each in (hint, *get_args(hint))}
+    if value is None:
+        return action.type is not str or NoneType in kinds
+    if isinstance(value, bool):
+        return action.type is not str or action.nargs == "?" or action.dest in OR_BOOLEAN
+    if isinstance(value, list | dict):
+        return type(value) in kinds
+    return isinstance(value, str | int | float)
 
 
 def _tokens(name: str, value: Any) -> list[str]:

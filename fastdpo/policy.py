@@ -64,7 +64,11 @@ def load_policy(
         k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs
     }
     _check_found(name)
-    config = AutoConfig.from_pretrained(name, **config_kwargs)
+    try:
+        config = AutoConfig.from_pretrained(name, **config_kwargs)
+    except Exception as error:  # a file may hold anything
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"want a model's configuration in {name}, got none: {told}") from error
     if config.is_encoder_decoder:
         raise ValueError(f"want a decoder-only language model, got {name} ({config.model_type})")
     if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
@@ -163,8 +167,9 @@ def load_tokenizer(
         _check_found(name)
         try:
             processing_class = AutoTokenizer.from_pretrained(name, **init_kwargs)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"want a tokenizer for {name}, got none: {error}") from error
+        except Exception as error:  # a file may hold anything
+            told = f"{type(error).__name__}: {error}"
+            raise ValueError(f"want a tokenizer for {name}, got none: {told}") from error
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             "want a tokenizer as processing_class (vision-language processors are not there "

@@ -66,7 +66,7 @@ def load_rows(
             )
         return _read_file(path, columns, streaming=streaming, skip_bad=skip_bad)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        rows = _selected(_from_disk(path, split), columns)
+        rows = _selected(_from_disk(path, split), columns, path_or_name)
         return rows.to_iterable_dataset() if streaming else rows
     if not path.exists() and _looks_like_a_path(path_or_name):
         raise ValueError(f"want a file or folder of preference rows, {path_or_name} is not there")
@@ -79,11 +79,16 @@ def load_rows(
         data_files=data_files,
         data_dir=data_dir,
     )
-    return _selected(rows, columns)
+    return _selected(rows, columns, path_or_name)
 
 
-def _selected(rows: Rows, columns: list[str] | None) -> Rows:
-    return rows if columns is None else rows.select_columns(columns)
+def _selected(rows: Rows, columns: list[str] | None, source: str) -> Rows:
+    if columns is None:
+        return rows
+    missing = {*columns}.difference(rows.column_names or columns)
+    if missing:
+        raise ValueError(f"{source}: want the columns {columns}, got {rows.column_names}")
+    return rows.select_columns(columns)
 
 
 def _load(source: str, **settings: Any) -> Rows:
@@ -180,8 +185,8 @@ def _read_file(path: Path, columns: list[str] | None, *, streaming: bool, skip_b
         raise ValueError(f"{path}: want a file of {SUFFIXES}, got {path.suffix or 'no suffix'}")
     if path.suffix == ".parquet":
         files = {"data_files": str(path), "split": "train"}
-        rows = _selected(_load(str(path), path="parquet", streaming=streaming, **files), columns)
-        return _with_a_row(rows, path)
+        rows = _load(str(path), path="parquet", streaming=streaming, **files)
+        return _with_a_row(_selected(rows, columns, str(path)), path)
     read = _csv_rows if path.suffix == ".csv" else _checked_rows
     settings = {"path": str(path), "skip_bad": skip_bad, "columns": columns and tuple(columns)}
     if streaming:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -258,12 +259,57 @@ def test_bad_flags_end_with_one_line(argv, told, capsys):
         ("max_steps: 2.5\n", "invalid int value"),
         ("max_steps: true\n", "invalid int value"),
         ("model_name_or_path: m\ndataset_name: a\ndatasets: [{path: b}]\n", "got both"),
+        ("datasets: [{path: 5}]\n", "want path as str, got 5"),
+        ("datasets: [{path: null}]\n", "want path as str, got None"),
+        ("datasets: [{path: a, columns: prompt}]\n", "columns as list[str] | None, got 'prompt'"),
+        ("dataset_name: [a, b]\n", "dataset_name: want one value"),
+        ("dataset_name: true\n", "dataset_name: want one value"),
+        ("dataset_train_split: null\n", "dataset_train_split: want one value"),
+        ("model_name_or_path: [a]\n", "model_name_or_path: want one value"),
+        ("output_dir: 2026-01-01\n", "output_dir: want one value"),
+        ("output_dir: false\n", "output_dir: want one value"),
+        ("use_cpu: [true]\n", "use_cpu: want one value"),
+        ("gradient_checkpointing: 5\n", "5"),
+        ("model_init_kwargs: [1]\n", "model_init_kwargs: want one value"),
+        ("model_init_kwargs: '{1'\n", "model_init_kwargs as JSON"),
+        ("model_init_kwargs: some\n", "model_init_kwargs as a mapping, got 'some'"),
+        ("gradient_checkpointing_kwargs: [1]\n", "gradient_checkpointing_kwargs: want one value"),
+        ("accelerator_config: {foo: 1}\n", "TypeError: "),
+        ("loss_type: [[sigmoid]]\n", "loss_type: want texts"),
+        ("datasets: &a [*a]\n", "want mappings with a path"),
+        ("model_init_kwargs: &a {a: *a}\nuse_cpu: true\n", "error: "),
+        ("? [beta]\n: 0.1\n", "no YAML"),
+        ("beta: 2026-13-45\n", "run.yaml is no YAML: month must be"),
+        ("beta: \xe9\n", "run.yaml is no YAML: 'utf-8'"),
+        ("env: {A=B: 1}\n", "run.yaml: want names and values of variables as env, got 'A=B'"),
+        ("help: true\n", "want --help on the command line"),
     ],
 )
 def test_a_bad_yaml_file_ends_with_one_line(tmp_path, text, told, capsys):
-    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "run.yaml").write_text(text, encoding="latin-1")
     assert cli.main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
     assert told in one_line(capsys)
+
+
+@pytest.mark.parametrize("file, told", [("tokenizer.json", "tokenizer"), ("config.json", "onfig")])
+def test_a_broken_file_of_a_model_ends_with_one_line(here, tmp_path, file, told, capsys):
+    shutil.copytree(here / "model", tmp_path / "model")
+    (tmp_path / "model" / file).write_text("{}" if file == "tokenizer.json" else '{"a": ')
+    assert train(here, tmp_path / "out", model_name_or_path=tmp_path / "model") == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_error_of_another_kind_is_told_with_its_kind(here, tmp_path, capsys, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(cli, "_build_trainer", fail)
+    error = KeyError("rope")
+    assert train(here, tmp_path / "out") == 2
+    assert one_line(capsys) == "fastdpo: error: KeyError: 'rope'"
+    error = torch.OutOfMemoryError("no memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        train(here, tmp_path / "out")
 
 
 def test_debugging_shows_where_bad_input_was_found(capsys, monkeypatch):

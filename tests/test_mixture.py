@@ -1,5 +1,7 @@
 """Several datasets of a YAML file as one: their order, their shares, what is held out."""
 
+import math
+
 import pytest
 import tiny
 from datasets import Dataset
@@ -139,6 +141,16 @@ def test_columns_are_those_of_the_file_whose_prompts_are_implicit(tmp_path):
             assert len(list(pairs)) == 2
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_a_source_has_not_are_told_by_its_name(streaming, tmp_path):
+    Dataset.from_list(tiny.rows()).to_parquet(tmp_path / "rows.parquet")
+    dataset = DatasetConfig(str(tmp_path / "rows.parquet"), columns=["promt", "chosen"])
+    with pytest.raises(
+        ValueError, match=r"rows.parquet: want the columns .*'promt'.*got \['prompt'"
+    ):
+        load(DatasetMixtureConfig(datasets=[dataset], streaming=streaming))
+
+
 def test_a_count_of_rows_to_hold_out_comes_from_yaml_and_the_command_line(parts, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(f"datasets:\n  - path: {parts[0]}\ntest_split_size: 3\n")
@@ -157,6 +169,11 @@ def test_a_count_of_rows_to_hold_out_comes_from_yaml_and_the_command_line(parts,
         ({"fractions": (1, None)}, "every dataset or for none"),
         ({"fractions": (0, 0)}, "every dataset or for none"),
         ({"fractions": ("half", "half")}, "every dataset or for none"),
+        ({"fractions": (1, math.nan)}, "every dataset or for none"),
+        ({"fractions": (1, math.inf)}, "every dataset or for none"),
+        ({"fractions": (1, 1e-3)}, "at least one row of .*b.jsonl, got none of 8 rows"),
+        ({"test_split_size": math.nan}, "a share below 1 or a count, got nan"),
+        ({"test_split_size": -1}, "a share below 1 or a count, got -1"),
     ],
 )
 def test_a_mixture_that_cannot_be_is_refused(parts, changes, told):

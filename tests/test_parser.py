@@ -1,6 +1,7 @@
 """Flags and YAML files -> arguments, with the names and defaults of `trl dpo`."""
 
 import dataclasses
+import math
 import os
 
 import pytest
@@ -96,8 +97,30 @@ def test_peft_and_quantisation_are_off_unless_asked_for():
     assert (adapters.r, adapters.lora_alpha, adapters.use_rslora) == (8, 32, True)
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
+def test_a_dropout_that_is_no_share_is_refused(value):
+    with pytest.raises(ValueError, match=r"want lora_dropout in \[0, 1\)"):
+        ModelConfig(lora_dropout=value)
+
+
 def test_numbers_in_a_list_are_read_as_one_is(tmp_path):
     text = "loss_type: [sigmoid, sft]\nloss_weights: [5e-1, 1]\nuse_cpu: true\nreport_to: none\n"
     (tmp_path / "run.yaml").write_text(text)
     (_, args, *_), _ = TrainParser("fastdpo train").parse(["--config", str(tmp_path / "run.yaml")])
     assert args.loss_weights == [0.5, 1.0]
+
+
+def test_yaml_may_merge_mappings_and_override_what_they_say(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model_init_kwargs: &a {dtype: float32, use_cache: false}\n"
+        "lr_scheduler_kwargs: &b {<<: *a, use_cache: true}\n"
+        "gradient_checkpointing_kwargs: {<<: [*b, *a], use_reentrant: false}\n"
+        "liger_kernel_config: {rope: true}\n"
+        "resume_from_checkpoint: true\n"
+    )
+    (_, args, *_), _ = parse(f"--config={config}", "--use_cpu", "true")
+    assert args.lr_scheduler_kwargs == {"dtype": "float32", "use_cache": True}
+    merged = {"dtype": "float32", "use_cache": True, "use_reentrant": False}
+    assert args.gradient_checkpointing_kwargs == merged
+    assert args.resume_from_checkpoint is True
