@@ -386,7 +386,7 @@ def _pad_multiple(value: int | str | None) -> int | None:
     """The number in `value`, which the command line hands over as text; None for no multiple."""
     if value is None or str(value).lower() in ("auto", "none", "null"):
         return None
-    _want(str(value).isdigit() and int(value) > 0, "pad_to_multiple_of auto or a count", value)
+    _want(str(value).isdecimal() and int(value) > 0, "pad_to_multiple_of auto or a count", value)
     return int(value)
 
 
@@ -397,5 +397,5 @@ def _max_tokens(value: int | str | None) -> int | str | None:
     if value == "auto":
         return value
     wanted = "max_tokens_per_forward auto or a count"
-    _want(str(value).isdigit() and int(value) > 0, wanted, value)
+    _want(str(value).isdecimal() and int(value) > 0, wanted, value)
     return int(value)

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,15 +42,18 @@ NOT_IDENTITY = frozenset(
     # who reads and tokenises, and how patiently
     "dataset_num_proc dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
     "dataloader_persistent_workers dataloader_multiprocessing_context ddp_timeout "
-    # how much memory it takes: a run that had too little goes on with less. Packs only change the
-    # order in which sums are rounded.
+    # how much memory and time it takes: a run that had too little goes on with less. Packs, layouts
+    # and compilation only change the order in which sums are rounded; the reference is the same
+    # whenever it is scored.
     "torch_empty_cache_steps head_cache_bytes max_tokens_per_forward gradient_checkpointing "
     "gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
-    "strict_layout".split()
+    "layout strict_layout padding_free precompute_ref_log_probs precompute_ref_batch_size "
+    "torch_compile torch_compile_backend torch_compile_mode".split()
 )
 # but where rows are streamed, whose order hangs on them
 OF_STREAMS = frozenset({"dataloader_num_workers"})
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+SHARDS = ("pytorch_model_fsdp*", "global_step*")  # of FSDP and DeepSpeed
 OPTIMIZER = ("optimizer*", "global_step*")  # the latter is DeepSpeed's
 
 
@@ -203,7 +207,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
 def _step(checkpoint: Path) -> int | None:
     number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else None
+    return int(number) if number.isdecimal() else None
 
 
 def _torn(checkpoint: Path) -> str | None:
@@ -211,12 +215,37 @@ def _torn(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir():
         return "no such folder"
     try:
-        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"no {STATE_FILE}, it was not saved to the end"
     except ValueError:
         return f"half a {STATE_FILE}, it was not saved to the end"
+    if not isinstance(state, dict) or "global_step" not in state:
+        return f"no global_step in {STATE_FILE}"
+    if not any(found for name in (*WEIGHTS, *SHARDS) for found in checkpoint.glob(name)):
+        return "no weights"
+    for file in sorted(checkpoint.iterdir()):
+        if not _is_whole(file):
+            return f"half a {file.name}"
     return None
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of tensors has its end; any other file has."""
+    if file.suffix in (".pt", ".pth", ".bin"):
+        return zipfile.is_zipfile(file)  # what torch.save writes, with its directory at its end
+    if file.suffix != ".safetensors":
+        return True
+    with open(file, "rb") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        try:
+            header = json.loads(opened.read(start - 8)) if start <= file.stat().st_size else None
+        except ValueError:
+            return False
+    if not isinstance(header, dict):
+        return False
+    ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
+    return file.stat().st_size == start + max(ends, default=0)
 
 
 def _last_checkpoint(path: Path) -> tuple[Path | None, tuple[str, ...]]:

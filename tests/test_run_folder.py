@@ -5,7 +5,9 @@ import os
 
 import pytest
 import tiny
+import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 
 from fastdpo import run_folder
 from fastdpo.arguments import ModelConfig, ScriptArguments
@@ -27,9 +29,9 @@ def started(tmp_path):
 def save_checkpoint(folder, step, *, state='{"global_step": 0}', optimizer=True):
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    save_file({"weight": torch.zeros(2)}, checkpoint / "model.safetensors")
     if optimizer:
-        (checkpoint / "optimizer.pt").write_bytes(b"moments")
+        torch.save({}, checkpoint / "optimizer.pt")
     if state is not None:
         (checkpoint / "trainer_state.json").write_text(state)
     return checkpoint
@@ -65,13 +67,39 @@ def test_the_same_run_resumes_from_its_last_checkpoint(started):
     assert "resuming" in folder.notes[0] and "step 10" in folder.notes[0]
 
 
-@pytest.mark.parametrize("state", [None, "", '{"global_st'], ids=["no state", "empty", "half"])
+@pytest.mark.parametrize("state", [None, "", '{"global_st', "{}", "null"])
 def test_a_torn_checkpoint_is_skipped_and_named(started, state):
     save_checkpoint(started, 5)
     save_checkpoint(started, 10, state=state)
     folder = choose_run_folder(started, IDENTITY)
     assert folder.checkpoint == started / "checkpoint-5"
     assert "checkpoint-10" in folder.notes[0] and "checkpoint-5" in folder.notes[1]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors"])
+@pytest.mark.parametrize("left", [0, 60, -1])
+def test_a_checkpoint_with_a_file_cut_short_is_skipped_and_named(started, name, left):
+    save_checkpoint(started, 5)
+    file = save_checkpoint(started, 10) / name
+    file.write_bytes(file.read_bytes()[:left])
+    folder = choose_run_folder(started, IDENTITY)
+    assert folder.checkpoint == started / "checkpoint-5"
+    assert f"skipping {file.parent}: half a {name}" == folder.notes[0]
+    with pytest.raises(ValueError, match=f"got {file.parent}: half a {name}"):
+        choose_run_folder(started, IDENTITY, resume_from=str(file.parent))
+
+
+def test_a_checkpoint_without_weights_is_skipped_and_named(started):
+    (save_checkpoint(started, 5) / "model.safetensors").unlink()
+    assert (
+        f"skipping {started / 'checkpoint-5'}: no weights"
+        in choose_run_folder(started, IDENTITY).notes
+    )
+
+
+def test_a_folder_that_no_number_ends_is_no_checkpoint(started):
+    (started / "checkpoint-\u00b2").mkdir()
+    assert choose_run_folder(started, IDENTITY).checkpoint is None
 
 
 def test_torn_checkpoints_alone_start_the_run_again_in_place(started):
@@ -220,6 +248,9 @@ def test_what_cannot_change_the_numbers_is_no_part_of_the_identity(tmp_path):
         {"gradient_checkpointing": False},
         {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"strict_layout": True},
+        {"layout": "padded"},
+        {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 1},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
     ids=lambda change: next(iter(change)),
 )
