@@ -62,8 +62,11 @@ def prepare_pairs(
     streamed dataset is read up to its first pair, the rest as it trains, and not counted: None.
 
     RowError at the first malformed row, or with on_bad_rows="skip" a warning that counts them;
-    ValueError where columns are missing or no row is left.
+    ValueError where columns are missing or no row is left, TypeError for what is no dataset.
     """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        got = type(dataset).__name__
+        raise TypeError(f"{name} dataset: want a datasets.Dataset or IterableDataset, got {got}")
     if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
         dataset = dataset.with_format(None)  # lists and texts; a transform of the rows' own stays
     columns = _columns(dataset, name)

@@ -209,6 +209,13 @@ def test_tokenised_rows_stay_as_they_are(tokenizer):
     assert (counts.prompt_tokens, counts.completion_tokens) == (2, 3)
 
 
+@pytest.mark.parametrize("rows", [tiny.rows(), "rows", None], ids=["list", "name", "none"])
+def test_what_is_no_dataset_is_refused(tokenizer, rows):
+    kind = type(rows).__name__
+    with pytest.raises(TypeError, match=f"eval_a dataset: want a datasets.Dataset .* got {kind}"):
+        prepare_pairs(rows, tokenizer, name="eval_a")
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["kept", "streamed"])
 def test_columns_of_another_name_are_named(tokenizer, stream):
     rows = Dataset.from_list([{"instruction": "a", "output": "b"}])
