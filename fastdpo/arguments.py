@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
@@ -88,6 +90,22 @@ def peft_config(model_args: ModelConfig) -> LoraConfig | None:
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
     )
+
+
+def check_adapters(model: nn.Module, model_args: ModelConfig) -> None:
+    """ValueError for a layer that the flags name for an adapter, or to be saved, and `model` has
+    not: peft leaves it out."""
+    names = {
+        "lora_target_modules": getattr(model.base_model, "targeted_module_names", []),
+        "lora_modules_to_save": [
+            name for name, each in model.named_modules() if isinstance(each, ModulesToSaveWrapper)
+        ],
+    }
+    for flag, found in names.items():
+        wanted = getattr(model_args, flag)
+        for name in wanted if isinstance(wanted, list) else ():
+            if not any(f".{each}".endswith(f".{name}") for each in found):
+                raise ValueError(f"want {flag} of layers that the model has, got {name!r}")
 
 
 def init_kwargs(training_args: DPOConfig, model_args: ModelConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import traceback
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,7 +35,8 @@ usage: fastdpo [--version] [--help] COMMAND ...
           Flags and YAML files are those of `trl dpo`. Run again, it resumes.
   verify  compare the engine with plain PyTorch on the first rows of a run, with its flags
             fastdpo verify --model_name_or_path MODEL --dataset_name ROWS [--max_pairs 8]
-          Exit code 0: they agree; 1: they differ, and it says where; 2: bad input.
+          Exit code 0: they agree; 1: they differ, and it says where; 2: bad input;
+          3: another error.
   demo    train a small model built on the spot (no download) and show what it learned
 
 `fastdpo COMMAND --help` lists a command's flags."""
@@ -84,7 +85,9 @@ def _run_command(argv: list[str]) -> int:
     if command == "demo":
         from fastdpo import demo
 
-        return demo.main(rest)
+        with _bad_input():
+            arguments = demo.parse(rest)
+        return demo.run(arguments)
     if command in ("-h", "--help"):
         print(USAGE)
     elif command == "--version":
@@ -102,9 +105,9 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
 
     with _bad_input():
         (*arguments, fresh), unknown = TrainParser(prog=prog).parse(argv)
-        script_args, training_args, model_args, dataset_args = arguments
+        script_args, training_args, *_ = arguments
         launch_flags = _launch_flags(unknown)
-        _check_names(script_args, model_args, dataset_args)
+        _check_flags(*arguments)
         if not _is_launched() and (launch_flags or training_args.n_gpu > 1):
             return _launch(launch_flags, argv)
         identity = run_identity(*arguments)
@@ -118,8 +121,14 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
         return 0
 
     training_args.output_dir = str(folder.path)
-    with _bad_input():
-        trainer = _build_trainer(*arguments)
+    try:
+        with _bad_input():
+            trainer = _build_trainer(*arguments)
+    except BaseException:
+        if fresh:  # no run came to be in a folder made for it
+            with contextlib.suppress(OSError):
+                folder.path.rmdir()
+        raise
     say(trainer.summary())
     if is_main:
         mark_started(folder.path, identity)
@@ -137,7 +146,24 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
 
 
 def verify(argv: Sequence[str]) -> int:
-    """Hold the engine against plain PyTorch as `argv` says: 0 where they agree, else 1."""
+    """Hold the engine against plain PyTorch as `argv` says: 0 where they agree, 1 where not.
+
+    An error that is no bad input is 3, and 141 that nobody reads on, as in a shell: 1 would say
+    that they differ.
+    """
+    try:
+        return _verify(argv)
+    except BadInput:
+        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's end fails too
+        return 141
+    except Exception:
+        traceback.print_exc()
+        return 3
+
+
+def _verify(argv: Sequence[str]) -> int:
     from fastdpo.parser import VerifyParser
     from fastdpo.subject import load_subject
     from fastdpo.verify import HEADER, compare, describe, plain_way
@@ -146,8 +172,7 @@ def verify(argv: Sequence[str]) -> int:
         (*arguments, max_pairs), unknown = VerifyParser(prog="fastdpo verify").parse(argv)
         if launch_flags := _launch_flags(unknown):
             raise ValueError(f"want flags of one process, got {launch_flags[0]}")
-        script_args, _, model_args, dataset_args = arguments
-        _check_names(script_args, model_args, dataset_args)
+        _check_flags(*arguments)
         subject = load_subject(*arguments, max_pairs)
         plain = plain_way(subject)
     print(describe(subject, plain), HEADER, sep="\n", flush=True)
@@ -158,13 +183,34 @@ def verify(argv: Sequence[str]) -> int:
     return 0 if agrees else 1
 
 
-def _check_names(script_args, model_args, dataset_args) -> None:
+def _check_flags(script_args, training_args, model_args, dataset_args) -> None:
+    """ValueError for flags that are missing, or that would have no effect."""
     if model_args.model_name_or_path is None:
         raise ValueError("want --model_name_or_path, got none")
     if script_args.dataset_name is None and not dataset_args.datasets:
         raise ValueError("want --dataset_name, or datasets in a YAML file, got neither")
     if script_args.dataset_name is not None and dataset_args.datasets:
         raise ValueError("want --dataset_name, or datasets in a YAML file, got both")
+    if dataset_args.datasets:
+        names = [name for name in vars(script_args) if name.startswith("dataset_")]
+        _want_defaults(script_args, names, "with datasets, which say it themselves")
+    else:
+        names = ("test_split_size", "streaming")
+        _want_defaults(dataset_args, names, "without datasets (with dataset_name: dataset_…)")
+    if not model_args.use_peft:
+        names = [
+            name for name in vars(model_args) if name.startswith(("lora_", "use_rs", "use_do"))
+        ]
+        _want_defaults(model_args, names, "without use_peft")
+    if training_args.eval_on_start and training_args.eval_strategy == "no":
+        raise ValueError("want an eval_strategy with eval_on_start, got no")
+
+
+def _want_defaults(arguments, names: Iterable[str], when: str) -> None:
+    for name in names:
+        value, default = getattr(arguments, name), getattr(type(arguments)(), name)
+        if value != default:
+            raise ValueError(f"want {name}={default} {when}, got {value!r}")
 
 
 def _choose_folder(training_args, identity: dict[str, Any], fresh: bool) -> "RunFolder":
@@ -187,10 +233,12 @@ def _choose_folder(training_args, identity: dict[str, Any], fresh: bool) -> "Run
 def _build_trainer(script_args, training_args, model_args, dataset_args) -> "DPOTrainer":
     import torch
 
-    from fastdpo.arguments import init_kwargs, peft_config, quantization_config
+    from fastdpo.arguments import check_adapters, init_kwargs, peft_config, quantization_config
     from fastdpo.mixture import load_datasets
     from fastdpo.trainer import DPOTrainer
+    from fastdpo.trainer_check import check_count, check_update
 
+    check_update(training_args)
     train_rows, eval_rows = load_datasets(
         script_args,
         dataset_args,
@@ -207,6 +255,9 @@ def _build_trainer(script_args, training_args, model_args, dataset_args) -> "DPO
         quantization_config=quantization_config(model_args),
         peft_config=peft_config(model_args),
     )
+    check_adapters(trainer.model, model_args)
+    if counts := trainer.pair_counts["train"]:
+        check_count(training_args, counts.pairs)
     if script_args.ignore_bias_buffers:
         # DistributedDataParallel reads this name; some backends cannot broadcast booleans
         trainer.model._ddp_params_and_buffers_to_ignore = [

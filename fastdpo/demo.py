@@ -8,6 +8,7 @@ Each of the two runs in a process of its own, so that neither's time or memory i
 
 import argparse
 import copy
+import importlib.util
 import itertools
 import json
 import random
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
+from typing import NoReturn
 
 import datasets
 import torch
@@ -51,12 +53,31 @@ TINY = Size(hidden_size=32, fit_steps=3, dpo_steps=4)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo and print what it measured; 1 where the two ways disagree."""
+    return run(parse(argv))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The demo's flags, with their folder made; ValueError, OSError or ImportError, in one line,
+    for what it cannot run with."""
     parser = argparse.ArgumentParser(prog="fastdpo demo", description="See DPO at work on a CPU.")
     parser.add_argument("--output_dir", type=Path, default=Path("demo_run"))
     parser.add_argument("--tiny", action="store_true", help="seconds, too short to learn anything")
     parser.add_argument("--measure", choices=[*MEASURED], help=argparse.SUPPRESS)
+    parser.error = _raise
     arguments = parser.parse_args(argv)
+    missing = [name for name in ("matplotlib", "psutil") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the demo needs {missing}: pip install 'fastdpo[demo]'")
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo and print what it measured; 1 where the two ways disagree."""
     size = TINY if arguments.tiny else FULL
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -67,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(folder: Path, size: Size) -> int:
-    folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     print(
         "Fitting a small model to texts that count up, and twice as many that count down ...",

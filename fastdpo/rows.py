@@ -58,6 +58,11 @@ def load_rows(
     what `datasets` cannot read.
     """
     path, skip_bad = Path(path_or_name).expanduser(), on_bad_rows == "skip"
+    is_saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+    of_others = {"config_name": config_name, "data_files": data_files, "data_dir": data_dir}
+    if (path.is_file() or is_saved) and any(of_others.values()):
+        given = {name: value for name, value in of_others.items() if value}
+        raise ValueError(f"{path}: want none of {[*of_others]} for rows that are here, got {given}")
     if path.is_file():
         if split != "train":
             raise ValueError(
@@ -65,7 +70,7 @@ def load_rows(
                 f"{split}.jsonl, got {split!r}"
             )
         return _read_file(path, columns, streaming=streaming, skip_bad=skip_bad)
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+    if is_saved:
         rows = _selected(_from_disk(path, split), columns, path_or_name)
         return rows.to_iterable_dataset() if streaming else rows
     if not path.exists() and _looks_like_a_path(path_or_name):

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from fastdpo.arguments import (
     ModelConfig,
     ScriptArguments,
+    check_adapters,
     init_kwargs,
     peft_config,
     quantization_config,
@@ -111,6 +112,7 @@ def load_subject(
         quantization_config=quantization_config(model_args),
         **kwargs,
     )
+    check_adapters(policy, model_args)
     make_ready(
         policy,
         None,

@@ -1,10 +1,11 @@
-"""What DPOTrainer refuses, said before the rows are tokenised."""
+"""What DPOTrainer and the command line refuse, said before the rows are tokenised."""
 
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PeftType
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
@@ -15,6 +16,7 @@ from fastdpo.metrics import TOKEN_METRICS
 from fastdpo.model import aux_loss_weight
 
 PROMPT_LEARNING = (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+OF_MODELS = ("galore", "apollo", "lomo")  # optimizers that are made of a model
 # of TRL's DPOTrainer, now and before
 NEVER_CALLED = ("_prepare_dataset", "_compute_loss", "_precompute_ref_logps")
 NEVER_CALLED += ("compute_ref_log_probs", "get_batch_loss_metrics", "concatenated_forward")
@@ -95,6 +97,8 @@ def check_arguments(
         if isinstance(train_dataset, dict):  # load_dataset without split gives a DatasetDict
             got += f": take one of its splits, {[*train_dataset]}"
         raise TypeError(f"want a datasets.Dataset or IterableDataset as train_dataset, got {got}")
+    if isinstance(train_dataset, Dataset):
+        check_count(args, len(train_dataset))
     if args.length_column is not None and isinstance(train_dataset, IterableDataset):
         raise ValueError(
             "want a map-style dataset with train_sampling_strategy="
@@ -115,6 +119,54 @@ def check_arguments(
             "want model as a name with model_init_kwargs or quantization_config, got a "
             f"{type(model).__name__} that is already loaded"
         )
+
+
+def check_count(args: DPOConfig, num_rows: int) -> None:
+    """ValueError where dataloader_drop_last would leave nothing of so many rows to train on."""
+    at_once = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and num_rows < at_once:
+        raise ValueError(
+            f"want at least one batch of {at_once} rows with dataloader_drop_last, got {num_rows} "
+            "to train on"
+        )
+
+
+def check_update(args: DPOConfig) -> None:
+    """ValueError where transformers can make no optimizer or schedule of `args`.
+
+    For a run without optimizers of its own; train() would find it, with the reference scored. Tried
+    on one parameter, but for optimizers that look at the model, and DeepSpeed's own.
+    """
+    if args.deepspeed:
+        return
+    parameters = [torch.zeros(1, device=args.device, requires_grad=True)]
+    optimizer = torch.optim.SGD(parameters)
+    try:
+        if not any(name in args.optim for name in OF_MODELS):
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+            if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+                optimizer = kind(parameters, **settings)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"want settings that optim={args.optim.value} can take, got {told}"
+        ) from error
+    name, num_updates = args.lr_scheduler_type.value, max(args.max_steps, 1000)
+    try:
+        schedule = get_scheduler(
+            name,
+            optimizer,
+            args.get_warmup_steps(num_updates),
+            num_updates,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        for rate in getattr(schedule, "lr_lambdas", ()):
+            rate(num_updates - 1)
+    except Exception as error:
+        told = f"{args.lr_scheduler_kwargs}: {type(error).__name__}: {error}"
+        raise ValueError(
+            f"want lr_scheduler_kwargs that lr_scheduler_type={name} can take, got {told}"
+        ) from error
 
 
 def _why_no_checkpoints(config: PeftConfig | None) -> str | None:

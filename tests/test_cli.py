@@ -291,6 +291,56 @@ def test_a_bad_yaml_file_ends_with_one_line(tmp_path, text, told, capsys):
     assert told in one_line(capsys)
 
 
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"test_split_size": 0.5}, "want test_split_size=None without datasets"),
+        ({"streaming": True}, "want streaming=False without datasets"),
+        ({"lora_r": 8}, "want lora_r=16 without use_peft, got 8"),
+        ({"use_dora": True}, "want use_dora=False without use_peft"),
+        ({"dataset_config": "a"}, "want none of ['config_name', 'data_files', 'data_dir']"),
+        ({"eval_on_start": True}, "want an eval_strategy with eval_on_start"),
+        ({"use_peft": True, "lora_target_modules": ("q_proj", "o")}, "got 'o'"),
+        ({"use_peft": True, "lora_modules_to_save": ("lm_head", "score")}, "got 'score'"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 17}, "17 rows"),
+        ({"optim": "galore_adamw", "lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value)[:40],
+)
+def test_settings_that_would_be_ignored_or_fail_late_are_refused(
+    here, tmp_path, changes, told, capsys
+):
+    argv = []
+    for name, value in settings(here, tmp_path / "out", **changes).items():
+        argv += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    assert cli.main(["train", *argv]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("fastdpo: error: ") and told in line
+
+
+def test_settings_that_datasets_say_themselves_are_refused_beside_them(here, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    rows = {"datasets": [{"path": str(here / "rows.jsonl")}], "dataset_streaming": True}
+    config.write_text(yaml.safe_dump({"model_name_or_path": str(here / "model"), **rows}))
+    assert cli.main(["train", "--config", str(config), "--use_cpu", "true"]) == 2
+    assert "want dataset_streaming=False with datasets" in one_line(capsys)
+
+
+def test_rows_of_which_too_few_are_left_for_a_batch_are_refused(here, tmp_path, capsys):
+    tiny.write_rows(tmp_path / "rows.jsonl", [*tiny.rows(3), {"prompt": "a"}])
+    changes = {"dataset_name": tmp_path / "rows.jsonl", "on_bad_rows": "skip"}
+    changes |= {"dataloader_drop_last": True, "per_device_train_batch_size": 4}
+    assert train(here, tmp_path / "out", **changes) == 2
+    assert "want at least one batch of 4 rows" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_fresh_leaves_no_folder_of_a_run_that_never_was(here, whole_run, tmp_path):
+    tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}])
+    before = sorted(here.iterdir())
+    assert train(here, whole_run, "--fresh", dataset_name=tmp_path / "rows.jsonl") == 2
+    assert sorted(here.iterdir()) == before
+
+
 @pytest.mark.parametrize("file, told", [("tokenizer.json", "tokenizer"), ("config.json", "onfig")])
 def test_a_broken_file_of_a_model_ends_with_one_line(here, tmp_path, file, told, capsys):
     shutil.copytree(here / "model", tmp_path / "model")

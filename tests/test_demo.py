@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fastdpo import demo
+from fastdpo import cli, demo
 from fastdpo.demo_task import build_tokenizer, make_questions, preference_rows
 
 
@@ -45,6 +45,17 @@ def test_the_demo_runs_to_its_end_and_both_ways_agree(ran):
         assert line in printed
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "trained/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("argv, told", [(["--foo"], "--foo"), (["--output_dir", "file"], "file")])
+def test_what_the_demo_cannot_run_with_ends_with_one_line(
+    argv, told, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    assert cli.main(["demo", *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastdpo: error: ") and told in line
 
 
 def test_times_are_not_compared_where_the_losses_differ(ran, capsys, monkeypatch):

@@ -377,6 +377,14 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name):
         load_rows(name)
 
 
+def test_what_only_others_rows_have_is_refused_of_those_that_are_here(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", tiny.rows(2))
+    Dataset.from_list(tiny.rows()).save_to_disk(tmp_path / "saved")
+    for there in (path, str(tmp_path / "saved")):
+        with pytest.raises(ValueError, match="want none of .*got {'config_name': 'hard'}"):
+            load_rows(there, config_name="hard")
+
+
 def test_splits_and_files_that_are_not_there_are_refused(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", tiny.rows(2))
     with pytest.raises(

@@ -194,6 +194,44 @@ def test_a_report_to_a_package_that_is_not_there_is_refused(tokenizer, nothing_s
         build(tokenizer, settings={"report_to": ["mlflow", "wandb"]})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim": "adamw_bnb_8bit", "optim_args": "a"}, "want settings that optim=adamw_bnb_8bit"),
+        ({"adam_beta1": 2.0}, "optim=adamw_torch.*beta parameter at index 0: 2"),
+        ({"adam_epsilon": -1.0}, "optim=adamw_torch.*epsilon value: -1"),
+        ({"optim": "adamw_anyprecision", "optim_args": "5"}, "optim=adamw_any"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr.*min"),
+        (
+            {"lr_scheduler_kwargs": {"cycles": 2}},
+            "lr_scheduler_type=linear can take, got .'cycles'",
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "two"}},
+            "lr_scheduler_type=polynomial can take, got {'power': 'two'}: TypeError",
+        ),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else None,
+)
+def test_updates_that_transformers_cannot_make_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_check.check_update(args(**settings))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "lomo"])
+@pytest.mark.parametrize(
+    "kind", ["linear", "cosine", "constant", "inverse_sqrt", "cosine_with_restarts"]
+)
+def test_updates_that_transformers_can_make_are_let_by(optim, kind):
+    trainer_check.check_update(args(optim=optim, lr_scheduler_type=kind, warmup_steps=0.1))
+
+
+def test_too_few_rows_for_a_batch_are_refused_where_it_is_dropped(tokenizer, nothing_spent):
+    settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 9}
+    with pytest.raises(ValueError, match="at least one batch of 9 rows .* got 8"):
+        build(tokenizer, settings)
+
+
 @pytest.mark.parametrize("which", ["model", "ref_model"])
 def test_a_token_outside_a_models_vocabulary_is_refused(tokenizer, which):
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}] * 3

@@ -1,5 +1,7 @@
 """`fastdpo verify`: it agrees with a sound engine, and finds and names what is made wrong."""
 
+import os
+
 import families
 import pytest
 import tiny
@@ -372,6 +374,17 @@ def test_a_token_outside_the_vocabulary_is_named(here, tmp_path, capsys):
 
 
 # The command
+
+
+@pytest.mark.parametrize("error, code", [(KeyError("a"), 3), (BrokenPipeError(), 141)])
+def test_an_error_is_no_difference(here, monkeypatch, error, code, capfd):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    monkeypatch.setattr(verify, "compare", fail)
+    assert run(here) == code
+    assert ("KeyError: 'a'" in capfd.readouterr().err) == (code == 3)
 
 
 def test_help_lists_its_flags(capsys):
