@@ -120,12 +120,13 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     if folder.finished:
         return 0
 
+    is_made = folder.path != Path(training_args.output_dir)
     training_args.output_dir = str(folder.path)
     try:
         with _bad_input():
             trainer = _build_trainer(*arguments)
     except BaseException:
-        if fresh:  # no run came to be in a folder made for it
+        if is_made:  # for a run that never was
             with contextlib.suppress(OSError):
                 folder.path.rmdir()
         raise
@@ -196,7 +197,7 @@ def _check_flags(script_args, training_args, model_args, dataset_args) -> None:
         _want_defaults(script_args, names, "with datasets, which say it themselves")
     else:
         names = ("test_split_size", "streaming")
-        _want_defaults(dataset_args, names, "without datasets (with dataset_name: dataset_…)")
+        _want_defaults(dataset_args, names, "with dataset_name, without datasets")
     if not model_args.use_peft:
         names = [
             name for name in vars(model_args) if name.startswith(("lora_", "use_rs", "use_do"))

@@ -29,7 +29,6 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 Rows = Dataset | IterableDataset
 UNLIKE = (pa.ArrowException, OverflowError)  # what a column of unlike values raises
 MESSAGES = re.compile(r'\s*\[\s*\{\s*"role"\s*:')
-PANDAS_INDEX = "__index_level_0__"  # the first of more fields than the header has
 BETWEEN_ROWS = re.compile(r"[ \t\r\n,]*")
 
 
@@ -75,6 +74,8 @@ def load_rows(
         return rows.to_iterable_dataset() if streaming else rows
     if not path.exists() and _looks_like_a_path(path_or_name):
         raise ValueError(f"want a file or folder of preference rows, {path_or_name} is not there")
+    for file in sorted(path.rglob("*.csv")) if path.is_dir() else ():
+        next(_csv_rows(str(file), False, None), None)  # the row that decides what pandas reads
     rows = _load(
         path_or_name,
         path=path_or_name,
@@ -99,12 +100,9 @@ def _selected(rows: Rows, columns: list[str] | None, source: str) -> Rows:
 def _load(source: str, **settings: Any) -> Rows:
     """What `datasets` reads from `source`, which its own errors do not name."""
     try:
-        rows = datasets.load_dataset(**settings)
+        return datasets.load_dataset(**settings)
     except (DatasetGenerationError, ValueError) as error:
         raise ValueError(f"{source}: {error.__cause__ or error}") from error
-    if rows.info.builder_name == "csv" and PANDAS_INDEX in (rows.column_names or ()):
-        raise ValueError(f"{source}: want as many fields in a row as in the header, got more")
-    return rows
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -294,8 +294,8 @@ def test_a_bad_yaml_file_ends_with_one_line(tmp_path, text, told, capsys):
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"test_split_size": 0.5}, "want test_split_size=None without datasets"),
-        ({"streaming": True}, "want streaming=False without datasets"),
+        ({"test_split_size": 0.5}, "want test_split_size=None with dataset_name"),
+        ({"streaming": True}, "want streaming=False with dataset_name"),
         ({"lora_r": 8}, "want lora_r=16 without use_peft, got 8"),
         ({"use_dora": True}, "want use_dora=False without use_peft"),
         ({"dataset_config": "a"}, "want none of ['config_name', 'data_files', 'data_dir']"),

@@ -132,10 +132,13 @@ def test_a_csv_row_has_as_many_fields_as_the_header(streaming, tmp_path):
     assert [row["prompt"] for row in rows] == [None, None, "3"]
 
 
-def test_a_surplus_field_in_a_folder_of_csv_files_is_refused(tmp_path):
-    (tmp_path / "train.csv").write_text("prompt,chosen,rejected\nx,a,b,c\ny,a,b,c\n")
-    with pytest.raises(ValueError, match="want as many fields in a row as in the header"):
-        load_rows(str(tmp_path))
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_csv_files_has_no_surplus_fields_either(streaming, tmp_path):
+    (tmp_path / "train.csv").write_text("prompt,chosen,rejected\na,b,c\nd,e,f\n")
+    assert len(list(load_rows(str(tmp_path), streaming=streaming))) == 2
+    (tmp_path / "train.csv").write_text("prompt,chosen,rejected\n1,a,b,c\n2,d,e,f\n")
+    with pytest.raises(RowError, match="train.csv, row 0: want 3 fields, as in the header, got 4"):
+        load_rows(str(tmp_path), streaming=streaming)
 
 
 def test_a_name_that_comes_twice_in_a_csv_header_is_told(tmp_path):
