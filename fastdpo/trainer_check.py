@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PeftType
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -111,6 +112,8 @@ def check_arguments(
     adapters = model.active_peft_config if isinstance(model, PeftModel) else peft_config
     if args.gradient_checkpointing and (why := _why_no_checkpoints(adapters)):
         raise ValueError(f"want gradient_checkpointing=False with {why}, got True")
+    if args.gradient_checkpointing and args.gradient_checkpointing_kwargs:
+        _check_checkpointing(args.gradient_checkpointing_kwargs)
     if isinstance(model, str):
         return
     aux_loss_weight(model, args.router_aux_loss_coef)  # raises where the coefficient does not fit
@@ -119,6 +122,17 @@ def check_arguments(
             "want model as a name with model_init_kwargs or quantization_config, got a "
             f"{type(model).__name__} that is already loaded"
         )
+
+
+def _check_checkpointing(settings: dict[str, Any]) -> None:
+    try:
+        one = torch.zeros(1, requires_grad=True)
+        checkpoint(torch.nn.Identity(), one, **({"use_reentrant": False} | settings))
+    except Exception as error:
+        told = f"{settings}: {error}"
+        raise ValueError(
+            f"want gradient_checkpointing_kwargs that torch can take, got {told}"
+        ) from error
 
 
 def check_count(args: DPOConfig, num_rows: int) -> None:

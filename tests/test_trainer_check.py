@@ -92,6 +92,11 @@ def build(tokenizer, settings=None, **arguments):
         ({"settings": {"router_aux_loss_coef": 0.1}}, ValueError, "without experts, got 0.1"),
         ({"settings": {"report_to": ["dagger"]}}, ValueError, "dagger is not supported"),
         (
+            {"settings": {"gradient_checkpointing_kwargs": {"foo": 1}}},
+            ValueError,
+            "gradient_checkpointing_kwargs that torch can take, got {'foo': 1}: .*unexpected",
+        ),
+        (
             {
                 "settings": {"train_sampling_strategy": "group_by_length", "max_steps": 1},
                 "train_dataset": Dataset.from_list(tiny.rows()).to_iterable_dataset(),
