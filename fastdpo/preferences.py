@@ -12,7 +12,7 @@ from fastdpo.messages import (
     is_conversation,
     parsed,
 )
-from fastdpo.row_errors import FieldError
+from fastdpo.row_errors import FieldError, RowError
 
 TEXT_FIELDS = ("prompt", "chosen", "rejected")
 IMAGE_FIELDS = ("image", "images")
@@ -110,3 +110,10 @@ def _checked_reference(row: dict[str, Any]) -> dict[str, float]:
         missing = next(field for field in REFERENCE_COLUMNS if field not in row)
         raise FieldError(missing, f"a number, as {given[0]} has one", said="no such field")
     return {field: float(row[field]) for field in given}
+
+
+def malformed(reason: str, skip_bad: bool) -> dict[str, str | None]:
+    """What stands for a row that could not be read, if it may be skipped."""
+    if not skip_bad:
+        raise RowError(reason)
+    return dict.fromkeys(TEXT_FIELDS) | {MALFORMED: reason}

@@ -1,14 +1,10 @@
 """Files, folders and Hub names -> preference rows as a datasets.Dataset.
 
-JSON is read here, line by line, so that a bad row is told by file and line (counted from 1) and
-before Arrow asks all rows to be alike. So is a CSV file, whose cells are texts: pandas would guess
-their kinds, and take the first of too many fields for an index. All else is read by `datasets`.
+JSON and CSV files are read row by row (json_rows.py, csv_rows.py), so that a bad row is told by
+file and line, counted from 1, before Arrow asks all rows to be alike. `datasets` reads all else.
 """
 
-import codecs
-import csv
 import json
-import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from itertools import count
@@ -20,16 +16,14 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
-from fastdpo.collate import REFERENCE_COLUMNS
-from fastdpo.messages import parsed
-from fastdpo.preferences import MALFORMED, OPTION_FIELDS, TEXT_FIELDS, checked_row
+from fastdpo.csv_rows import csv_rows
+from fastdpo.json_rows import json_rows
+from fastdpo.preferences import MALFORMED, OPTION_FIELDS, TEXT_FIELDS, checked_row, malformed
 from fastdpo.row_errors import FieldError, RowError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 Rows = Dataset | IterableDataset
 UNLIKE = (pa.ArrowException, OverflowError)  # what a column of unlike values raises
-MESSAGES = re.compile(r'\s*\[\s*\{\s*"role"\s*:')
-BETWEEN_ROWS = re.compile(r"[ \t\r\n,]*")
 
 
 def load_rows(
@@ -75,7 +69,7 @@ def load_rows(
     if not path.exists() and _looks_like_a_path(path_or_name):
         raise ValueError(f"want a file or folder of preference rows, {path_or_name} is not there")
     for file in sorted(path.rglob("*.csv")) if path.is_dir() else ():
-        next(_csv_rows(str(file), False, None), None)  # the row that decides what pandas reads
+        next(csv_rows(str(file), False, None), None)  # the row that decides what pandas reads
     rows = _load(
         path_or_name,
         path=path_or_name,
@@ -190,7 +184,7 @@ def _read_file(path: Path, columns: list[str] | None, *, streaming: bool, skip_b
         files = {"data_files": str(path), "split": "train"}
         rows = _load(str(path), path="parquet", streaming=streaming, **files)
         return _with_a_row(_selected(rows, columns, str(path)), path)
-    read = _csv_rows if path.suffix == ".csv" else _checked_rows
+    read = csv_rows if path.suffix == ".csv" else _checked_rows
     settings = {"path": str(path), "skip_bad": skip_bad, "columns": columns and tuple(columns)}
     if streaming:
         return _with_a_row(IterableDataset.from_generator(read, gen_kwargs=settings), path)
@@ -212,89 +206,12 @@ def _with_a_row(rows: Rows, path: Path) -> Rows:
     return rows
 
 
-def _csv_rows(
-    path: str, skip_bad: bool, columns: tuple[str, ...] | None
-) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV file: its cells as texts, but None for an empty one, a number in the
-    reference columns, and messages where a conversation is written as JSON."""
-    lines = _csv_lines(path)
-    header = next(lines, [])
-    twice = [name for name in header if header.count(name) > 1]
-    missing = {*(columns or ())}.difference(header)
-    if twice or missing:
-        wanted = f"the columns {list(columns)}" if missing else "each name once in the header"
-        raise ValueError(f"{path}: want {wanted}, got {header}")
-    for index, cells in enumerate(lines):
-        if len(cells) != len(header):
-            wanted = f"want {len(header)} fields, as in the header, got {len(cells)}"
-            yield _malformed(f"{path}, row {index}: {wanted}", skip_bad)
-            continue
-        row = {name: cell or None for name, cell in zip(header, cells, strict=True)}
-        row = {name: row[name] for name in columns or header}
-        try:
-            yield row | _numbers(row) | _messages(row)
-        except FieldError as error:
-            yield _malformed(f"{path}, row {index}, {error}", skip_bad)
-
-
-def _csv_lines(path: str) -> Iterator[list[str]]:
-    """The cells of each line that is not blank; RowError for what is no CSV, even where bad rows
-    are skipped: there is no telling where the next row begins."""
-    csv.field_size_limit(2**31 - 1)  # its own limit is 131,072 characters
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            for cells in reader:
-                if len(cells) > 1 or "".join(cells).strip():
-                    yield cells
-        except (csv.Error, UnicodeDecodeError) as error:
-            told = f"{path}, after line {reader.line_num}: want CSV in UTF-8, got {error}"
-            raise RowError(told) from None
-
-
-def _numbers(row: dict[str, str | None]) -> dict[str, float]:
-    """The numbers in a CSV row's reference columns."""
-    numbers = {}
-    for field in REFERENCE_COLUMNS:
-        if (cell := row.get(field)) is not None:
-            try:
-                numbers[field] = float(cell)
-            except ValueError:
-                raise FieldError(field, "a finite number", cell) from None
-    return numbers
-
-
-def _messages(row: dict[str, str | None]) -> dict[str, list]:
-    """What a CSV row's cells hold as messages in JSON, if it is a conversation."""
-    messages, errors = {}, []
-    for field in TEXT_FIELDS:
-        cell = row.get(field)
-        if cell is not None and cell.lstrip().startswith("[{"):  # as a text may begin too
-            try:
-                value = parsed(field, cell, list)
-            except FieldError as error:
-                errors.append(error)
-            else:
-                if all(isinstance(each, dict) and "role" in each for each in value):
-                    messages[field] = value
-    if errors and (messages or any(MESSAGES.match(str(row.get(f))) for f in TEXT_FIELDS)):
-        raise errors[0]
-    return messages
-
-
-def _malformed(reason: str, skip_bad: bool) -> dict[str, str | None]:
-    """What stands for a row that could not be read, if it may be skipped."""
-    if not skip_bad:
-        raise RowError(reason)
-    return dict.fromkeys(TEXT_FIELDS) | {MALFORMED: reason}
-
-
 def _checked_rows(
     path: str, skip_bad: bool, columns: tuple[str, ...] | None
 ) -> Iterator[dict[str, Any]]:
     kinds: dict[str, str] = {}  # of the first row's texts
     unseen = set(columns or ()).difference(OPTION_FIELDS)  # of the columns, until a row is good
-    for line, row in _json_rows(Path(path)):
+    for line, row in json_rows(Path(path)):
         try:
             if isinstance(row, Exception):
                 raise FieldError("row", "an object in JSON, in UTF-8", str(row))
@@ -310,7 +227,7 @@ def _checked_rows(
             _check_alike(row, kinds)
             yield _storable(checked)
         except FieldError as error:
-            yield _malformed(f"{path}, line {line}, {error}", skip_bad)
+            yield malformed(f"{path}, line {line}, {error}", skip_bad)
 
 
 def _kinds(row: dict[str, Any]) -> dict[str, str]:
@@ -337,77 +254,16 @@ def in_one_kind(rows: Rows, source: str, *, skip_bad: bool) -> Rows:
 
     def checked(row: dict[str, Any], index: int) -> dict[str, Any]:
         if row.get(MALFORMED) is not None:
-            return _malformed(row[MALFORMED], skip_bad)
+            return malformed(row[MALFORMED], skip_bad)
         try:
             row = _storable(checked_row(row))
         except FieldError as error:
-            return _malformed(f"{source}, row {index}, {error}", skip_bad)
+            return malformed(f"{source}, row {index}, {error}", skip_bad)
         return row | {field: _as_json_texts(row[field]) for field in TEXT_FIELDS if field in row}
 
     if isinstance(rows, IterableDataset):
         return rows.map(checked, with_indices=True, remove_columns=rows.column_names)
     return as_dataset(map(checked, rows, count()), source)
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and row: a parsed value, or the exception that it could not be parsed with."""
-    with open(path, "rb") as file:
-        start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
-        file.seek(start)
-        first = next(filter(bytes.strip, file), b"")
-        file.seek(start)
-        if first.lstrip().startswith(b"["):
-            yield from _array_rows(path, file.read())
-            return
-        for line, text in enumerate(file, start=1):
-            if text.strip():
-                yield line, _parse(text)
-
-
-def _parse(text: bytes) -> Any:
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_each_once)
-    except (ValueError, RecursionError) as error:
-        return error
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs; ValueError where json would keep the last of several alike."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} twice")
-    return dict(pairs)
-
-
-def _array_rows(path: Path, whole: bytes) -> Iterator[tuple[int, Any]]:
-    """The objects of one JSON array, each with the line it begins in.
-
-    What is wrong with the array itself is RowError even where bad rows are skipped: there is no
-    telling where the next row begins.
-    """
-    try:
-        text = whole.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = whole[: error.start].count(b"\n") + 1
-        raise RowError(f"{path}, line {line}: want UTF-8, got {error}") from None
-    try:
-        # with one comma between two rows, and nothing behind the array
-        json.loads(text, parse_int=str)  # a number that is too long is told with its row, below
-    except json.JSONDecodeError as error:
-        raise RowError(f"{path}, line {error.lineno}: want one array of JSON: {error}") from None
-    except RecursionError:
-        pass  # told with its row, too
-    decode = json.JSONDecoder(object_pairs_hook=_each_once).raw_decode
-    line, counted = 1, 0
-    at = BETWEEN_ROWS.match(text, text.index("[") + 1).end()
-    while text[at] != "]":
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            row, at = decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"{path}, line {line}: want an object in JSON, got {error}") from None
-        yield line, row
-        at = BETWEEN_ROWS.match(text, at).end()
 
 
 def _storable(row: dict[str, Any]) -> dict[str, Any]:
