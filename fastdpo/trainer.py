@@ -8,32 +8,20 @@ The loop, checkpoints, mixed precision and distribution are transformers' and ac
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastdpo.batch import PairBatch, TokensRun, count_pairs
 from fastdpo.batch_loss import PackLogps, PackLoss, with_pack_losses
-from fastdpo.collate import (
-    ID_COLUMNS,
-    REFERENCE_COLUMNS,
-    PackedCollator,
-    PaddedCollator,
-    Row,
-    first_rows_longest_first,
-    make_collator,
-)
+from fastdpo.collate import Row, first_rows_longest_first
 from fastdpo.config import DPOConfig
-from fastdpo.data import prepare_pairs
 from fastdpo.experts import ExpertCounts, with_batch_experts
 from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck
 from fastdpo.losses import PairLoss, pair_loss
-from fastdpo.measuring_trainer import MeasuringTrainer
 from fastdpo.model import (
     ScoredOutput,
     attach_scorer,
@@ -53,7 +41,7 @@ from fastdpo.reference import (
     make_reference,
     with_reference_logps,
 )
-from fastdpo.row_report import PairCounts
+from fastdpo.row_trainer import COLLATORS_LAYOUT, RowTrainer, by_name
 from fastdpo.rows import Rows
 from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
@@ -67,7 +55,6 @@ from fastdpo.trainer_check import (
 )
 
 TAGS = ["fastdpo", "dpo"]
-COLLATORS_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
 NOISY = (
     "neftune_noise_alpha scales its noise by the length of a row, and only the padded layout has "
     "one sequence in a row"
@@ -82,7 +69,7 @@ def _of_args(name: str) -> property:
     )
 
 
-class DPOTrainer(MeasuringTrainer):
+class DPOTrainer(RowTrainer):
     """Direct Preference Optimization (arXiv:2305.18290) of a decoder-only language model.
 
     The arguments are TRL 1.16's:
@@ -150,7 +137,7 @@ class DPOTrainer(MeasuringTrainer):
             trust_remote_code=init_kwargs["trust_remote_code"],
         )
         self.args, self.processing_class = args, tokenizer  # as Trainer will: _prepare reads them
-        self.pair_counts: dict[str, PairCounts | None] = {}
+        self.pair_counts = {}
         train_dataset = self._prepare(train_dataset, "train")
         if eval_dataset is not None:
             eval_dataset = self._prepare(eval_dataset, "eval")
@@ -206,7 +193,7 @@ class DPOTrainer(MeasuringTrainer):
         args = self.args
         attach_scorer(self.model, **args.head_settings)
         self.aux_loss_weight = aux_loss_weight(self.model, args.router_aux_loss_coef)
-        datasets = {"train": self.train_dataset, **_by_name(self.eval_dataset, "eval")}
+        datasets = {"train": self.train_dataset, **by_name(self.eval_dataset, "eval")}
         self.reference = make_reference(
             self.model,
             ref_model,
@@ -216,14 +203,14 @@ class DPOTrainer(MeasuringTrainer):
             is_sharded=self.is_sharded,
             device=args.device,
         )
-        check_pairs(datasets, self._models().values(), args)
+        check_pairs(datasets, self.models().values(), args)
         if not self.is_sharded:
             ids = (row["prompt_ids"] + row["chosen_ids"])[:32]
-            for name, model in self._models().items():
+            for name, model in self.models().items():
                 is_balanced = name == "model" and self.aux_loss_weight > 0
                 check_scorer(model, ids, name=name, aux_loss=is_balanced)
 
-    def _models(self) -> dict[str, nn.Module]:
+    def models(self) -> dict[str, nn.Module]:
         """The policy, and the reference where it is a model of its own, by its argument's name."""
         models = {"model": self.model}
         if isinstance(self.reference, FrozenModel) and self.reference.model is not self.model:
@@ -233,64 +220,11 @@ class DPOTrainer(MeasuringTrainer):
     @property
     def ref_model(self) -> nn.Module | None:
         """The reference model; None where it is the policy without its adapters, or the rows'."""
-        return self._models().get("ref_model")
+        return self.models().get("ref_model")
 
     def summary(self) -> str:
         """What is about to run: model, pairs, dropped rows, layout, kernels, reference, updates."""
         return describe_run(self)
-
-    def _prepare(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
-        """`dataset` as token ids, its rows counted under `name`; token ids stay as they are."""
-        if isinstance(dataset, dict):
-            return {key: self._prepare(each, f"{name}_{key}") for key, each in dataset.items()}
-        pairs, self.pair_counts[name] = prepare_pairs(
-            dataset, self.processing_class, name=name, **self.args.data_settings
-        )
-        return pairs
-
-    def _prepare_new(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
-        """As _prepare, for rows that come once the models are loaded: checked against them too."""
-        pairs = self._prepare(dataset, name)
-        check_pairs(_by_name(pairs, name), self._models().values(), self.args)
-        return pairs
-
-    def _set_signature_columns_if_needed(self):
-        columns = [*ID_COLUMNS, *REFERENCE_COLUMNS, self.args.length_column]
-        self._signature_columns = [name for name in columns if name is not None]
-
-    def _remove_unused_columns(self, dataset, description=None):
-        pairs = super()._remove_unused_columns(dataset, description)
-        # a collator written for TRL adds lists up, which arrays would take for a sum
-        if not isinstance(pairs, Dataset) or self.layout is COLLATORS_LAYOUT:
-            return pairs
-        return pairs.with_format("numpy", columns=[*ID_COLUMNS], output_all_columns=True)
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """As transformers.Trainer's; padded where compute_metrics wants each sequence's logits."""
-        with self._collating_for_logits(self.compute_metrics is not None):
-            self._forget_other_loader(eval_dataset)
-            return super().get_eval_dataloader(eval_dataset)
-
-    def _forget_other_loader(self, eval_dataset) -> None:
-        """With persistent workers, transformers keeps loaders by name, whatever they are of."""
-        loaders = getattr(self, "_eval_dataloaders", {})
-        name = eval_dataset if isinstance(eval_dataset, str) else "eval"
-        is_own = eval_dataset is None or isinstance(eval_dataset, str)
-        if name in loaders and not (is_own and loaders[name].collate_fn is self.data_collator):
-            del loaders[name]
-
-    def get_test_dataloader(self, test_dataset):
-        """As transformers.Trainer's, of preference rows; padded, as predictions are logits."""
-        with self._collating_for_logits(True):
-            return super().get_test_dataloader(self._prepare_new(test_dataset, "test"))
-
-    def _collating_for_logits(self, wanted: bool) -> AbstractContextManager:
-        wanted = wanted and self.layout is not COLLATORS_LAYOUT
-        return self.collating_with(self._collator("padded") if wanted else None)
-
-    def _collator(self, layout: str) -> PaddedCollator | PackedCollator:
-        pad_token_id = self.processing_class.pad_token_id
-        return make_collator(layout, pad_token_id=pad_token_id, **self.args.collator_settings)
 
     def _choose_layout(self, row: Row) -> Layout:
         """Settle how pairs are laid out, once the models are where they will run."""
@@ -302,7 +236,7 @@ class DPOTrainer(MeasuringTrainer):
         )
         return choose_layout(
             self.args.layout,
-            list(self._models().values()),
+            list(self.models().values()),
             None if self.is_sharded else lambda m, name: check.difference(m, self._collator(name)),
             strict=self.args.strict_layout,
             reason_to_pad=self._why_padded(),
@@ -428,22 +362,9 @@ class DPOTrainer(MeasuringTrainer):
             **self.args.loss_settings,
         )
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As transformers.Trainer's; rows passed here are prepared as those of the constructor."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare_new(eval_dataset, metric_key_prefix)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs):
         """As transformers.Trainer's; dataset_name is what TRL's scripts call `dataset`."""
         if dataset_name is not None:
             kwargs |= {"dataset": dataset_name, "dataset_tags": dataset_name}
         tags = [tags] if isinstance(tags, str) else tags or []
         super().create_model_card(model_name=model_name, tags=[*tags, *TAGS], **kwargs)
-
-
-def _by_name(dataset: Rows | dict[str, Rows] | None, name: str) -> dict[str, Rows]:
-    """`dataset`, or each of a dictionary's, by the name that errors have for it."""
-    if isinstance(dataset, dict):
-        return {f"{name}_{key}": each for key, each in dataset.items()}
-    return {} if dataset is None else {name: dataset}

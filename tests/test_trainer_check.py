@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastdpo import DPOConfig, DPOTrainer, trainer, trainer_check
+from fastdpo import DPOConfig, DPOTrainer, row_trainer, trainer, trainer_check
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
 
@@ -45,7 +45,7 @@ def nothing_spent(monkeypatch):
     def spend(*args, **kwargs):
         raise AssertionError("compute was spent")
 
-    monkeypatch.setattr(trainer, "prepare_pairs", spend)
+    monkeypatch.setattr(row_trainer, "prepare_pairs", spend)
     monkeypatch.setattr(trainer, "load_tokenizer", spend)
 
 
