@@ -154,8 +154,8 @@ def linear_logps(
     depend on the other rows either, not in one bit, nor do its statistics but the entropy, as far
     as the matrix product sums a row alike in 16 rows and in 512 (oneDNN and MKL do, by
     tests/test_head_cost.py); its entropy and its gradient may differ in the last bits. With more
-    threads that holds on Intel's CPUs; on others exp2 may round what is left over at the end of a
-    thread's share of a tile in another way. cuBLAS chooses by shape.
+    threads that holds on Intel's CPUs from torch 2.13 on; on others exp2 may round what is left
+    over at the end of a thread's share of a tile in another way. cuBLAS chooses by shape.
 
     ValueError for shapes, dtypes or settings that do not fit; RuntimeError for create_graph=True:
     there is no second derivative. The same with full logits: reference.linear_logps.

@@ -77,7 +77,7 @@ class FakeLaunch:
         assert all(x.stride(-1) == 1 for x in tensors if x.ndim)
 
 
-def product(a, b, out, *, accumulate):
+def product(a, b, out, *, accumulate, alike=False):
     """As torch has it on CUDA: one GPU, one dtype, and float32 the only other that may leave."""
     assert a.device == b.device == out.device and a.dtype == b.dtype
     assert out.dtype in (a.dtype, torch.float32) and out.stride(1) == 1 and out.stride(0) % 16 == 0
