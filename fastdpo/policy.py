@@ -63,12 +63,7 @@ def load_policy(
     config_kwargs = {
         k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs
     }
-    _check_found(name)
-    try:
-        config = AutoConfig.from_pretrained(name, **config_kwargs)
-    except Exception as error:  # a file may hold anything
-        told = f"{type(error).__name__}: {error}"
-        raise ValueError(f"want a model's configuration in {name}, got none: {told}") from error
+    config = _read(AutoConfig, "a model's configuration", name, **config_kwargs)
     if config.is_encoder_decoder:
         raise ValueError(f"want a decoder-only language model, got {name} ({config.model_type})")
     if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
@@ -164,12 +159,7 @@ def load_tokenizer(
     if processing_class is None:
         if not (name := model_name(model)):
             raise ValueError("want a tokenizer as processing_class for a model without a name")
-        _check_found(name)
-        try:
-            processing_class = AutoTokenizer.from_pretrained(name, **init_kwargs)
-        except Exception as error:  # a file may hold anything
-            told = f"{type(error).__name__}: {error}"
-            raise ValueError(f"want a tokenizer for {name}, got none: {told}") from error
+        processing_class = _read(AutoTokenizer, "a tokenizer", name, **init_kwargs)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             "want a tokenizer as processing_class (vision-language processors are not there "
@@ -184,6 +174,17 @@ def load_tokenizer(
             raise ValueError("want a tokenizer with a pad_token or an eos_token, got neither")
         processing_class.pad_token = processing_class.eos_token
     return processing_class
+
+
+def _read(reader: type, wanted: str, name: str, **settings: Any) -> Any:
+    """What `reader`, a class of transformers', finds under a name; ValueError, whatever a file
+    there may hold instead."""
+    _check_found(name)
+    try:
+        return reader.from_pretrained(name, **settings)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"want {wanted} in {name}, got none: {told}") from error
 
 
 def _check_found(name: str) -> None:

@@ -33,8 +33,8 @@ class RowTrainer(MeasuringTrainer):
     pair_counts: dict[str, PairCounts | None]
 
     def models(self) -> dict[str, nn.Module]:
-        """What scores pairs, by its name in errors."""
-        raise NotImplementedError
+        """What scores pairs, by its argument's name."""
+        return {"model": self.model}
 
     def _prepare(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
         """`dataset` as token ids, its rows counted under `name`; token ids stay as they are."""

@@ -212,7 +212,7 @@ class DPOTrainer(RowTrainer):
 
     def models(self) -> dict[str, nn.Module]:
         """The policy, and the reference where it is a model of its own, by its argument's name."""
-        models = {"model": self.model}
+        models = super().models()
         if isinstance(self.reference, FrozenModel) and self.reference.model is not self.model:
             models["ref_model"] = self.reference.model
         return models

@@ -78,7 +78,7 @@ def test_arguments_that_no_model_takes_are_refused(tmp_path):
 
 def test_a_model_without_a_tokenizer_is_named(tmp_path):
     families.model("llama", torch.float32).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"want a tokenizer for {tmp_path}, got none"):
+    with pytest.raises(ValueError, match=f"want a tokenizer in {tmp_path}, got none"):
         load_tokenizer(None, str(tmp_path))
 
 
