@@ -1,7 +1,8 @@
 """How much cheaper is a whole training step than TRL's, and than the plain loop's?
 
-    OMP_NUM_THREADS=1 pytest bench/bench_train_step.py      minutes
-    pytest bench/bench_train_step.py -m "not slow"          one tiny model, seconds
+    OMP_NUM_THREADS=1 pytest bench/bench_train_step.py                    minutes
+    pytest bench/bench_train_step.py -m "not slow"                        one tiny model, seconds
+    pytest bench/bench_train_step.py -k "large and (chat or prompt)"      an 8B model, on a GPU
 
 And: is a DPO step whose reference was scored before dearer than a supervised step of the same
 sequences? Whole steps of the public trainers, from one `on_step_begin` to the next. Contenders
@@ -14,9 +15,10 @@ import pytest
 
 from bench.contenders import PEERS
 from bench.length_profiles import REAL_PAIRS, TARGETS
+from bench.measure import CUDA
 from bench.peak_memory import peaks_mib
 from bench.step_race import LOSS_TOLERANCE, losses, race, report
-from bench.tasks import task_of
+from bench.tasks import LARGE_MODEL, task_of
 
 no_real_pairs = pytest.mark.skipif(not REAL_PAIRS.exists(), reason=f"no {REAL_PAIRS.name} here")
 PROFILES = [
@@ -24,6 +26,8 @@ PROFILES = [
     *(pytest.param(name, marks=pytest.mark.slow) for name in TARGETS),
     pytest.param("real pairs", marks=[pytest.mark.slow, no_real_pairs]),
 ]
+wants_gpu = pytest.mark.skipif(not CUDA, reason=f"{LARGE_MODEL} wants a GPU")
+LARGE = [pytest.param(name, marks=[pytest.mark.slow, wants_gpu]) for name in TARGETS]
 
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])
@@ -35,6 +39,16 @@ def test_train_step(benchmark, profile, adapters):
     taken = race(task, names, benchmark)
     peaks = peaks_mib(measured, task)
     report(f"Training step, {profile}, {_trained(adapters)}", task, taken, peaks, benchmark)
+
+
+@pytest.mark.parametrize("profile", ["tiny", *LARGE])
+def test_large_model_step(benchmark, profile):
+    """Only with LoRA, and few contenders: each holds the weights."""
+    task = task_of(profile, adapters=True, model=LARGE_MODEL)
+    names = ["naive", *(name for name in PEERS if name == "TRL, fastest"), "fastdpo, fastest"]
+    taken = race(task, names, benchmark)
+    peaks = {} if profile == "tiny" else peaks_mib(names, task, at_once=1)
+    report(f"Training step, few contenders, {profile}, LoRA", task, taken, peaks, benchmark)
 
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])

@@ -100,3 +100,4 @@ bench 40 attention bench_attention.py "8B and (full or long)"
 bench 30 pair_loss bench_pair_loss.py "64 and not tiny"
 bench 35 gradient_filter bench_gradient_filter.py "8B"
 bench 40 precomputed bench_train_step.py "chat and lora" test_precomputed
+bench 10 large_model bench_train_step.py "chat" test_large_model  # and what the others leave

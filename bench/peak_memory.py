@@ -23,14 +23,15 @@ ROOT = Path(__file__).parents[1]
 STEPS = 3  # the optimizer's state is there from the second on
 
 
-def peaks_mib(names: list[str], task: Task) -> dict[str, float]:
+def peaks_mib(names: list[str], task: Task, at_once: int | None = None) -> dict[str, float]:
     """MiB of each contender over the task's first STEPS steps.
 
-    One after the other on a CPU; all at once on a GPU, of which torch counts what each allocated.
+    at_once: how many processes; None for one on a CPU, and for all on a GPU, of which torch counts
+    what each allocated.
     """
     if CUDA:
         torch.cuda.empty_cache()  # what a race before has left
-    with ThreadPoolExecutor(len(names) if CUDA else 1) as pool:
+    with ThreadPoolExecutor(at_once or (len(names) if CUDA else 1)) as pool:
         peaks = pool.map(functools.partial(_peak_mib, task=task), names)
         return dict(zip(names, peaks, strict=True))
 

@@ -9,6 +9,7 @@ from bench.contenders import CONTENDERS, PEERS
 from bench.measure import CUDA, Seconds, cpu_time_counts, seconds
 from bench.tables import environment, table
 from bench.tasks import WARMUP_STEPS, Task
+from bench.work_bound import work_bound
 
 # bfloat16 logits round a completion's sum by 0.7 nats
 LOSS_TOLERANCE, MOVES_PER_ERROR = (5e-2, 5) if CUDA else (1e-4, 10)
@@ -97,6 +98,11 @@ def report(
         f"{title}; {task.model}; a row: {timed} timed steps at batch {task.batch}, "
         f"{timed * task.batch} pairs"
     )
+    if PEERS.keys() & taken.keys():
+        found.notes["work"] = (
+            f"TRL's padded batches have {work_bound(task):.2f} times the multiply-adds that the "
+            "pairs need"
+        )
     if cpu_time_counts():
         found.notes["brackets"] = "in brackets: without the kernel's part of both"
     rows = {}

@@ -39,7 +39,18 @@ MODELS = {
         num_key_value_heads=2,
         tie_word_embeddings=True,
     ),
+    "Llama-3-8B": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        dtype="bfloat16",  # adapters on it are float32
+    ),
 }
+LARGE_MODEL = "Llama-3-8B"
 REAL_MODEL = "Qwen2.5-0.5B" if CUDA else "4 layers, D=256, V=32000"
 
 
@@ -61,9 +72,15 @@ class Task:
         """All but the warm-up, and the last: it begins where the one before it ends."""
         return self.steps - WARMUP_STEPS - 1
 
+    @property
+    def timed_batches(self) -> list[list[Pair]]:
+        first = WARMUP_STEPS * self.batch
+        starts = range(first, first + self.timed_steps * self.batch, self.batch)
+        return [self.pairs[start : start + self.batch] for start in starts]
 
-def task_of(profile: str, *, adapters: bool, timed_steps: int = 4) -> Task:
-    """The task of a length profile by its name, of "tiny", or of "real pairs".
+
+def task_of(profile: str, *, adapters: bool, timed_steps: int = 4, model: str = REAL_MODEL) -> Task:
+    """The task of a length profile by its name, of "tiny" (a model too), or of "real pairs".
 
     Batches are of 8 pairs for the three TARGETS, else of 4. "real pairs" are as many as the steps
     take, 28 by default, the first of the data set.
@@ -72,18 +89,18 @@ def task_of(profile: str, *, adapters: bool, timed_steps: int = 4) -> Task:
     if profile == "tiny":
         pairs = random_pairs(TINY, 4 * steps, vocab_size=MODELS["tiny"].vocab_size)
         return Task(model="tiny", pairs=pairs, batch=4, adapters=adapters)
-    vocab_size = MODELS[REAL_MODEL].vocab_size
+    vocab_size = MODELS[model].vocab_size
     batch = 8 if profile in TARGETS else 4  # longer pairs, whose naive logits fill the memory
     if profile == "real pairs":
         pairs = real_pairs(batch * steps, vocab_size=vocab_size)
     else:
         lengths = (TARGETS | DATASETS)[profile]
         pairs = random_pairs(lengths, batch * steps, vocab_size=vocab_size)
-    return Task(model=REAL_MODEL, pairs=pairs, batch=batch, adapters=adapters)
+    return Task(model=model, pairs=pairs, batch=batch, adapters=adapters)
 
 
 def random_model(name: str) -> nn.Module:
-    """A model of MODELS with random weights, always the same, in float32."""
+    """A model of MODELS with random weights, always the same: float32, or its config's dtype."""
     torch.manual_seed(0)
     config = copy.deepcopy(MODELS[name])
     config.update({"pad_token_id": PAD_ID, "bos_token_id": None, "eos_token_id": END_ID})

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STEPS = "tests linear_logps train_step profile layouts attention pair_loss".split()
-STEPS += ["gradient_filter", "precomputed"]
+STEPS += ["gradient_filter", "precomputed", "large_model"]
 NO_DATASETS = """
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
