@@ -9,6 +9,7 @@ Needs no GPU; not under TRITON_INTERPRET.
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -50,30 +51,28 @@ class Case:
 
 def fold_cases():
     """The fold of a tile: each head's full and last tile, alone and with every statistic."""
-    pointers = ("z", "labels", "peak", "total", "target", "rescale")
+    pointers = ("z", "peak", "total", "label_logit", "rescale")
     integers = ("width", "start", "z_stride", "p_stride")
     optional = {"bias_ptr": "HAS_BIAS", "weighted_ptr": "WEIGHTED", "sum_ptr": "SUM"}
     optional |= {"squares_ptr": "SQUARES"}
-    for head, (V, _, capped) in HEADS.items():
+    kinds = itertools.product(HEADS.items(), ("*bf16", "*fp32"), (False, True))
+    for (head, (V, _, capped)), p_type, full in kinds:
+        types = {f"{name}_ptr": "*fp32" for name in pointers}
+        types |= {"labels_ptr": "*i64", "p_ptr": p_type, "scale": "fp32", "softcap": "fp32"}
+        types |= dict.fromkeys(integers, "i32")
+        types |= dict.fromkeys(optional, "*fp32") if full else {}
+        constants = {} if full else dict.fromkeys(optional)  # None is a constant of a kernel
+        constants |= dict.fromkeys(optional.values(), full)
+        constants |= {"CAP": capped, "BLOCK_T": fold.BLOCK_T_OF_SUMS if full else fold.BLOCK_T}
         for width in (TILE_COLUMNS["cuda"], V % TILE_COLUMNS["cuda"]):
-            for dtype in ("*bf16", "*fp32"):
-                for full in (False, True):
-                    types = {f"{name}_ptr": "*fp32" for name in pointers}
-                    types |= {"labels_ptr": "*i64", "p_ptr": dtype, "scale": "fp32"}
-                    types |= dict.fromkeys(integers, "i32") | {"softcap": "fp32"}
-                    block = fold.BLOCK_V_OF_SUMS if full else fold.BLOCK_V
-                    constants = {"CAP": capped, "BLOCK_V": block}
-                    constants |= dict.fromkeys(optional.values(), full)
-                    given = types if full else constants
-                    given |= dict.fromkeys(optional, "*fp32" if full else None)
-                    kind = "bias and all sums" if full else "alone"
-                    yield Case(
-                        name=f"fold {head} {width} columns {dtype[1:]} {kind}",
-                        kernel=fold._fold_kernel,
-                        types=types,
-                        constants=constants,
-                        divisible=integers if width % 16 == 0 else integers[1:],
-                    )
+            yield Case(
+                name=f"fold {head} {width} columns {p_type[1:]} "
+                + ("bias and all sums" if full else "alone"),
+                kernel=fold._fold_kernel,
+                types=types,
+                constants=constants,
+                divisible=integers if width % 16 == 0 else integers[1:],
+            )
 
 
 def second_product_cases():

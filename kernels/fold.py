@@ -1,11 +1,11 @@
 """Online softmax over one tile of logits (the fold): in torch, and in one Triton launch.
 
-    peak, total, target, rescale <- z_NT = cap(scale * (products_NT + bias_T))
+    peak, total, label_logit, rescale <- z_NT = cap(scale * (products_NT + bias_T))
     p_NT = exp(z - peak) * c, 0 for the label   c = 1 - (z / softcap)², or 1 without a cap
 
-N rows, T columns of the vocabulary from `start` on. README.md says what for. The label's part in
-the gradient is 1 - p, which p in 16 bits would have rounded away where a model is sure: it is left
-out here and made from the answer, in float32.
+N rows, T columns of the vocabulary from `start` on. README.md derives it. The label's part in the
+gradient is 1 - p, which p in 16 bits would have rounded away where a model is sure: it is left out
+here and made from the answer, in float32.
 """
 
 import math
@@ -19,8 +19,8 @@ from torch import Tensor
 from fastdpo.kernels.products import has_fast_mkl
 
 LOG2_E = math.log2(math.e)
-BLOCK_V = 1024  # columns that a program of the Triton fold reads at a time
-BLOCK_V_OF_SUMS = 512  # with sums for statistics: of 1024, triton 3.7.1 spills some on sm_90
+BLOCK_T = 1024  # columns that a program of the Triton fold reads at a time
+BLOCK_T_OF_SUMS = 512  # with sums for statistics: of 1024, triton 3.7.1 spills some on sm_90
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class RunningSoftmax:
 
     peak_N: Tensor  # largest logit
     total_N: Tensor  # sum of exp(z - peak)
-    target_N: Tensor  # logit of the label; NaN while none was found
+    label_logit_N: Tensor  # logit of the label; NaN while none was found
     rescale_N: Tensor  # exp(peak before the last tile - peak after it)
     weighted_N: Tensor | None  # sum of exp(z - peak) * z, for the entropy
     sum_N: Tensor | None  # sum of z, for the mean logit
@@ -44,7 +44,7 @@ class RunningSoftmax:
 
         optional = ("entropy", "mean_logit", "log_sum_p2")
         sums = [full(0.0) if name in stats else None for name in optional]
-        lowest = torch.finfo(dtype).min  # not -inf: the first tile's logits may all be
+        lowest = torch.finfo(dtype).min  # not -inf: a first tile may be all of it
         return cls(full(lowest), full(0.0), full(float("nan")), full(0.0), *sums)
 
     def block(self, rows: slice) -> "RunningSoftmax":
@@ -67,8 +67,8 @@ def label_columns(labels_N: Tensor, start: int, width: int) -> tuple[Tensor, Ten
     return is_here_N, column_N.clamp_(0, width - 1)[:, None]
 
 
-def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
-    """Update `rows` with the products z_NT of one tile, and write its p_NT."""
+def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):
+    """Update `softmax` with the products z_NT of one tile, and write its p_NT."""
     if bias_T is not None:
         z_NT.add_(bias_T)
     if scale != 1.0:
@@ -76,24 +76,25 @@ def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
     if softcap is not None:
         z_NT.div_(softcap).tanh_().mul_(softcap)
     is_here_N, column_N1 = label_columns(labels_N, start, z_NT.shape[1])
-    torch.where(is_here_N, z_NT.gather(1, column_N1).squeeze(1), rows.target_N, out=rows.target_N)
+    logit_N = z_NT.gather(1, column_N1).squeeze(1)
+    torch.where(is_here_N, logit_N, softmax.label_logit_N, out=softmax.label_logit_N)
 
-    peak_N = torch.maximum(rows.peak_N, z_NT.amax(1))
-    torch.exp(rows.peak_N - peak_N, out=rows.rescale_N)
-    rows.peak_N.copy_(peak_N)
+    peak_N = torch.maximum(softmax.peak_N, z_NT.amax(1))
+    torch.exp(softmax.peak_N - peak_N, out=softmax.rescale_N)
+    softmax.peak_N.copy_(peak_N)
     c_NT = None if softcap is None else (z_NT / softcap).square_().neg_().add_(1.0)
-    if rows.sum_N is not None:
-        rows.sum_N.add_(z_NT.sum(1))
+    if softmax.sum_N is not None:
+        softmax.sum_N.add_(z_NT.sum(1))
     # from here on z_NT holds exp(z - peak)
-    if rows.weighted_N is None:
+    if softmax.weighted_N is None:
         _exp_(z_NT.sub_(peak_N[:, None]))
     else:
         exp_NT = _exp_(z_NT - peak_N[:, None])
-        rows.weighted_N.mul_(rows.rescale_N).add_(torch.linalg.vecdot(exp_NT, z_NT))
+        softmax.weighted_N.mul_(softmax.rescale_N).add_(torch.linalg.vecdot(exp_NT, z_NT))
         z_NT.copy_(exp_NT)
-    if rows.squares_N is not None:
-        rows.squares_N.mul_(rows.rescale_N.square()).add_(torch.linalg.vecdot(z_NT, z_NT))
-    rows.total_N.mul_(rows.rescale_N).add_(z_NT.sum(1))
+    if softmax.squares_N is not None:
+        softmax.squares_N.mul_(softmax.rescale_N.square()).add_(torch.linalg.vecdot(z_NT, z_NT))
+    softmax.total_N.mul_(softmax.rescale_N).add_(z_NT.sum(1))
     if c_NT is not None:  # and from here on p
         z_NT.mul_(c_NT)
     z_NT.scatter_(1, column_N1, z_NT.gather(1, column_N1).masked_fill_(is_here_N[:, None], 0.0))
@@ -102,17 +103,17 @@ def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
 
 
 @triton.jit
-def _logit(z_ptr, bias_ptr, v, mask, scale, softcap, HAS_BIAS: tl.constexpr, CAP: tl.constexpr):
-    z_V = tl.load(z_ptr + v, mask=mask, other=0.0)
+def _logit(z_ptr, bias_ptr, t, mask, scale, softcap, HAS_BIAS: tl.constexpr, CAP: tl.constexpr):
+    z_T = tl.load(z_ptr + t, mask=mask, other=0.0)
     if HAS_BIAS:
-        z_V += tl.load(bias_ptr + v, mask=mask, other=0.0).to(tl.float32)
-    z_V *= scale
+        z_T += tl.load(bias_ptr + t, mask=mask, other=0.0).to(tl.float32)
+    z_T *= scale
     if CAP:
         # softcap * tanh(z / softcap), with an exp that cannot overflow
-        decay_V = tl.exp(tl.abs(z_V) * (-2.0 / softcap))
-        tanh_V = (1.0 - decay_V) / (1.0 + decay_V)
-        z_V = softcap * tl.where(z_V < 0, -tanh_V, tanh_V)
-    return z_V
+        decay_T = tl.exp(tl.abs(z_T) * (-2.0 / softcap))
+        tanh_T = (1.0 - decay_T) / (1.0 + decay_T)
+        z_T = softcap * tl.where(z_T < 0, -tanh_T, tanh_T)
+    return z_T
 
 
 @triton.jit
@@ -123,7 +124,7 @@ def _fold_kernel(
     labels_ptr,
     peak_ptr,
     total_ptr,
-    target_ptr,
+    label_logit_ptr,
     rescale_ptr,
     weighted_ptr,
     sum_ptr,
@@ -139,70 +140,70 @@ def _fold_kernel(
     WEIGHTED: tl.constexpr,
     SUM: tl.constexpr,
     SQUARES: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)  # n * z_stride outgrows int32 from 16k rows of 128k
     z_ptr += n * z_stride
     p_ptr += n * p_stride
     old_peak = tl.load(peak_ptr + n)
-    tile_peak_V = tl.full((BLOCK_V,), -float("inf"), tl.float32)
-    for first in range(0, width, BLOCK_V):
-        v = first + tl.arange(0, BLOCK_V)
-        z_V = _logit(z_ptr, bias_ptr, v, v < width, scale, softcap, HAS_BIAS, CAP)
-        tile_peak_V = tl.maximum(tile_peak_V, tl.where(v < width, z_V, -float("inf")))
-    peak = tl.maximum(old_peak, tl.max(tile_peak_V))
+    tile_peak_T = tl.full((BLOCK_T,), -float("inf"), tl.float32)
+    for first in range(0, width, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        z_T = _logit(z_ptr, bias_ptr, t, t < width, scale, softcap, HAS_BIAS, CAP)
+        tile_peak_T = tl.maximum(tile_peak_T, tl.where(t < width, z_T, -float("inf")))
+    peak = tl.maximum(old_peak, tl.max(tile_peak_T))
     rescale = tl.exp(old_peak - peak)
 
     column = tl.load(labels_ptr + n) - start
-    target_V = tl.zeros((BLOCK_V,), tl.float32)
-    total_V = tl.zeros((BLOCK_V,), tl.float32)
-    weighted_V = tl.zeros((BLOCK_V,), tl.float32)
-    sum_V = tl.zeros((BLOCK_V,), tl.float32)
-    squares_V = tl.zeros((BLOCK_V,), tl.float32)
-    for first in range(0, width, BLOCK_V):
-        v = first + tl.arange(0, BLOCK_V)
-        z_V = _logit(z_ptr, bias_ptr, v, v < width, scale, softcap, HAS_BIAS, CAP)
-        target_V += tl.where(v == column, z_V, 0.0)
-        exp_V = tl.where(v < width, tl.exp(z_V - peak), 0.0)
-        total_V += exp_V
+    label_logit_T = tl.zeros((BLOCK_T,), tl.float32)
+    total_T = tl.zeros((BLOCK_T,), tl.float32)
+    weighted_T = tl.zeros((BLOCK_T,), tl.float32)
+    sum_T = tl.zeros((BLOCK_T,), tl.float32)
+    squares_T = tl.zeros((BLOCK_T,), tl.float32)
+    for first in range(0, width, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        z_T = _logit(z_ptr, bias_ptr, t, t < width, scale, softcap, HAS_BIAS, CAP)
+        label_logit_T += tl.where(t == column, z_T, 0.0)
+        exp_T = tl.where(t < width, tl.exp(z_T - peak), 0.0)
+        total_T += exp_T
         if WEIGHTED:
-            weighted_V += exp_V * z_V
+            weighted_T += exp_T * z_T
         if SUM:
-            sum_V += z_V  # 0 from width on
+            sum_T += z_T  # 0 from width on
         if SQUARES:
-            squares_V += exp_V * exp_V
+            squares_T += exp_T * exp_T
         if CAP:
-            capped_V = z_V * (1.0 / softcap)
-            exp_V *= 1.0 - capped_V * capped_V
-        exp_V = tl.where(v == column, 0.0, exp_V)
-        tl.store(p_ptr + v, exp_V.to(p_ptr.dtype.element_ty), mask=v < width)
+            capped_T = z_T * (1.0 / softcap)
+            exp_T *= 1.0 - capped_T * capped_T
+        exp_T = tl.where(t == column, 0.0, exp_T)
+        tl.store(p_ptr + t, exp_T.to(p_ptr.dtype.element_ty), mask=t < width)
     if (column >= 0) & (column < width):
-        tl.store(target_ptr + n, tl.sum(target_V))
+        tl.store(label_logit_ptr + n, tl.sum(label_logit_T))
     tl.store(peak_ptr + n, peak)
     tl.store(rescale_ptr + n, rescale)
-    tl.store(total_ptr + n, tl.load(total_ptr + n) * rescale + tl.sum(total_V))
+    tl.store(total_ptr + n, tl.load(total_ptr + n) * rescale + tl.sum(total_T))
     if WEIGHTED:
-        tl.store(weighted_ptr + n, tl.load(weighted_ptr + n) * rescale + tl.sum(weighted_V))
+        tl.store(weighted_ptr + n, tl.load(weighted_ptr + n) * rescale + tl.sum(weighted_T))
     if SUM:
-        tl.store(sum_ptr + n, tl.load(sum_ptr + n) + tl.sum(sum_V))
+        tl.store(sum_ptr + n, tl.load(sum_ptr + n) + tl.sum(sum_T))
     if SQUARES:
         squares = tl.load(squares_ptr + n) * rescale * rescale
-        tl.store(squares_ptr + n, squares + tl.sum(squares_V))
+        tl.store(squares_ptr + n, squares + tl.sum(squares_T))
 
 
-def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
+def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):
     """As _torch_fold, in one launch: a program a row."""
-    sums = (rows.weighted_N, rows.sum_N, rows.squares_N)
+    sums = (softmax.weighted_N, softmax.sum_N, softmax.squares_N)
     with torch.cuda.device_of(z_NT):  # Triton launches on the current GPU, wherever tensors are
         _fold_kernel[(z_NT.shape[0],)](
             z_NT,
             p_NT,
             bias_T,
             labels_N,
-            rows.peak_N,
-            rows.total_N,
-            rows.target_N,
-            rows.rescale_N,
+            softmax.peak_N,
+            softmax.total_N,
+            softmax.label_logit_N,
+            softmax.rescale_N,
             *sums,
             start,
             z_NT.shape[1],
@@ -212,10 +213,10 @@ def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, rows, scale, softcap):
             1.0 if softcap is None else softcap,
             HAS_BIAS=bias_T is not None,
             CAP=softcap is not None,
-            WEIGHTED=rows.weighted_N is not None,
-            SUM=rows.sum_N is not None,
-            SQUARES=rows.squares_N is not None,
-            BLOCK_V=BLOCK_V if all(x is None for x in sums) else BLOCK_V_OF_SUMS,
+            WEIGHTED=softmax.weighted_N is not None,
+            SUM=softmax.sum_N is not None,
+            SQUARES=softmax.squares_N is not None,
+            BLOCK_T=BLOCK_T if all(x is None for x in sums) else BLOCK_T_OF_SUMS,
         )
 
 

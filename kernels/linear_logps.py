@@ -4,7 +4,7 @@
     logp_N = z[n, label] - lse[n]                            lse = log sum_v exp(z)
 
 The vocabulary is walked once, a tile of columns at a time, with a running maximum
-(arXiv:1805.02867). The gradient needs the loss in one number a row only,
+(arXiv:1805.02867). The gradient depends on the loss only through one number a row, dlogp:
 
     dlogp / dhidden = scale * (c[label] head[label] - sum_v p_v c_v head_v)   c = 1 - (z / softcap)²
 
@@ -23,41 +23,31 @@ from fastdpo.kernels.products import HeadRows
 from fastdpo.kernels.row_statistics import STATS, statistics, sums_needed
 from fastdpo.kernels.vocabulary_walk import KeptTiles, Settings, Tiles, walk, weight_gradients
 
-MIN_ROWS = 16  # fewer are filled up: a product of fewer rows may sum in another order
+MIN_ROWS = 16  # fewer are padded: a product of fewer rows may sum in another order
 HEAD_CACHE_BYTES = 512 << 20
 
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: Settings, labels_N, bias_V, *factors):
+        """factors: x_NK and w_VK of each term, one after the other."""
         tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
-        rows = RunningSoftmax.start(
+        softmax = RunningSoftmax.start(
             len(labels_N), settings.wide, labels_N.device, sums_needed(tiles)
         )
         kept = KeptTiles(tiles)
-        u_of_terms = walk(tiles, rows, kept)
+        u_of_terms = walk(tiles, softmax, kept)
+        token_logps_N, log_total_N, label_share_N = _answers(tiles, softmax)
+        lse_N = softmax.peak_N + log_total_N
+        found = statistics(tiles, softmax, lse_N, u_of_terms)  # before u becomes a direction
+        _finish_directions(u_of_terms, tiles, softmax.total_N, label_share_N)
 
-        log_total_N = rows.total_N.log()
-        if settings.softcap is not None:
-            for term in tiles.terms:  # tanh makes a finite logit of an infinite hidden state
-                norm_N = torch.linalg.vector_norm(term.x_NK, torch.inf, 1, dtype=settings.wide)
-                log_total_N += 0 * norm_N
-        # the peak first: lse has the rounding of a logit, which may be larger than logp
-        token_logps_N = rows.target_N - rows.peak_N - log_total_N
-        lse_N = rows.peak_N + log_total_N
-        label_share_N = -token_logps_N.expm1()  # c (1 - p) of the label; NaN as token_logps
-        if settings.softcap is not None:
-            label_share_N *= 1 - (rows.target_N / settings.softcap).square()
-        found = statistics(tiles, rows, lse_N, u_of_terms)
-        _finish_directions(u_of_terms, tiles, rows.total_N, label_share_N)
-
-        saved = u_of_terms
+        for_weights = ()
         if settings.trained:
-            ctx.head_rows = None if isinstance(factors[1], Tensor) else factors[1]
-            tensors = [x if isinstance(x, Tensor) else None for x in factors]
-            of_rows = rows.peak_N, log_total_N, label_share_N
-            saved = [*u_of_terms, labels_N, bias_V, *of_rows, *tensors]
-        ctx.save_for_backward(*saved)
+            tensors = (x if isinstance(x, Tensor) else None for x in factors)
+            for_weights = labels_N, bias_V, softmax.peak_N, log_total_N, label_share_N, *tensors
+        ctx.save_for_backward(*u_of_terms, *for_weights)
+        ctx.head_rows = None if isinstance(factors[1], Tensor) else factors[1]
         ctx.settings, ctx.kept, ctx.x_dtypes = settings, kept, [x.dtype for x in factors[::2]]
         ctx.mark_non_differentiable(*found)
         return (token_logps_N, *found)
@@ -68,7 +58,7 @@ class _LinearLogps(torch.autograd.Function):
             raise RuntimeError("linear_logps has no second derivative: want create_graph=False")
         settings, num_terms = ctx.settings, len(ctx.x_dtypes)
         saved = ctx.saved_tensors  # read once: a checkpoint hands them out no more often
-        directions, saved = saved[:num_terms], saved[num_terms:]
+        directions, for_weights = saved[:num_terms], saved[num_terms:]
         dfactors, dbias_V = [None] * 2 * num_terms, None
         with torch.autocast(dlogps_N.device.type, enabled=False):
             for k, direction_NK in enumerate(directions):
@@ -76,7 +66,7 @@ class _LinearLogps(torch.autograd.Function):
                     dx_NK = torch.empty_like(direction_NK, dtype=ctx.x_dtypes[k])
                     dfactors[2 * k] = torch.mul(direction_NK, dlogps_N[:, None], out=dx_NK)
             if settings.trained:
-                labels_N, bias_V, peak_N, log_total_N, label_share_N, *factors = saved
+                labels_N, bias_V, peak_N, log_total_N, label_share_N, *factors = for_weights
                 factors[1] = factors[1] if ctx.head_rows is None else ctx.head_rows
                 tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
                 # where a row's answer is NaN, so are all gradients
@@ -85,6 +75,21 @@ class _LinearLogps(torch.autograd.Function):
                     tiles, dz_N, peak_N, log_total_N, label_share_N, ctx.kept
                 )
         return None, None, dbias_V, *dfactors
+
+
+def _answers(tiles: Tiles, softmax: RunningSoftmax) -> tuple[Tensor, Tensor, Tensor]:
+    """token_logps_N, log_total_N, and label_share_N, c (1 - p) of each row's label."""
+    settings, log_total_N = tiles.settings, softmax.total_N.log()
+    if settings.softcap is not None:
+        for term in tiles.terms:  # tanh makes a finite logit of an infinite hidden state
+            norm_N = torch.linalg.vector_norm(term.x_NK, torch.inf, 1, dtype=settings.wide)
+            log_total_N += 0 * norm_N
+    # the peak first: lse has the rounding of a logit, which may be larger than logp
+    token_logps_N = softmax.label_logit_N - softmax.peak_N - log_total_N
+    label_share_N = -token_logps_N.expm1()  # NaN as token_logps_N
+    if settings.softcap is not None:
+        label_share_N *= 1 - (softmax.label_logit_N / settings.softcap).square()
+    return token_logps_N, log_total_N, label_share_N
 
 
 def _finish_directions(
@@ -136,11 +141,11 @@ def linear_logps(
     head_cache_bytes: tiles of p kept for a trained weight's gradient, beside those that the memory
         of the gradient has room for: D of N rows, where both have one width. Every other tile costs
         a product more. No setting changes the result by more than rounding.
-    skip_below: leave tokens out of the second product whose p c is less than this in every row
-        of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12). Log-probabilities and weights'
-        gradients do not change; a row of hidden_ND's gradient by at most |dlogp| * scale * (the
-        probability left out) * (the norm of the longest head row). The label's part stays exact.
-        Faster for peaked rows alone.
+    skip_below: leave columns of the vocabulary out of the second product whose p c is less than
+        this in every row of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12).
+        Log-probabilities and weights' gradients do not change; a row of hidden_ND's gradient by at
+        most |dlogp| * scale * (the probability left out) * (the norm of the longest head row). The
+        label's part stays exact. Measure before use: bench/results/cpu.md.
     backend: "triton" (a GPU, or Triton's interpreter) or "torch" for all but the product of a tile.
 
     Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles: on a
@@ -150,12 +155,11 @@ def linear_logps(
     keeps its inputs, the memory of its gradient and the cache until the backward has used them, and
     under a checkpoint with use_reentrant=False those of both forwards.
 
-    The same inputs give the same bits. On a CPU with one thread a row's log-probability does not
-    depend on the other rows either, not in one bit, nor do its statistics but the entropy, as far
-    as the matrix product sums a row alike in 16 rows and in 512 (oneDNN and MKL do, by
-    tests/test_head_cost.py); its entropy and its gradient may differ in the last bits. With more
-    threads that holds on Intel's CPUs from torch 2.13 on; on others exp2 may round what is left
-    over at the end of a thread's share of a tile in another way. cuBLAS chooses by shape.
+    Deterministic: the same inputs give the same bits. On a CPU a row's log-probability, and its
+    statistics but the entropy, are also batch-invariant: the same bits whatever rows are scored
+    with it, with one thread, or on Intel's CPUs with any number from torch 2.13 on. Its entropy and
+    its gradient may differ in the last bits, and on a GPU all may. README.md says what that rests
+    on.
 
     ValueError for shapes, dtypes or settings that do not fit; RuntimeError for create_graph=True:
     there is no second derivative. The same with full logits: reference.linear_logps.

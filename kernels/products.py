@@ -1,16 +1,16 @@
 """Matrix products that accumulate and leave in float32, and their operands."""
 
 import functools
-import platform
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-# Elements of a HeadRows that are made at a time: a few times their memory is needed on the way. The
-# CPU's stay in its cache; a GPU's are launches of some size.
+# Elements of a HeadRows that are dequantised at a time, which takes a few times their memory: few
+# enough for a CPU's cache, enough for a GPU's launches.
 MADE_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 21}
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 class HeadRows(Protocol):
@@ -24,7 +24,7 @@ class HeadRows(Protocol):
 
 
 class Operand:
-    """Pieces of rows in the products' dtype; the last one is kept.
+    """x or w of a term in the products' dtype, some rows at a time; the last ones are kept.
 
     rounded_to: what autocast would narrow them to; they keep its values in the wider dtype.
     """
@@ -76,23 +76,33 @@ class Operand:
 class Term:
     """x_NK w_VKᵀ, one term of the logits: hidden states and head, or an adapter's two factors."""
 
-    def __init__(self, x_NK, w_VK: Tensor | HeadRows, need_grad, dtype, rounded_to):
+    def __init__(
+        self,
+        x_NK: Tensor,
+        w_VK: Tensor | HeadRows,
+        need_grad: tuple[bool, bool],
+        dtype: torch.dtype,
+        rounded_to: torch.dtype | None,
+    ):
         self.x_NK, self.w_VK, self.x_needs_grad, self.w_needs_grad = x_NK, w_VK, *need_grad
         self.x_pieces = Operand(x_NK, dtype, rounded_to, x_NK.device)
         self.w_pieces = Operand(w_VK, dtype, rounded_to, x_NK.device)
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, alike: bool = False) -> None:
+def product(
+    a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, batch_invariant: bool = False
+) -> None:
     """out = a @ b, or out += a @ b, accumulated in out's dtype without rounding in between.
 
-    alike: on a CPU, sum each row in one order, however many rows there are from 16 on.
+    batch_invariant: on a CPU, a row's sum does not depend on how many rows there are, from 16 on.
     """
+    is_float32_on_cpu = a.dtype == torch.float32 and a.device.type == "cpu"
     if a.dtype != out.dtype:
         if accumulate:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() and use_onednn(alike):
+    elif is_float32_on_cpu and a.numel() and use_onednn(batch_invariant):
         onednn_product(a, b, out, accumulate)
     else:
         torch_product(a, b, out, accumulate)
@@ -103,37 +113,35 @@ def torch_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
 
 
-def use_onednn(alike: bool) -> bool:
-    """Whether a float32 product goes to oneDNN, which has AVX-512 on all CPUs that do.
+def use_onednn(batch_invariant: bool) -> bool:
+    """Whether a float32 product goes to oneDNN, which uses AVX-512 on every CPU that has it.
 
-    MKL has it on Intel's, and is faster there; but several threads of it sum few rows in another
-    order than many.
+    MKL does so on Intel's alone, and is faster there; but with several threads it sums a row in
+    another order where there are few.
     """
-    if has_fast_mkl() and not (alike and torch.get_num_threads() > 1):
+    if has_fast_mkl() and not (batch_invariant and torch.get_num_threads() > 1):
         return False
     return has_good_onednn()
 
 
 @functools.cache
 def has_good_onednn() -> bool:
-    """Whether torch has oneDNN, the CPU AVX-512, and a row's sums one order.
+    """Whether torch has oneDNN, the CPU has AVX-512, and products of both are batch-invariant.
 
-    The last is tried once, in a shape in which oneDNN of torch 2.10 and 2.11 has two.
+    The last is tried once, in a shape in which those of torch 2.10 and 2.11 are not.
     """
     if not torch.backends.mkldnn.is_available():
         return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and sums_rows_alike()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and is_onednn_batch_invariant()
 
 
 @functools.cache
 def has_fast_mkl() -> bool:
     """Whether torch has MKL, and an Intel CPU for it: on others MKL keeps to older instructions."""
-    described = Path("/proc/cpuinfo")
-    cpu = described.read_text() if described.exists() else platform.processor()
-    return torch.backends.mkl.is_available() and "GenuineIntel" in cpu
+    return torch.backends.mkl.is_available() and "GenuineIntel" in CPU_INFO.read_text()
 
 
-def sums_rows_alike() -> bool:
+def is_onednn_batch_invariant() -> bool:
     """Whether oneDNN's product of 512 rows has the bits of that of its first 16."""
     kind = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
     a = torch.arange(512 * 896, **kind).view(512, 896).sin()

@@ -20,7 +20,7 @@ def sums_needed(tiles: Tiles) -> tuple[str, ...]:
 
 
 def statistics(
-    tiles: Tiles, rows: RunningSoftmax, lse_N: Tensor, u_of_terms: list[Tensor | None]
+    tiles: Tiles, softmax: RunningSoftmax, lse_N: Tensor, u_of_terms: list[Tensor | None]
 ) -> list[Tensor]:
     """The statistics asked for, in order; each u is as the walk leaves it, its label left out."""
     scale, num_tokens = tiles.settings.scale, tiles.terms[0].w_VK.shape[0]
@@ -29,28 +29,28 @@ def statistics(
         if name == "lse":
             found.append(lse_N.clone())
         elif name == "is_top1":
-            found.append(rows.target_N >= rows.peak_N)
+            found.append(softmax.label_logit_N >= softmax.peak_N)
         elif name == "log_sum_p2":
-            found.append(rows.squares_N.log() - 2 * rows.total_N.log())
+            found.append(softmax.squares_N.log() - 2 * softmax.total_N.log())
         elif name == "entropy":
             # a difference of two numbers of the size of the logits, rounded as they are
-            found.append((lse_N - _mean_of_p(tiles, rows, lse_N, u_of_terms)).clamp_(min=0))
-        elif rows.sum_N is not None:  # mean_logit
-            found.append(rows.sum_N / num_tokens)
+            found.append((lse_N - _mean_of_p(tiles, softmax, lse_N, u_of_terms)).clamp_(min=0))
+        elif softmax.sum_N is not None:  # mean_logit
+            found.append(softmax.sum_N / num_tokens)
         else:
             dots = [_row_dots(tiles, term, _mean_w(tiles, term)) for term in tiles.terms]
             found.append(scale * sum(dots))
     return found
 
 
-def _mean_of_p(tiles: Tiles, rows: RunningSoftmax, lse_N: Tensor, u_of_terms) -> Tensor:
+def _mean_of_p(tiles: Tiles, softmax: RunningSoftmax, lse_N: Tensor, u_of_terms) -> Tensor:
     """sum_v p_v z_v of each row."""
-    if rows.weighted_N is not None:
-        return rows.weighted_N / rows.total_N
+    if softmax.weighted_N is not None:
+        return softmax.weighted_N / softmax.total_N
     pairs = zip(tiles.terms, u_of_terms, strict=True)
     dots = [_row_dots(tiles, term, u_NK) for term, u_NK in pairs]
-    label_term_N = (rows.target_N - lse_N).exp() * rows.target_N
-    return tiles.settings.scale * sum(dots) / rows.total_N + label_term_N
+    label_term_N = (softmax.label_logit_N - lse_N).exp() * softmax.label_logit_N
+    return tiles.settings.scale * sum(dots) / softmax.total_N + label_term_N
 
 
 def _is_plain(tiles: Tiles) -> bool:

@@ -22,11 +22,11 @@ NUM_WARPS = 8  # of such a block
 RESCALED_AT_ONCE = 1024  # columns of u
 
 
-def _torch_second_product(p_NT, w_TK, u_NK, rows: RunningSoftmax, skip_below: float) -> None:
+def _torch_second_product(p_NT, w_TK, u_NK, softmax: RunningSoftmax, skip_below: float) -> None:
     reached = slice(None)  # all columns, or those where some row's p is enough of its total so far
     if skip_below:
-        reached = (p_NT >= skip_below * rows.total_N[:, None]).any(0).nonzero().squeeze(1)
-    u_NK.mul_(rows.rescale_N[:, None])
+        reached = (p_NT >= skip_below * softmax.total_N[:, None]).any(0).nonzero().squeeze(1)
+    u_NK.mul_(softmax.rescale_N[:, None])
     product(p_NT[:, reached], w_TK[reached], u_NK, accumulate=True)
 
 
@@ -58,7 +58,7 @@ def _reached_kernel(
     is_here = (n < N)[:, None] & (t < T)[None, :]
     p_NT = tl.load(p_ptr + n.to(tl.int64)[:, None] * p_stride + t[None, :], mask=is_here, other=0.0)
     least_N = skip_below * tl.load(total_ptr + n, mask=n < N, other=0.0)
-    is_reached_N = (n < N) & (tl.max(p_NT.to(tl.float32), axis=1) >= least_N)  # not so where NaN
+    is_reached_N = (n < N) & (tl.max(p_NT.to(tl.float32), axis=1) >= least_N)  # False for a NaN
     reached = tl.max(tl.where(is_reached_N, 1.0, 0.0)).to(tl.int32)
     tl.store(reached_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), reached)
 
@@ -100,12 +100,12 @@ def _reached_product_kernel(
     tl.store(u_ptrs, tl.load(u_ptrs, mask=is_u) + sum_NK, mask=is_u)
 
 
-def _triton_second_product(p_NT, w_TK, u_NK, rows: RunningSoftmax, skip_below: float) -> None:
+def _triton_second_product(p_NT, w_TK, u_NK, softmax: RunningSoftmax, skip_below: float) -> None:
     with torch.cuda.device_of(u_NK):  # Triton launches on the current GPU, wherever tensors are
         N, K = u_NK.shape
-        _rescale_kernel[(N,)](u_NK, rows.rescale_N, K, u_NK.stride(0), RESCALED_AT_ONCE)
+        _rescale_kernel[(N,)](u_NK, softmax.rescale_N, K, u_NK.stride(0), RESCALED_AT_ONCE)
         if skip_below:
-            _add_reached(p_NT, w_TK, u_NK, rows.total_N, skip_below)
+            _add_reached(p_NT, w_TK, u_NK, softmax.total_N, skip_below)
         else:
             product(p_NT, w_TK, u_NK, accumulate=True)
 

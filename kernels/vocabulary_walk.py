@@ -2,7 +2,7 @@
 
 The forward folds each tile into its rows' online softmax and into u = sum_v p_v c_v w_v. The
 backward takes the p of a tile from where it was kept, or computes it again, for the gradient of the
-weights. README.md has the maths.
+weights. README.md has the maths, and the letters.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,8 @@ from fastdpo.kernels.second_product import SECOND_PRODUCTS
 # Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
 TILE_ROWS = {"cpu": 512, "cuda": 8192}
 TILE_COLUMNS = {"cpu": 1024, "cuda": 4096}
-# Logits from one row to the next are a multiple: cuBLAS wants them aligned, and on a CPU exp2 then
-# has the same elements of each row left over from whole vectors, which it may round otherwise.
+# Rows of a tile start at multiples of this: cuBLAS wants them aligned, and on a CPU exp2, which may
+# round what is left over from whole vectors otherwise, then has the same columns of each row left.
 ROW_MULTIPLE = 16
 
 
@@ -55,32 +55,36 @@ class Settings(NamedTuple):
 class Tiles:
     """The tiles of one call, each a block of rows by some columns, and how p of one is made."""
 
-    def __init__(self, terms: list[Term], bias_V: Tensor | None, labels_N: Tensor, settings):
+    def __init__(
+        self, terms: list[Term], bias_V: Tensor | None, labels_N: Tensor, settings: Settings
+    ):
         device, kind = labels_N.device, labels_N.device.type
         kind = kind if kind in TILE_ROWS else "cuda"
-        rows, columns = _tile_shape(kind, len(labels_N), *terms[0].w_VK.shape)
-        self.blocks = even_slices(len(labels_N), rows)
-        self.columns = slices(terms[0].w_VK.shape[0], columns)
+        most_rows, width = _tile_shape(kind, len(labels_N), *terms[0].w_VK.shape)
+        self.blocks = even_slices(len(labels_N), most_rows)
+        self.columns = slices(terms[0].w_VK.shape[0], width)
         self.terms, self.settings, self.labels_N = terms, settings, labels_N
         self.bias_V = None if bias_V is None else bias_V.contiguous()
-        self.z = torch.empty(rows * self._stride(columns), dtype=settings.wide, device=device)
+        self.z = torch.empty(most_rows * self._stride(width), dtype=settings.wide, device=device)
         is_wide = settings.operand_dtype == settings.wide
         self.p = self.z if is_wide else torch.empty_like(self.z, dtype=settings.operand_dtype)
 
-    def fold(self, block: slice, columns: slice, rows: RunningSoftmax, memory: Tensor) -> Tensor:
-        """Fold one tile into `rows` and return its p, at the beginning of `memory`."""
+    def fold(self, block: slice, columns: slice, softmax: RunningSoftmax, memory: Tensor) -> Tensor:
+        """Fold one tile into its rows' `softmax`; returns p, at the beginning of `memory`."""
         p_NT = self._tile(memory, block, columns)
         z_NT = p_NT if self.z.dtype == self.p.dtype else self._tile(self.z, block, columns)
         for k, term in enumerate(self.terms):
             x_NK, w_TK = term.x_pieces[block], term.w_pieces[columns]
-            product(x_NK, w_TK.T, z_NT, accumulate=k > 0, alike=True)
+            product(x_NK, w_TK.T, z_NT, accumulate=k > 0, batch_invariant=True)
         bias_T = None if self.bias_V is None else self.bias_V[columns].to(z_NT.dtype)
         labels_N, scale, softcap = self.labels_N[block], self.settings.scale, self.settings.softcap
         fold = FOLDS[self.settings.backend]
-        fold(z_NT, p_NT, bias_T, labels_N, columns.start, rows, scale, softcap)
+        fold(z_NT, p_NT, bias_T, labels_N, columns.start, softmax, scale, softcap)
         return p_NT
 
-    def dlogits(self, p_NT, row_scale_N, dlabel_N, block: slice, columns: slice) -> Tensor:
+    def dlogits(
+        self, p_NT: Tensor, row_scale_N: Tensor, dlabel_N: Tensor, block: slice, columns: slice
+    ) -> Tensor:
         """row_scale_N p_NT, plus dlabel_N in the column of each row's label where it is here."""
         out_NT = self._tile(self.p, block, columns)
         torch.mul(p_NT, row_scale_N[:, None], out=out_NT)
@@ -88,9 +92,6 @@ class Tiles:
         is_here_N, column_N1 = label_columns(self.labels_N[block], columns.start, width)
         dlabel_N = (dlabel_N * is_here_N).to(out_NT.dtype)
         return out_NT.scatter_add_(1, column_N1, dlabel_N[:, None])  # what p left out, or 0
-
-    def zeros_like_x(self, term: Term) -> Tensor:
-        return torch.zeros(term.x_NK.shape, dtype=self.settings.wide, device=self.z.device)
 
     def row_chunks(self, term: Term) -> list[slice]:
         """All rows, in chunks whose float32 copy takes a quarter of a tile's memory."""
@@ -128,7 +129,7 @@ def slices(total: int, step: int) -> list[slice]:
 
 
 def even_slices(total: int, most: int) -> list[slice]:
-    """As few as hold at most `most` each, as large as one another: none is left with a few rows."""
+    """The fewest slices of at most `most`, as equal as can be: none is left with a few rows."""
     count = -(-total // most) if total else 0
     return [slice(i * total // count, (i + 1) * total // count) for i in range(count)]
 
@@ -137,7 +138,8 @@ class KeptTiles:
     """The p of tiles from the forward, for the weights' gradients; of as many as find room.
 
     Room is first in the memory of a gradient itself: the rows of a tile's columns are written only
-    after the p of all their tiles was read. The rest share head_cache_bytes.
+    after the p of all their tiles was read. The rest share head_cache_bytes. A tile is known by
+    where its block and its columns start.
     """
 
     def __init__(self, tiles: Tiles):
@@ -146,21 +148,20 @@ class KeptTiles:
         self._kept = {}
 
     def _find_rooms(self, tiles: Tiles) -> dict[tuple[int, int], Tensor]:
-        """Memory by the numbers of columns and block."""
         rooms, elsewhere = {}, {}
-        for c, columns in enumerate(tiles.columns):
+        for columns in tiles.columns:
             free = self._memory_of_gradient(columns, tiles.p.dtype)
-            for r, block in enumerate(tiles.blocks):
-                size = tiles.size(block, columns)
+            for block in tiles.blocks:
+                tile, size = (block.start, columns.start), tiles.size(block, columns)
                 if size <= len(free):
-                    rooms[c, r], free = free[:size], free[size:]
+                    rooms[tile], free = free[:size], free[size:]
                 else:
-                    elsewhere[c, r] = size
+                    elsewhere[tile] = size
         budget = tiles.settings.head_cache_bytes // tiles.p.element_size()
         free = tiles.p.new_empty(min(budget, sum(elsewhere.values())))
-        for numbers, size in elsewhere.items():
+        for tile, size in elsewhere.items():
             if size <= len(free):
-                rooms[numbers], free = free[:size], free[size:]
+                rooms[tile], free = free[:size], free[size:]
         return rooms
 
     def _memory_of_gradient(self, columns: slice, dtype: torch.dtype) -> Tensor:
@@ -171,20 +172,20 @@ class KeptTiles:
         whole = memory.nbytes // dtype.itemsize * dtype.itemsize
         return memory[: whole // memory.element_size()].view(dtype)
 
-    def room(self, c: int, r: int) -> Tensor | None:
-        """Memory for the p of block r, columns c, if there is any."""
-        return self._rooms.pop((c, r), None)
+    def room(self, block: slice, columns: slice) -> Tensor | None:
+        """Memory for the p of a tile, if there is any."""
+        return self._rooms.pop((block.start, columns.start), None)
 
-    def keep(self, c: int, r: int, p_NT: Tensor, peak_N: Tensor) -> None:
+    def keep(self, block: slice, columns: slice, p_NT: Tensor, peak_N: Tensor) -> None:
         """Keep p and a copy of the peaks that it was made with."""
-        self._kept[c, r] = p_NT, peak_N.clone()
+        self._kept[block.start, columns.start] = p_NT, peak_N.clone()
 
-    def take(self, c: int, r: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """What was kept of block r, columns c, once."""
-        return self._kept.pop((c, r), (None, None))
+    def take(self, block: slice, columns: slice) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """What was kept of a tile, once."""
+        return self._kept.pop((block.start, columns.start), (None, None))
 
     def take_gradients(self, tiles: Tiles) -> list[Tensor]:
-        """Memory for each trained weight's gradient; another one's the next time."""
+        """Memory for each trained weight's gradient: the forward's, or new in a second backward."""
         taken, self._gradients = self._gradients, None
         return _new_gradients(tiles) if taken is None else taken
 
@@ -193,26 +194,34 @@ def _new_gradients(tiles: Tiles) -> list[Tensor]:
     return [torch.empty_like(term.w_VK) for term in tiles.terms if term.w_needs_grad]
 
 
-def walk(tiles: Tiles, rows: RunningSoftmax, kept: KeptTiles) -> list[Tensor | None]:
-    """Fold every tile into `rows`. Returns u_NK of each term, None where x needs no gradient."""
+def walk(tiles: Tiles, softmax: RunningSoftmax, kept: KeptTiles) -> list[Tensor | None]:
+    """Fold every tile into `softmax`. Returns u_NK of each term, None where x needs no gradient."""
     settings = tiles.settings
     second_product = SECOND_PRODUCTS[settings.backend]
-    u_of_terms = [tiles.zeros_like_x(term) if term.x_needs_grad else None for term in tiles.terms]
-    for c, columns in enumerate(tiles.columns):
-        for r, block in enumerate(tiles.blocks):
-            room, block_rows = kept.room(c, r), rows.block(block)
-            p_NT = tiles.fold(block, columns, block_rows, tiles.p if room is None else room)
+    wide = {"dtype": settings.wide, "device": tiles.z.device}
+    u_of_terms = [
+        torch.zeros(term.x_NK.shape, **wide) if term.x_needs_grad else None for term in tiles.terms
+    ]
+    for columns in tiles.columns:
+        for block in tiles.blocks:
+            room, of_block = kept.room(block, columns), softmax.block(block)
+            p_NT = tiles.fold(block, columns, of_block, tiles.p if room is None else room)
             if room is not None:
-                kept.keep(c, r, p_NT, block_rows.peak_N)
+                kept.keep(block, columns, p_NT, of_block.peak_N)
             for term, u_NK in zip(tiles.terms, u_of_terms, strict=True):
                 if u_NK is not None:
                     w_TK = term.w_pieces[columns]
-                    second_product(p_NT, w_TK, u_NK[block], block_rows, settings.skip_below)
+                    second_product(p_NT, w_TK, u_NK[block], of_block, settings.skip_below)
     return u_of_terms
 
 
 def weight_gradients(
-    tiles: Tiles, dz_N: Tensor, peak_N: Tensor, log_total_N: Tensor, label_share_N, kept: KeptTiles
+    tiles: Tiles,
+    dz_N: Tensor,
+    peak_N: Tensor,
+    log_total_N: Tensor,
+    label_share_N: Tensor,
+    kept: KeptTiles,
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """dw_VK = dlogits_NVᵀ x_NK of each term that wants it, and dbias_V in float32.
 
@@ -224,9 +233,9 @@ def weight_gradients(
     weights = [_WeightGradient(*each, tiles) for each in zip(trained, dws, strict=True)]
     dlabel_N = -dz_N * label_share_N
     dbias_V = torch.zeros_like(tiles.bias_V, dtype=wide) if settings.bias_needs_grad else None
-    for c, columns in enumerate(tiles.columns):
-        for r, block in enumerate(tiles.blocks):
-            p_NT, tile_peak_N = kept.take(c, r)
+    for columns in tiles.columns:
+        for block in tiles.blocks:
+            p_NT, tile_peak_N = kept.take(block, columns)
             if p_NT is None:
                 fresh = RunningSoftmax.start(block.stop - block.start, wide, device)
                 p_NT, tile_peak_N = tiles.fold(block, columns, fresh, tiles.p), fresh.peak_N
@@ -244,9 +253,9 @@ def weight_gradients(
 
 
 class _WeightGradient:
-    """The gradient of one term's weight: a product, or summed beside its memory.
+    """Sums up one term's dw_VK: in its memory, or in float32 beside it.
 
-    Beside it where that is narrow, or where several blocks' p may still be in there.
+    Beside it where that is narrower, or may still hold the p of several blocks.
     """
 
     def __init__(self, term: Term, dw_VK: Tensor, tiles: Tiles):

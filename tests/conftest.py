@@ -37,11 +37,11 @@ def device() -> torch.device:
 def small_tiles(monkeypatch):
     """Tiles of 4 rows by 2 blocks, so that a test's few rows are walked as thousands are."""
     from fastdpo.kernels import vocabulary_walk
-    from fastdpo.kernels.fold import BLOCK_V
+    from fastdpo.kernels.fold import BLOCK_T
 
     for device in ("cpu", "cuda"):
         monkeypatch.setitem(vocabulary_walk.TILE_ROWS, device, 4)
-        monkeypatch.setitem(vocabulary_walk.TILE_COLUMNS, device, 2 * BLOCK_V)
+        monkeypatch.setitem(vocabulary_walk.TILE_COLUMNS, device, 2 * BLOCK_T)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def narrow_operands(monkeypatch):
     """
     from fastdpo.kernels import linear_logps, second_product, vocabulary_walk
 
-    def product(a, b, out, *, accumulate, alike=False):
+    def product(a, b, out, *, accumulate, batch_invariant=False):
         assert (a.dtype, b.dtype) == (torch.bfloat16,) * 2 and out.dtype == torch.float32
         assert out.stride(1) == 1 and out.stride(0) % 16 == 0
         out.copy_(a.float() @ b.float() + (out if accumulate else 0))

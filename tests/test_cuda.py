@@ -77,7 +77,7 @@ class FakeLaunch:
         assert all(x.stride(-1) == 1 for x in tensors if x.ndim)
 
 
-def product(a, b, out, *, accumulate, alike=False):
+def product(a, b, out, *, accumulate, batch_invariant=False):
     """As torch has it on CUDA: one GPU, one dtype, and float32 the only other that may leave."""
     assert a.device == b.device == out.device and a.dtype == b.dtype
     assert out.dtype in (a.dtype, torch.float32) and out.stride(1) == 1 and out.stride(0) % 16 == 0
@@ -262,10 +262,12 @@ def test_a_tile_of_more_than_2_to_the_31_logits_is_addressed():
     N, V = 16385, 2**17
     z_NT = torch.zeros(N, V, device=GPU)
     z_NT[-1, -1] = 7.0
-    rows = fold.RunningSoftmax.start(N, torch.float32, GPU)
+    softmax = fold.RunningSoftmax.start(N, torch.float32, GPU)
     labels_N = torch.full((N,), V - 1, device=GPU)
-    fold.FOLDS["triton"](z_NT, z_NT, None, labels_N, 0, rows, 1.0, None)
-    assert rows.peak_N[-1] == rows.target_N[-1] == 7.0 and rows.peak_N[:-1].eq(0).all()
+    fold.FOLDS["triton"](z_NT, z_NT, None, labels_N, 0, softmax, 1.0, None)
+    assert (
+        softmax.peak_N[-1] == softmax.label_logit_N[-1] == 7.0 and softmax.peak_N[:-1].eq(0).all()
+    )
     assert z_NT[-1, -1] == 1.0 and z_NT[-1, 0].item() == pytest.approx(math.exp(-7.0), rel=1e-5)
 
 

@@ -12,7 +12,7 @@ from watches import Live, Watch
 
 from fastdpo.kernels import linear_logps as module
 from fastdpo.kernels import reference, second_product, vocabulary_walk
-from fastdpo.kernels.fold import BLOCK_V
+from fastdpo.kernels.fold import BLOCK_T
 from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.products import has_fast_mkl, has_good_onednn
 from fastdpo.quantised import FourBitRows, Int8Rows
@@ -43,7 +43,7 @@ def counting_flops():
 @pytest.mark.parametrize(("kind", "wanted"), PRODUCTS.values(), ids=PRODUCTS)
 def test_products_are_as_few_as_promised(kind, wanted):
     settings = {name: kind[name] for name in ("head_cache_bytes",) if name in kind}
-    N, D, V = shape = (16, kind.get("D", 16), 4 * BLOCK_V)
+    N, D, V = shape = (16, kind.get("D", 16), 4 * BLOCK_T)
     hidden_ND, head_VD, labels_N, _ = inputs(shape, torch.float32)
     head_VD.requires_grad_(kind.get("head", False))
     with counting_flops() as counter, torch.set_grad_enabled(kind.get("grad", True)):
@@ -58,7 +58,7 @@ def test_products_are_as_few_as_promised(kind, wanted):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(("cache", "wanted"), [(1 << 30, 2), (0, 3)])
 def test_an_adapter_on_a_frozen_head_takes_thin_products_only(cache, wanted):
-    N, D, V, R = 16, 32, 4 * BLOCK_V, 2
+    N, D, V, R = 16, 32, 4 * BLOCK_T, 2
     hidden_ND, head_VD, labels_N, _ = inputs((N, D, V), torch.float32)
     low_rank = torch.randn(N, R, requires_grad=True), torch.randn(V, R, requires_grad=True)
     with counting_flops() as counter:
@@ -76,14 +76,14 @@ def test_an_adapter_on_a_frozen_head_takes_thin_products_only(cache, wanted):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_nothing_waits_and_no_logits_are_held(trained):
-    shape = (64, 16, 64 * BLOCK_V)
+    shape = (64, 16, 64 * BLOCK_T)
     hidden_ND, head_VD, labels_N, _ = inputs(shape, torch.float32)
     head_VD.requires_grad_(trained)
     with Watch() as watch:
         linear_logps(
             hidden_ND.requires_grad_(), head_VD, labels_N, backend="torch", head_cache_bytes=0
         ).sum().backward()
-    logits = 4 * 64 * 64 * BLOCK_V
+    logits = 4 * 64 * 64 * BLOCK_T
     assert watch.largest <= (head_VD.nbytes if trained else logits // 50)
 
 
@@ -122,7 +122,7 @@ def test_without_a_gradient_there_is_no_sum_of_head_rows():
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_are_kept_within_their_budget(dtype):
-    hidden_ND, head_VD, labels_N, _ = inputs((64, 8, 32 * BLOCK_V), dtype)
+    hidden_ND, head_VD, labels_N, _ = inputs((64, 8, 32 * BLOCK_T), dtype)
     head_VD.requires_grad_()
 
     def peak(head_cache_bytes):
@@ -133,7 +133,7 @@ def test_tiles_are_kept_within_their_budget(dtype):
 
     budget, peaks = 1 << 20, 64 * 8
     assert budget // 2 < peak(budget) - peak(0) <= budget + 16 * peaks
-    assert peak(1 << 45) <= peak(0) + 4 * 64 * 32 * BLOCK_V + 64 * peaks, "no more than there is"
+    assert peak(1 << 45) <= peak(0) + 4 * 64 * 32 * BLOCK_T + 64 * peaks, "no more than there is"
 
 
 class NoLaunch:
@@ -189,12 +189,12 @@ def test_a_heads_workspace_on_a_gpu_is_bounded(N, D, dtype, head, settings, mib,
 def test_tiles_in_the_gradients_own_memory_take_no_other(dtype):
     """Of as many rows as the memory has room for, and of too many."""
     for N in (16, 64):
-        hidden_ND, head_VD, labels_N, _ = inputs((N, 16, 32 * BLOCK_V), dtype)
+        hidden_ND, head_VD, labels_N, _ = inputs((N, 16, 32 * BLOCK_T), dtype)
         head_VD.requires_grad_()
         with Live() as live:
             settings = {"backend": "torch", "head_cache_bytes": 0}
             linear_logps(hidden_ND, head_VD, labels_N, **settings).sum().backward()
-        tiles = 3 * 4 * 4 * 2 * BLOCK_V + 2 * 4 * 16 * 2 * BLOCK_V
+        tiles = 3 * 4 * 4 * 2 * BLOCK_T + 2 * 4 * 16 * 2 * BLOCK_T
         assert live.peak <= head_VD.nbytes + tiles + 32 * (4 * N * 8)
 
 
@@ -232,13 +232,13 @@ def test_what_is_left_over_from_vectors_is_the_same_of_every_row():
 
 @pytest.mark.usefixtures("small_tiles")
 def test_tiles_that_were_kept_go_with_the_backward():
-    hidden_ND, head_VD, labels_N, _ = inputs((64, 8, 32 * BLOCK_V), torch.float32)
+    hidden_ND, head_VD, labels_N, _ = inputs((64, 8, 32 * BLOCK_T), torch.float32)
     head_VD.requires_grad_()
     with Live() as live:
         loss = linear_logps(hidden_ND, head_VD, labels_N, backend="torch").sum()
         held = live.live
         loss.backward(retain_graph=True)
-        assert held - live.live > 64 * 32 * BLOCK_V * 4 - head_VD.nbytes, "a loss is often kept"
+        assert held - live.live > 64 * 32 * BLOCK_T * 4 - head_VD.nbytes, "a loss is often kept"
     first = head_VD.grad.clone()
     loss.backward()
     torch.testing.assert_close(head_VD.grad, 2 * first)

@@ -21,7 +21,7 @@ ORDER = (
     "batch_loss losses model experts attention collate tree batch head quantised ops"
 ).split()
 KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "functools", "math", "typing"}
-KERNELS_MAY_IMPORT |= {"pathlib", "platform"}  # to tell one maker's CPUs from another's
+KERNELS_MAY_IMPORT |= {"pathlib"}  # to tell one maker's CPUs from another's
 # what kernel files share or are made of
 PARTS_OF_KERNELS = {"fold", "products", "vocabulary_walk", "row_statistics", "closed_forms"}
 PARTS_OF_KERNELS |= {"second_product"}

@@ -6,16 +6,16 @@ from tiny_heads import assert_all_as_accurate, inputs, run
 from torch.utils.checkpoint import checkpoint
 
 from fastdpo.kernels import reference
-from fastdpo.kernels.fold import BLOCK_V
+from fastdpo.kernels.fold import BLOCK_T
 from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.row_statistics import STATS
 
 SHAPES = {
     "no-row": (0, 8, 40),
     "one-cell": (1, 1, 1),
-    "one-block": (4, 16, BLOCK_V),
-    "ragged-last-block": (5, 16, BLOCK_V + 7),
-    "ragged-last-tile-and-rows": (11, 16, 5 * BLOCK_V + 1),
+    "one-block": (4, 16, BLOCK_T),
+    "ragged-last-block": (5, 16, BLOCK_T + 7),
+    "ragged-last-tile-and-rows": (11, 16, 5 * BLOCK_T + 1),
 }
 BACKENDS = ["torch", "triton"]
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -83,7 +83,7 @@ def test_a_gpus_tiles_of_narrow_operands_are_as_accurate(backend, head_cache_byt
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "capped"])
 def test_a_sure_models_gradients_are_not_rounded_away(backend, softcap, device):
     """Where p of the label is 0.99, its part in the gradient is 1 - p: in 16 bits 0 or 1 / 128."""
-    N, D, V = 11, 64, 5 * BLOCK_V + 1
+    N, D, V = 11, 64, 5 * BLOCK_T + 1
     _, head_VD, labels_N, _ = inputs((N, D, V), torch.float32, device)
     head_VD = (head_VD / 8).bfloat16()
     hidden_ND = 22 * head_VD[labels_N]
@@ -98,7 +98,7 @@ def test_a_sure_models_gradients_are_not_rounded_away(backend, softcap, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_may_lie_any_way_in_memory(backend, device):
-    args = inputs((17, 24, BLOCK_V + 7), torch.float32, device, bias=True)
+    args = inputs((17, 24, BLOCK_T + 7), torch.float32, device, bias=True)
     strided = [args[0].T.contiguous().T, args[1].T.contiguous().T]
     strided += [torch.stack([x, x], 1).flatten()[::2] for x in args[2:]]
     assert not any(x.is_contiguous() for x in strided)
@@ -114,7 +114,7 @@ def test_inputs_may_lie_any_way_in_memory(backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_cache_changes_no_gradient(backend, device):
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.float32, device, bias=True)
-    tile_bytes = 4 * 4 * 2 * BLOCK_V
+    tile_bytes = 4 * 4 * 2 * BLOCK_T
     none, some, all_of_it = (
         run(
             linear_logps,
@@ -136,7 +136,7 @@ def test_the_cache_changes_no_gradient(backend, device):
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "capped"])
 @pytest.mark.parametrize("broken", ["label-below", "label-above", "nan", "inf"])
 def test_a_broken_row_is_nan_and_no_other(backend, softcap, broken, device):
-    hidden_ND, head_VD, labels_N, _ = inputs((9, 16, 2 * BLOCK_V + 7), torch.float32, device)
+    hidden_ND, head_VD, labels_N, _ = inputs((9, 16, 2 * BLOCK_T + 7), torch.float32, device)
     whole = run(
         linear_logps,
         hidden_ND,
@@ -164,7 +164,7 @@ def test_a_broken_row_is_nan_and_no_other(backend, softcap, broken, device):
 @pytest.mark.parametrize("head_cache_bytes", [0, 1 << 30])
 @pytest.mark.parametrize("head_grad", [False, True], ids=["frozen", "trained"])
 def test_a_low_rank_term_is_as_accurate(backend, head_cache_bytes, head_grad, device):
-    hidden_ND, head_VD, labels_N, _ = inputs((11, 16, 2 * BLOCK_V + 7), torch.float32, device)
+    hidden_ND, head_VD, labels_N, _ = inputs((11, 16, 2 * BLOCK_T + 7), torch.float32, device)
     A_RD, B_VR = (x.to(device) for x in (torch.randn(3, 16), torch.randn(len(head_VD), 3)))
 
     def answers(function, dtype, **settings):
@@ -199,7 +199,7 @@ def test_a_low_rank_term_that_is_not_finite_breaks_its_row_alone(backend, softca
 )
 @pytest.mark.parametrize("likely", [True, False], ids=["chosen-like", "rejected-like"])
 def test_skipping_unlikely_tokens_keeps_its_bound(backend, peakedness, likely, device):
-    hidden_ND, head_VD, labels_N, _ = inputs((11, 16, 3 * BLOCK_V + 7), torch.float32, device)
+    hidden_ND, head_VD, labels_N, _ = inputs((11, 16, 3 * BLOCK_T + 7), torch.float32, device)
     p_NV = (peakedness * hidden_ND.double() @ head_VD.double().T / 4).softmax(1)
     labels_N = p_NV.argmax(1) if likely else p_NV.argmin(1)
     args = (hidden_ND, head_VD * peakedness / 4, labels_N, None, torch.float32)
@@ -250,7 +250,7 @@ def test_the_same_inputs_give_the_same_bits(backend, skip_below, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits_neither_overflow_nor_vanish(backend, device):
-    hidden_ND, head_VD, labels_N, _ = inputs((3, 4, 3 * BLOCK_V), torch.float32, device)
+    hidden_ND, head_VD, labels_N, _ = inputs((3, 4, 3 * BLOCK_T), torch.float32, device)
     ours = run(
         linear_logps, 100 * hidden_ND, 100 * head_VD, labels_N, None, torch.float32, backend=backend
     )
@@ -275,7 +275,7 @@ def test_gradcheck_in_float64():
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.integers(0, 9), st.integers(1, 9), st.integers(1, 3 * BLOCK_V), st.integers(0, 99))
+@given(st.integers(0, 9), st.integers(1, 9), st.integers(1, 3 * BLOCK_T), st.integers(0, 99))
 def test_any_shape_agrees(N, D, V, seed):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args = inputs((N, D, V), torch.float32, device, seed=seed)
@@ -382,10 +382,10 @@ def test_a_gradient_of_the_gradient_is_an_error(trained):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("small_tiles")
 def test_a_first_tile_that_is_masked_out_breaks_nothing(backend, device):
-    hidden_ND, head_VD, labels_N, _ = inputs((6, 4, 5 * BLOCK_V), torch.float32, device)
-    labels_N = labels_N % BLOCK_V + 3 * BLOCK_V
-    bias_V = torch.zeros(5 * BLOCK_V, device=device)
-    bias_V[: 2 * BLOCK_V] = -float("inf")
+    hidden_ND, head_VD, labels_N, _ = inputs((6, 4, 5 * BLOCK_T), torch.float32, device)
+    labels_N = labels_N % BLOCK_T + 3 * BLOCK_T
+    bias_V = torch.zeros(5 * BLOCK_T, device=device)
+    bias_V[: 2 * BLOCK_T] = -float("inf")
     args = hidden_ND, head_VD, labels_N, bias_V
     ours = run(linear_logps, *args, torch.float32, backend=backend)
     truth = run(reference.linear_logps, *args, torch.float64)

@@ -24,23 +24,25 @@ SHAPES = {
 
 
 def inputs(shape, device, seed=0):
-    """p, w, u and rows; blocks of p are likely in one place, some or none."""
+    """p, w, u and softmax; blocks of p are likely in one place, some or none."""
     N, T, K = shape
     random = torch.Generator().manual_seed(seed)
     p_NT = 1e-6 * torch.rand(N, T, generator=random)
     likely = torch.randint(0, N * T, (1 + N * T // 3000,), generator=random)
     p_NT.view(-1)[likely] = torch.rand(len(likely), generator=random)
     w_TK, u_NK = torch.randn(T, K, generator=random), torch.randn(N, K, generator=random)
-    rows = RunningSoftmax.start(N, torch.float32, torch.device(device))
+    softmax = RunningSoftmax.start(N, torch.float32, torch.device(device))
     rescale_N = torch.where(torch.arange(N) % 2 == 0, 1.0, torch.rand(N, generator=random))
     total_N = 1 + torch.rand(N, generator=random)
-    rows = dataclasses.replace(rows, total_N=total_N.to(device), rescale_N=rescale_N.to(device))
-    return p_NT.to(device), w_TK.to(device), u_NK.to(device), rows
+    softmax = dataclasses.replace(
+        softmax, total_N=total_N.to(device), rescale_N=rescale_N.to(device)
+    )
+    return p_NT.to(device), w_TK.to(device), u_NK.to(device), softmax
 
 
-def left(p_NT, rows, skip_below, block_n, block_t):
+def kept_p(p_NT, softmax, skip_below, block_n, block_t):
     """p in float64, without the blocks that no row of theirs reaches."""
-    p_NT, least_N = p_NT.double(), skip_below * rows.total_N.double()
+    p_NT, least_N = p_NT.double(), skip_below * softmax.total_N.double()
     kept_NT = torch.zeros_like(p_NT)
     for n in range(0, len(p_NT), block_n):
         for t in range(0, p_NT.shape[1], block_t):
@@ -50,11 +52,11 @@ def left(p_NT, rows, skip_below, block_n, block_t):
 
 
 def assert_adds(way, args, skip_below, dtype=torch.float32, blocks=(BLOCK_N, BLOCK_T)):
-    p_NT, w_TK, u_NK, rows = args
+    p_NT, w_TK, u_NK, softmax = args
     p_NT, w_TK, before_NK = p_NT.to(dtype), w_TK.to(dtype), u_NK.clone()
-    SECOND_PRODUCTS[way](p_NT, w_TK, u_NK, rows, skip_below)
-    kept_NT = left(p_NT, rows, skip_below, *blocks) if skip_below else p_NT.double()
-    wanted_NK = before_NK * rows.rescale_N[:, None].double() + kept_NT @ w_TK.double()
+    SECOND_PRODUCTS[way](p_NT, w_TK, u_NK, softmax, skip_below)
+    kept_NT = kept_p(p_NT, softmax, skip_below, *blocks) if skip_below else p_NT.double()
+    wanted_NK = before_NK * softmax.rescale_N[:, None].double() + kept_NT @ w_TK.double()
     torch.testing.assert_close(u_NK.double(), wanted_NK, rtol=1e-5, atol=1e-5)
     return kept_NT
 
@@ -83,30 +85,30 @@ def test_single_columns_are_left_out_in_torch(device):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_where_no_row_reaches_any_block_the_sum_is_only_rescaled(way, device):
-    p_NT, w_TK, u_NK, rows = inputs(SHAPES["ragged-last-blocks"], device)
-    rescaled_NK = u_NK * rows.rescale_N[:, None]
-    SECOND_PRODUCTS[way](p_NT.clamp(max=1e-6), w_TK, u_NK, rows, 2**-12)
+    p_NT, w_TK, u_NK, softmax = inputs(SHAPES["ragged-last-blocks"], device)
+    rescaled_NK = u_NK * softmax.rescale_N[:, None]
+    SECOND_PRODUCTS[way](p_NT.clamp(max=1e-6), w_TK, u_NK, softmax, 2**-12)
     assert torch.equal(u_NK, rescaled_NK)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("skip_below", [0.0, 2**-12])
 def test_a_head_may_lie_any_way_in_memory(way, skip_below, device):
-    p_NT, w_TK, u_NK, rows = inputs((5, 40, 20), device)
+    p_NT, w_TK, u_NK, softmax = inputs((5, 40, 20), device)
     turned_NK = u_NK.clone()
-    SECOND_PRODUCTS[way](p_NT, w_TK, u_NK, rows, skip_below)
-    SECOND_PRODUCTS[way](p_NT, w_TK.T.contiguous().T, turned_NK, rows, skip_below)
+    SECOND_PRODUCTS[way](p_NT, w_TK, u_NK, softmax, skip_below)
+    SECOND_PRODUCTS[way](p_NT, w_TK.T.contiguous().T, turned_NK, softmax, skip_below)
     torch.testing.assert_close(turned_NK, u_NK, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("skip_below", [0.0, 2**-12])
 def test_a_row_that_is_not_finite_breaks_no_other(way, skip_below, device):
-    p_NT, w_TK, u_NK, rows = inputs((5, 40, 20), device)
+    p_NT, w_TK, u_NK, softmax = inputs((5, 40, 20), device)
     whole_NK = u_NK.clone()
-    SECOND_PRODUCTS[way](p_NT, w_TK, whole_NK, rows, skip_below)
-    p_NT[2], rows.total_N[2], rows.rescale_N[2] = float("nan"), float("nan"), float("nan")
-    SECOND_PRODUCTS[way](p_NT, w_TK, u_NK, rows, skip_below)
+    SECOND_PRODUCTS[way](p_NT, w_TK, whole_NK, softmax, skip_below)
+    p_NT[2], softmax.total_N[2], softmax.rescale_N[2] = float("nan"), float("nan"), float("nan")
+    SECOND_PRODUCTS[way](p_NT, w_TK, u_NK, softmax, skip_below)
     assert u_NK[2].isnan().all()
     others = torch.arange(5, device=device) != 2
     torch.testing.assert_close(u_NK[others], whole_NK[others], rtol=1e-5, atol=1e-6)
