@@ -4,7 +4,8 @@ ModelConfig --peft_config, quantization_config, init_kwargs--> what DPOTrainer t
 """
 
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from peft import LoraConfig
 from peft.utils import ModulesToSaveWrapper
@@ -29,6 +30,66 @@ class ScriptArguments:
     ignore_bias_buffers: bool = setting(
         False, "Leave boolean buffers out of DDP's broadcasts (old models' causal masks)."
     )
+
+
+@dataclass
+class DatasetConfig:
+    """One dataset of a mixture: what `datasets.load_dataset` takes, then which part to keep."""
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | dict[str, str] | None = None
+    split: str = "train"
+    columns: list[str] | None = None  # None: all
+    fraction: float | None = None  # this dataset's share of the mixture
+
+
+@dataclass
+class DatasetMixtureConfig:
+    """Several datasets, one after the other, from a YAML file's `datasets:`."""
+
+    datasets: list[DatasetConfig] = setting(
+        [],
+        "Several datasets instead of dataset_name: in a YAML file a list of mappings with path "
+        "and, where needed, name, data_dir, data_files, split, columns, fraction.",
+    )
+    streaming: bool = setting(False, "As dataset_streaming, for `datasets`.")
+    test_split_size: float | None = setting(
+        None, "Rows of the mixture held out for evaluation: a share below 1, or a count."
+    )
+
+    def __post_init__(self):
+        if not isinstance(self.datasets, list):
+            raise ValueError(f"want a list as datasets, got {self.datasets!r}")
+        self.datasets = [_dataset_config(each) for each in self.datasets]
+
+
+def _dataset_config(entry: DatasetConfig | dict[str, Any]) -> DatasetConfig:
+    if isinstance(entry, DatasetConfig):
+        return entry
+    if not isinstance(entry, dict):
+        raise ValueError(f"datasets: want mappings with a path, got {entry!r}")
+    names = DatasetConfig.__dataclass_fields__
+    unknown = [name for name in entry if name not in names]
+    if unknown or "path" not in entry:
+        got = f"unknown {unknown}" if unknown else f"no path, only {list(entry)}"
+        raise ValueError(f"datasets: want path and any of {list(names)[1:]}, got {got}")
+    for name, hint in get_type_hints(DatasetConfig).items():
+        if name in entry and not _is_a(entry[name], hint):
+            kind = hint if isinstance(hint, UnionType) else hint.__name__
+            raise ValueError(f"datasets: want {name} as {kind}, got {entry[name]!r}")
+    return DatasetConfig(**entry)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether `value` is of a type such as DatasetConfig's fields have."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if isinstance(value, list):
+        return list[str] in kinds and all(isinstance(each, str) for each in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float in kinds
+    return any(isinstance(value, get_origin(kind) or kind) for kind in kinds)
 
 
 @dataclass
@@ -73,6 +134,15 @@ class ModelConfig:
             raise ValueError(f"want lora_dropout in [0, 1), got {self.lora_dropout}")
         if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
             self.lora_target_modules = self.lora_target_modules[0]  # all-linear, or a pattern
+
+
+class RunArguments(NamedTuple):
+    """All that flags and YAML say of a run."""
+
+    script: ScriptArguments
+    training: DPOConfig
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
 
 
 def peft_config(model_args: ModelConfig) -> LoraConfig | None:

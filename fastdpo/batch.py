@@ -43,7 +43,7 @@ class PairBatch:
     """B pairs as S = 2B completions, chosen 0..B-1 then rejected B..2B-1, with C tokens in all.
 
     model_inputs: what the model's body takes; token ids are (S, L) padded, or (1, T) packed.
-    token_counts: int64 like the token ids: how many of the S sequences a token belongs to; 0 for
+    token_uses: int64 like the token ids: how many of the S sequences a token belongs to; 0 for
         padding.
     scored_rows_N: int64, the rows of the (S * L, D) or (T, D) hidden states that predict a
         completion token. labels_N: int64, the tokens they predict.
@@ -55,7 +55,7 @@ class PairBatch:
     """
 
     model_inputs: dict[str, Any]
-    token_counts: Tensor
+    token_uses: Tensor
     scored_rows_N: Tensor
     labels_N: Tensor
     completion_rows_C: Tensor | None
@@ -72,7 +72,7 @@ class PairBatch:
 
         (What TRL counts as num_tokens; a layout that shares prompts runs fewer.)
         """
-        return self.token_counts.sum()
+        return self.token_uses.sum()
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any]) -> "PairBatch":
@@ -100,7 +100,7 @@ class PairBatch:
             reference_logps_S = torch.cat(logps).float()
         return cls(
             model_inputs=model_inputs,
-            token_counts=inputs["attention_mask"],
+            token_uses=inputs["attention_mask"],
             scored_rows_N=inputs["scored_rows"],
             labels_N=inputs["completion_labels"],
             completion_rows_C=inputs.get("completion_rows"),

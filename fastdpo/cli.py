@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import fastdpo
 
 if TYPE_CHECKING:
+    from fastdpo.arguments import RunArguments
+    from fastdpo.config import DPOConfig
     from fastdpo.run_folder import RunFolder
     from fastdpo.trainer import DPOTrainer
 
@@ -104,27 +106,26 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     from fastdpo.run_folder import mark_finished, mark_started, run_identity
 
     with _bad_input():
-        (*arguments, fresh), unknown = TrainParser(prog=prog).parse(argv)
-        script_args, training_args, *_ = arguments
+        run, fresh, unknown = TrainParser(prog=prog).parse(argv)
         launch_flags = _launch_flags(unknown)
-        _check_flags(*arguments)
-        if not _is_launched() and (launch_flags or training_args.n_gpu > 1):
+        _check_flags(run)
+        if not _is_launched() and (launch_flags or run.training.n_gpu > 1):
             return _launch(launch_flags, argv)
-        identity = run_identity(*arguments)
-        folder = _choose_folder(training_args, identity, fresh)
+        identity = run_identity(run)
+        folder = _choose_folder(run.training, identity, fresh)
 
-    is_main = training_args.process_index == 0
+    is_main = run.training.process_index == 0
     say = print if is_main else _say_nothing
     for note in folder.notes:
         say(note)
     if folder.finished:
         return 0
 
-    is_made = folder.path != Path(training_args.output_dir)
-    training_args.output_dir = str(folder.path)
+    is_made = folder.path != Path(run.training.output_dir)
+    run.training.output_dir = str(folder.path)
     try:
         with _bad_input():
-            trainer = _build_trainer(*arguments)
+            trainer = _build_trainer(run)
     except BaseException:
         if is_made:  # for a run that never was
             with contextlib.suppress(OSError):
@@ -138,7 +139,7 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     except RowError as error:  # the rows of a stream are read only now, perhaps by a worker
         told = str(error).rpartition(f"{RowError.__name__}: ")[2]  # behind its traceback
         raise BadInput(_one_line(told)) from error
-    _save(trainer, folder.path, script_args.dataset_name, say)
+    _save(trainer, folder.path, run.script.dataset_name, say)
     if is_main:
         mark_finished(folder.path)
     if hasattr(trainer, "end"):  # from transformers 5.18
@@ -170,11 +171,11 @@ def _verify(argv: Sequence[str]) -> int:
     from fastdpo.verify import HEADER, compare, describe, plain_way
 
     with _bad_input():
-        (*arguments, max_pairs), unknown = VerifyParser(prog="fastdpo verify").parse(argv)
+        run, max_pairs, unknown = VerifyParser(prog="fastdpo verify").parse(argv)
         if launch_flags := _launch_flags(unknown):
             raise ValueError(f"want flags of one process, got {launch_flags[0]}")
-        _check_flags(*arguments)
-        subject = load_subject(*arguments, max_pairs)
+        _check_flags(run)
+        subject = load_subject(run, max_pairs)
         plain = plain_way(subject)
     print(describe(subject, plain), HEADER, sep="\n", flush=True)
     agrees = True
@@ -184,8 +185,9 @@ def _verify(argv: Sequence[str]) -> int:
     return 0 if agrees else 1
 
 
-def _check_flags(script_args, training_args, model_args, dataset_args) -> None:
+def _check_flags(run: "RunArguments") -> None:
     """ValueError for flags that are missing, or that would have no effect."""
+    script_args, training_args, model_args, dataset_args = run
     if model_args.model_name_or_path is None:
         raise ValueError("want --model_name_or_path, got none")
     if script_args.dataset_name is None and not dataset_args.datasets:
@@ -207,14 +209,16 @@ def _check_flags(script_args, training_args, model_args, dataset_args) -> None:
         raise ValueError("want an eval_strategy with eval_on_start, got no")
 
 
-def _want_defaults(arguments, names: Iterable[str], when: str) -> None:
+def _want_defaults(arguments: Any, names: Iterable[str], when: str) -> None:
     for name in names:
         value, default = getattr(arguments, name), getattr(type(arguments)(), name)
         if value != default:
             raise ValueError(f"want {name}={default} {when}, got {value!r}")
 
 
-def _choose_folder(training_args, identity: dict[str, Any], fresh: bool) -> "RunFolder":
+def _choose_folder(
+    training_args: "DPOConfig", identity: dict[str, Any], fresh: bool
+) -> "RunFolder":
     """The run's folder, chosen by the main process for all: two would choose two fresh ones."""
     from accelerate.utils import broadcast_object_list
 
@@ -231,15 +235,16 @@ def _choose_folder(training_args, identity: dict[str, Any], fresh: bool) -> "Run
     return broadcast_object_list([folder])[0]
 
 
-def _build_trainer(script_args, training_args, model_args, dataset_args) -> "DPOTrainer":
+def _build_trainer(run: "RunArguments") -> "DPOTrainer":
     import torch
 
     from fastdpo.arguments import check_adapters, init_kwargs, peft_config, quantization_config
     from fastdpo.mixture import load_datasets
     from fastdpo.trainer import DPOTrainer
-    from fastdpo.trainer_check import check_count, check_update
+    from fastdpo.trainer_check import check_enough_rows, check_optimizer_and_schedule
 
-    check_update(training_args)
+    script_args, training_args, model_args, dataset_args = run
+    check_optimizer_and_schedule(training_args)
     train_rows, eval_rows = load_datasets(
         script_args,
         dataset_args,
@@ -258,7 +263,7 @@ def _build_trainer(script_args, training_args, model_args, dataset_args) -> "DPO
     )
     check_adapters(trainer.model, model_args)
     if counts := trainer.pair_counts["train"]:
-        check_count(training_args, counts.pairs)
+        check_enough_rows(training_args, counts.pairs)
     if script_args.ignore_bias_buffers:
         # DistributedDataParallel reads this name; some backends cannot broadcast booleans
         trainer.model._ddp_params_and_buffers_to_ignore = [

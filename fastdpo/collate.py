@@ -4,16 +4,15 @@
     PackedCollator(share=False)     sequences end to end in one row, no padding
     PackedCollator(share=True)      the same, with common beginnings of sequences there once
 
-Rows hold prompt_ids, chosen_ids and rejected_ids (ints, a list or an array) and, where the
-reference has scored them, ref_chosen_logps and ref_rejected_logps. Of B rows become S = 2B
-sequences, prompt + completion, chosen 0..B-1, then rejected. Each is cut to max_length, at its end
-(keep_start) or at its beginning (keep_end).
+Rows have the columns of columns.py. Of B rows become S = 2B sequences, prompt + completion, chosen
+0..B-1, then rejected. Each is cut to max_length, at its end (keep_start) or at its beginning
+(keep_end).
 """
 
 import functools
 import itertools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,17 +21,15 @@ import torch
 from numpy import ndarray
 
 from fastdpo.batch import TokensRun, scored_positions
+from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS, Row
 from fastdpo.tree import Branch, Tree, Trunk, cu_seqlens_of_list, ranges
 
-Row = Mapping[str, Any]
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-LOOKED_AT = 32  # rows, of which the longest stand for all: more of one lies beyond a sliding window
+SAMPLED_ROWS = 32  # start-up checks take the longest of the first: it reaches past most windows
 
 
 def first_rows_longest_first(rows: Iterable[Row]) -> list[Row]:
-    """The first LOOKED_AT rows, the longest first."""
-    few = itertools.islice(rows, LOOKED_AT)
+    """The first SAMPLED_ROWS rows, the longest first."""
+    few = itertools.islice(rows, SAMPLED_ROWS)
     return sorted(few, key=lambda row: sum(len(row[name]) for name in ID_COLUMNS), reverse=True)
 
 
@@ -290,7 +287,7 @@ class _PackedRow:
         return {
             "input_ids": torch.from_numpy(np.concatenate(self._tokens))[None],
             "position_ids": torch.from_numpy(ranges(self._positions, lengths))[None],
-            # no mask: PairBatch's token_counts, by the name that transformers counts tokens by
+            # no mask: PairBatch's token_uses, by the name that transformers counts tokens by
             "attention_mask": torch.from_numpy(counts_T)[None],
             "tree": Tree.of(self.trunks, self.branches),
         }

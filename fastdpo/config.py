@@ -123,8 +123,8 @@ class DPOConfig(TrainingArguments):
     )
     head_skip_below: float = setting(
         0.0,
-        "Leave out of the hidden states' gradient the vocabulary tokens that are less likely than "
-        "this at every position of a tile (Cut Cross-Entropy's filter, 2**-12 there). An "
+        "Leave out of the hidden states' gradient the part of the vocabulary that is less likely "
+        "than this at every position of a tile (Cut Cross-Entropy's filter, 2**-12 there). An "
         "approximation: close where the model is sure of its tokens, and far off where it is not. "
         "0: nothing is left out.",
     )

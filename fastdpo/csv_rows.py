@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from fastdpo.collate import REFERENCE_COLUMNS
+from fastdpo.columns import REFERENCE_COLUMNS
 from fastdpo.messages import parsed
 from fastdpo.preferences import TEXT_FIELDS, malformed
 from fastdpo.row_errors import FieldError, RowError

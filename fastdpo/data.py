@@ -5,9 +5,9 @@ a batch of rows in one call. Tokens may merge across the end of a prompt, so the
 those that the three begin with alike; what follows is the completion. Row numbers count from 0.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.collate import ID_COLUMNS, REFERENCE_COLUMNS, Cut
+from fastdpo.collate import Cut
+from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS
 from fastdpo.messages import check_text, is_conversation
 from fastdpo.preferences import FIELDS, MALFORMED, ORIGIN, checked_row
 from fastdpo.row_errors import FieldError, RowError
@@ -155,29 +156,34 @@ def _as_it_comes(
 
 def _source_digest() -> str:
     """A digest of what makes pairs of rows: these sources, and the version of transformers."""
-    names = ("data", "preferences", "messages", "row_errors", "row_report", "collate")
+    names = ("data", "preferences", "messages", "row_errors", "row_report", "columns", "collate")
     parts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in names]
     return hashlib.sha256(b"".join([*parts, transformers.__version__.encode()])).hexdigest()
 
 
-@dataclass(slots=True)
+@dataclasses.dataclass(slots=True)
 class _Row:
     """A row on its way to a pair. `origin` says which it is, `status` and `note` are its report.
 
-    fields: as they came, then checked, then the pair's columns. texts: prompt, prompt + chosen and
-    prompt + rejected, where the row has texts and no token ids; ids: theirs.
+    given: its fields as they came; checked: the same once checked. texts: prompt, prompt + chosen
+    and prompt + rejected, where the row has texts and no token ids; ids: theirs. pair: the columns
+    of the pair, empty ones of a malformed row.
     """
 
     origin: str
-    fields: dict[str, Any]
+    given: dict[str, Any]
+    checked: dict[str, Any] = dataclasses.field(default_factory=dict)
     texts: list[str] | None = None
     is_chat: bool = False
     ids: list[list[int]] | None = None
+    pair: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {column: [] for column in ID_COLUMNS}
+    )
     status: int = 0
     note: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Tokenize:
     """A batch of rows as columns, and their row numbers -> the columns of `features`."""
 
@@ -205,11 +211,11 @@ class _Tokenize:
         ]
         self._attempt(self._render, rows)
         self._add_ids([row for row in rows if row.texts is not None])
-        has_own_ids = any("prompt_ids" in row.fields for row in rows)
+        has_own_ids = any("prompt_ids" in row.checked for row in rows)
         self._attempt(
             partial(self._split, vocab_size=self._vocab_size() if has_own_ids else 0), rows
         )
-        columns = {name: [row.fields.get(name) for row in rows] for name in self.features}
+        columns = {name: [row.pair.get(name) for row in rows] for name in self.features}
         return columns | {STATUS: [row.status for row in rows], NOTE: [row.note for row in rows]}
 
     def _attempt(self, step: Callable[[_Row], None], rows: list[_Row]) -> None:
@@ -225,16 +231,15 @@ class _Tokenize:
             except (FieldError, RowError) as error:
                 where = "" if isinstance(error, RowError) else f"{row.origin}, "
                 row.status, row.note = BAD, f"{self.name} dataset, {where}{error}"
-                row.fields = {column: [] for column in ID_COLUMNS}
                 row.texts = None
                 if not self.skip_bad:
                     raise RowError(row.note) from None
 
     def _render(self, row: _Row) -> None:
         """Check the row's fields, and render the texts that are to be tokenised."""
-        if row.fields.get(MALFORMED) is not None:
-            raise RowError(row.fields[MALFORMED])  # which says where the row is from
-        row.fields = fields = checked_row(row.fields)
+        if row.given.get(MALFORMED) is not None:
+            raise RowError(row.given[MALFORMED])  # which says where the row is from
+        row.checked = fields = checked_row(row.given)
         if self.with_reference and REFERENCE_COLUMNS[0] not in fields:
             wanted = "a number, as other rows have one"
             raise FieldError(REFERENCE_COLUMNS[0], wanted, said="no value")
@@ -308,7 +313,7 @@ class _Tokenize:
 
     def _split(self, row: _Row, *, vocab_size: int) -> None:
         """Make the fields the pair's columns. vocab_size bounds ids that came with the row."""
-        given = row.fields
+        given = row.checked
         pair = {name: given[name] for name in (*ID_COLUMNS, *REFERENCE_COLUMNS) if name in given}
         lost: list[int] = []
         if row.ids is not None:
@@ -323,7 +328,7 @@ class _Tokenize:
                 raise FieldError(field.removesuffix("_ids"), "at least one token of its own", text)
             if field in given and max(pair[field]) >= vocab_size:
                 raise FieldError(field, f"token ids below {vocab_size}", max(pair[field]))
-        row.fields = pair
+        row.pair = pair
         (_, chosen), (_, rejected) = (
             self.cut(pair["prompt_ids"], pair[field]) for field in ID_COLUMNS[1:]
         )

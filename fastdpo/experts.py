@@ -46,17 +46,17 @@ def experts_per_token(causal_lm: PreTrainedModel) -> int | None:
 def balancing_loss(
     router_logits: tuple[Tensor, ...],
     top_k: int,
-    token_counts: Tensor,
+    token_uses: Tensor,
     batch_counts: ExpertCounts | None = None,
 ) -> tuple[Tensor, ExpertCounts]:
     """The loss, or with batch_counts this pack's part of the batch's; and where its tokens went.
 
-    router_logits: (tokens, E) for each layer with experts. token_counts: how often each token
+    router_logits: (tokens, E) for each layer with experts. token_uses: how often each token
     weighs, in the tokens' order. float32.
     """
     device = router_logits[0].device
     probs_NE = torch.cat([layer.to(device) for layer in router_logits]).float().softmax(-1)
-    weights_N = token_counts.flatten().to(device, probs_NE.dtype).repeat(len(router_logits))
+    weights_N = token_uses.flatten().to(device, probs_NE.dtype).repeat(len(router_logits))
     chosen_NK = probs_NE.detach().topk(top_k, dim=-1).indices
     chosen_E = probs_NE.new_zeros(probs_NE.shape[1])
     chosen_E.index_add_(0, chosen_NK.flatten(), weights_N.repeat_interleave(top_k))

@@ -4,8 +4,8 @@
     packed      whole sequences end to end, no padding
     padded      a sequence a row: what every model runs
 
-`auto` is shared where the model can run it, else padded. What a model does besides attention along
-a tree shows in layout_check.py: one real pair is scored in the layout and padded.
+`auto` is shared where the model can run it, else padded. Whether a model does anything across
+tokens besides attention is tested in layout_check.py: one real pair is scored in both layouts.
 """
 
 from collections.abc import Callable, Sequence
@@ -87,7 +87,7 @@ def choose_layout(
         if probe is None and strict:
             raise ValueError("want strict_layout=False with sharded weights, which go unchecked")
         is_error = is_error or strict
-        reason = _why_not(name, models, probe)
+        reason = _switch_attention(name, models, probe)
     if reason is None:
         unchecked = "" if probe else " (not checked: the weights are not in one piece)"
         return Layout(name, DESCRIPTIONS[name] + unchecked)
@@ -97,8 +97,8 @@ def choose_layout(
     return Layout("padded", f"{DESCRIPTIONS['padded']}: {reason}")
 
 
-def _why_not(name: str, models: Sequence[nn.Module], probe: Probe | None) -> str | None:
-    """How the numbers of one of `models` differ in layout `name`; None if all are switched."""
+def _switch_attention(name: str, models: Sequence[nn.Module], probe: Probe | None) -> str | None:
+    """Let all models attend along trees. Undone, and why, where one's numbers differ in `name`."""
     for model in models:
         attend_along_trees(causal_lm_of(model))
     differences = (probe(model, name) for model in models) if probe else ()

@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from fastdpo.batch import PairBatch
-from fastdpo.collate import Row
+from fastdpo.columns import Row
 from fastdpo.model import causal_lm_of, inference, score
 
 Collator = Callable[[list[Row]], dict[str, Any]]

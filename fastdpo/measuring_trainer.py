@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader
 
 from fastdpo.batch import PairBatch, TokensRun
 from fastdpo.losses import PairLoss
-from fastdpo.metrics import RunCounts, evaluation_metrics, pair_metrics
+from fastdpo.metrics import RunCounts, Sums, evaluation_metrics, pair_metrics
 from fastdpo.model import ScoredOutput
 from fastdpo.pack_trainer import PackTrainer
 from fastdpo.ranks import pairs_not_repeated
 
 
 class MeasuringTrainer(PackTrainer):
-    """Subclasses call `count` in compute_loss, once for each forward.
+    """Subclasses call count_training or count_evaluation in compute_loss, once for each forward.
 
     counts: of the current or last training; train() starts anew.
     """
@@ -39,37 +39,36 @@ class MeasuringTrainer(PackTrainer):
         self.counts = RunCounts(self.args.device)
         return super()._inner_training_loop(*args, **kwargs)
 
-    def count(
+    def count_training(
         self,
         batch: PairBatch,
         scored: ScoredOutput,
         losses: PairLoss,
-        *,
-        aux_loss: Tensor | None = None,
-        tokens: TokensRun | None = None,
+        tokens: TokensRun,
+        aux_loss: Tensor | None,
     ) -> None:
-        """Add a forward to what this logging interval, or this evaluation, has measured.
+        """Add a forward to this logging interval; `tokens` are those that it ran.
 
-        tokens: those that a training forward ran; None in an evaluation. In training, the CPU does
-        not wait for the device here.
+        The CPU does not wait for the device here.
         """
-        counts = self.counts
-        if tokens is not None:
-            sums, metrics = counts.train, pair_metrics(batch, scored, losses)
-            counts.num_train_tokens += batch.num_tokens
-            counts.tokens += tokens
-        else:
-            num_new = pairs_not_repeated(batch.num_pairs, self.accelerator)
-            sums, metrics = counts.eval, evaluation_metrics(batch, scored, losses, num_new)
-            counts.num_evaluated += num_new
-        if aux_loss is not None:
-            metrics[("aux_loss",)] = (aux_loss.detach() * batch.num_pairs, batch.num_pairs)
-        sums.add(metrics)
+        self.counts.num_train_tokens += batch.num_tokens
+        self.counts.tokens += tokens
+        metrics = pair_metrics(batch, scored, losses)
+        self.counts.train.add(metrics | _aux_metric(aux_loss, batch.num_pairs))
+
+    def count_evaluation(
+        self, batch: PairBatch, scored: ScoredOutput, losses: PairLoss, aux_loss: Tensor | None
+    ) -> None:
+        """Add a forward to this evaluation, without the pairs that another rank had too."""
+        num_new = pairs_not_repeated(batch.num_pairs, self.accelerator)
+        self.counts.num_evaluated += num_new
+        metrics = evaluation_metrics(batch, scored, losses, num_new)
+        self.counts.eval.add(metrics | _aux_metric(aux_loss, batch.num_pairs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add an interval's metrics to training's `logs`: the moment that waits for the device."""
         if "loss" in logs or "train_runtime" in logs:
-            logs |= self.counts.take(self.counts.train, self.accelerator)
+            logs |= self.counts.take_training(self.accelerator)
         if "train_runtime" in logs:  # the dictionary that train() returns, so changed in place
             logs |= self.counts.tokens.over_ranks(self.accelerator)
         super().log(logs, start_time)
@@ -115,11 +114,17 @@ class MeasuringTrainer(PackTrainer):
             )
         finally:
             self.gather_function = own_gather
-        metrics = counts.take(counts.eval, self.accelerator)
+        metrics = counts.take_evaluation(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": metrics[name] for name in metrics})
         num_evaluated = torch.tensor(counts.num_evaluated, device=self.args.device)
         num_samples = self.accelerator.reduce(num_evaluated, "sum").item()
         return output._replace(num_samples=num_samples)
+
+
+def _aux_metric(aux_loss: Tensor | None, num_pairs: int) -> Sums:
+    if aux_loss is None:
+        return {}
+    return {("aux_loss",): (aux_loss.detach() * num_pairs, num_pairs)}
 
 
 def _gather_pairs(gather: Callable, outputs: Any) -> Any:

@@ -61,8 +61,15 @@ class RunCounts:
     def start_evaluation(self) -> None:
         self.eval, self.num_evaluated = MetricSums(), 0
 
-    def take(self, sums: MetricSums, accelerator: Accelerator) -> dict[str, float]:
-        """Means of `sums`, emptied, and num_tokens, over all ranks; {} where `sums` was empty."""
+    def take_training(self, accelerator: Accelerator) -> dict[str, float]:
+        """Training's means since the last time, and num_tokens, over all ranks; {} for none."""
+        return self._take(self.train, accelerator)
+
+    def take_evaluation(self, accelerator: Accelerator) -> dict[str, float]:
+        """The evaluation's means, and num_tokens, over all ranks."""
+        return self._take(self.eval, accelerator)
+
+    def _take(self, sums: MetricSums, accelerator: Accelerator) -> dict[str, float]:
         metrics = sums.take_means(accelerator)
         if not metrics:  # as TRL's last log
             return {}

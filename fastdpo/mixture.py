@@ -4,78 +4,14 @@ ScriptArguments, DatasetMixtureConfig --load_datasets--> preference rows
 """
 
 import math
-from dataclasses import dataclass
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
 
 from datasets import Dataset, IterableDataset, Value, concatenate_datasets
 
-from fastdpo.arguments import ScriptArguments
-from fastdpo.config import setting
+from fastdpo.arguments import DatasetMixtureConfig, ScriptArguments
 from fastdpo.preferences import ORIGIN
 from fastdpo.rows import Rows, in_one_kind, load_rows
 
 KINDS = ("conversations", "texts")
-
-
-@dataclass
-class DatasetConfig:
-    """One dataset of a mixture: what `datasets.load_dataset` takes, then which part to keep."""
-
-    path: str
-    name: str | None = None
-    data_dir: str | None = None
-    data_files: str | list[str] | dict[str, str] | None = None
-    split: str = "train"
-    columns: list[str] | None = None  # None: all
-    fraction: float | None = None  # this dataset's share of the mixture
-
-
-@dataclass
-class DatasetMixtureConfig:
-    """Several datasets, one after the other, from a YAML file's `datasets:`."""
-
-    datasets: list[DatasetConfig] = setting(
-        [],
-        "Several datasets instead of dataset_name: in a YAML file a list of mappings with path "
-        "and, where needed, name, data_dir, data_files, split, columns, fraction.",
-    )
-    streaming: bool = setting(False, "As dataset_streaming, for `datasets`.")
-    test_split_size: float | None = setting(
-        None, "Rows of the mixture held out for evaluation: a share below 1, or a count."
-    )
-
-    def __post_init__(self):
-        if not isinstance(self.datasets, list):
-            raise ValueError(f"want a list as datasets, got {self.datasets!r}")
-        self.datasets = [_dataset_config(each) for each in self.datasets]
-
-
-def _dataset_config(entry: DatasetConfig | dict[str, Any]) -> DatasetConfig:
-    if isinstance(entry, DatasetConfig):
-        return entry
-    if not isinstance(entry, dict):
-        raise ValueError(f"datasets: want mappings with a path, got {entry!r}")
-    names = DatasetConfig.__dataclass_fields__
-    unknown = [name for name in entry if name not in names]
-    if unknown or "path" not in entry:
-        got = f"unknown {unknown}" if unknown else f"no path, only {list(entry)}"
-        raise ValueError(f"datasets: want path and any of {list(names)[1:]}, got {got}")
-    for name, hint in get_type_hints(DatasetConfig).items():
-        if name in entry and not _is_a(entry[name], hint):
-            kind = hint if isinstance(hint, UnionType) else hint.__name__
-            raise ValueError(f"datasets: want {name} as {kind}, got {entry[name]!r}")
-    return DatasetConfig(**entry)
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    """Whether `value` is of a type such as DatasetConfig's fields have."""
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if isinstance(value, list):
-        return list[str] in kinds and all(isinstance(each, str) for each in value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float in kinds
-    return any(isinstance(value, get_origin(kind) or kind) for kind in kinds)
 
 
 def load_datasets(

@@ -29,7 +29,7 @@ from fastdpo.batch import PairBatch
 from fastdpo.experts import ExpertCounts, balancing_loss, experts_per_token
 from fastdpo.head import check_head_module, head_logps
 
-LEAST_MOVE = 0.1  # nats: more than a forward's length moves what bitsandbytes rounds to int8
+LEAST_MOVE = 0.1  # nats: the length of a forward alone moves bitsandbytes' int8 layers by less
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")  # what metrics are made of
 
 
@@ -110,7 +110,7 @@ def score(
     """
     router = {}
     if aux_loss:
-        router = {"token_counts": batch.token_counts, "batch_counts": batch_counts}
+        router = {"token_uses": batch.token_uses, "batch_counts": batch_counts}
         router["output_router_logits"] = True
     scored = model(
         **batch.model_inputs,
@@ -142,9 +142,9 @@ def token_logps_without_grad(model: nn.Module, batch: PairBatch) -> Tensor:
 
 
 def _score(
-    causal_lm, scored_rows_N, labels_N, stats, *, token_counts=None, batch_counts=None, **inputs
+    causal_lm, scored_rows_N, labels_N, stats, *, token_uses=None, batch_counts=None, **inputs
 ) -> ScoredOutput:
-    """The forward with `scored_rows`: token_counts ask for aux_loss, and weigh its tokens."""
+    """The forward with `scored_rows`: token_uses ask for aux_loss, and weigh its tokens."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
     outputs = causal_lm.base_model(**inputs)
     hidden_SLD = outputs.last_hidden_state[:, causal_lm._virtual_tokens :]
@@ -154,8 +154,8 @@ def _score(
         causal_lm, hidden_ND, labels_N, stats, **causal_lm._head_settings
     )
     aux_loss = expert_counts = None
-    if token_counts is not None:
-        counts = nn.functional.pad(token_counts, (causal_lm._virtual_tokens, 0), value=1)
+    if token_uses is not None:
+        counts = nn.functional.pad(token_uses, (causal_lm._virtual_tokens, 0), value=1)
         top_k = experts_per_token(causal_lm)
         aux_loss, expert_counts = balancing_loss(outputs.router_logits, top_k, counts, batch_counts)
     # _C of the N scored rows already: `score` gives each completion token its row's value. The head
@@ -250,7 +250,7 @@ def _check_aux_loss(model: nn.Module, ids_L: Tensor, name: str) -> None:
         with inference(model):
             own = model(input_ids=ids_L[None], use_cache=False, **router).aux_loss
             counts = torch.ones_like(ids_L)[None]
-            scored = _scored_alone(model, ids_L, **router, token_counts=counts).aux_loss
+            scored = _scored_alone(model, ids_L, **router, token_uses=counts).aux_loss
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{name}: its load-balancing loss cannot be made ({error}): set router_aux_loss_coef=0"

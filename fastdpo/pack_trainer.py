@@ -22,7 +22,6 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from fastdpo.adapter_trainer import AdapterTrainer
@@ -32,7 +31,6 @@ from fastdpo.config import DPOConfig
 from fastdpo.model import score
 from fastdpo.packs import PackCollator
 from fastdpo.ranks import average_gradients, least_of_ranks
-from fastdpo.sampler import SeededByEpoch
 from fastdpo.token_budget import UNBOUNDED, TokenBudget, half_of_largest, tokens_that_fit
 
 logger = logging.get_logger(__name__)
@@ -73,10 +71,10 @@ class PackTrainer(AdapterTrainer):
         return packs
 
     def choose_budget(self) -> TokenBudget | None:
-        """What max_tokens_per_forward asks for; how much `auto` is, shows when training starts.
+        """What max_tokens_per_forward asks for; "auto" is measured when training starts.
 
-        ValueError, before any compute, where a pack's backward cannot leave gradients unreduced
-        (DeepSpeed), or a forward has collectives, which one rank cannot leave (auto with FSDP).
+        ValueError under DeepSpeed, where every backward reduces gradients, and for "auto" under
+        FSDP, whose forwards are collective: a rank without memory cannot leave one.
         """
         args = self.args
         wanted = args.max_tokens_per_forward
@@ -112,7 +110,7 @@ class PackTrainer(AdapterTrainer):
         return tokens_that_fit(self._run_once, one, two, self.args.device, kept_bytes=kept_bytes)
 
     def _run_once(self, inputs: Batch) -> None:
-        """A forward and a backward, as a training step has them, that train nothing."""
+        """A training forward and backward whose gradients are thrown away."""
         self.model.train()
         try:
             with self.compute_loss_context_manager():
@@ -127,13 +125,6 @@ class PackTrainer(AdapterTrainer):
             return super().get_train_dataloader()
         with self.collating_with(self._pack_collator):
             return super().get_train_dataloader()
-
-    def _get_train_sampler(self, train_dataset=None):
-        sampler = super()._get_train_sampler(train_dataset)
-        if not isinstance(sampler, LengthGroupedSampler):
-            return sampler
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SeededByEpoch(sampler, seed)
 
     @property
     def _pack_collator(self) -> PackCollator:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdpo.collate import PackedCollator, PaddedCollator, Row, Size
+from fastdpo.collate import PackedCollator, PaddedCollator, Size
+from fastdpo.columns import Row
 from fastdpo.token_budget import TokenBudget
 
 Collator = PaddedCollator | PackedCollator

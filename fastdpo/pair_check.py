@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from fastdpo.collate import ID_COLUMNS
+from fastdpo.columns import ID_COLUMNS
 from fastdpo.config import DPOConfig
 from fastdpo.model import causal_lm_of
 
@@ -28,11 +28,11 @@ def check_pairs(
     models: Iterable[PreTrainedModel | PeftModel],
     args: DPOConfig,
 ) -> None:
-    """ValueError for a pair of the datasets, here by name, that one of the models cannot embed.
+    """ValueError, with dataset and pair, for one that some model cannot embed.
 
-    Token ids beyond its vocabulary, or a pair longer, cut and padded as args say, than its table of
-    positions, or than the length from which its rotary frequencies follow the longest sequence of a
-    forward, where that must not matter. A stream goes unchecked.
+    That is a token id outside its vocabulary, or a pair, cut and padded as args say, longer than
+    its table of positions. Packs and a precomputed reference also refuse a pair so long that rotary
+    frequencies begin to follow the longest sequence of a forward. A stream goes unchecked.
     """
     causal_lms = [causal_lm_of(model) for model in models]
     _check_token_ids(datasets, causal_lms)

@@ -9,9 +9,13 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from fastdpo.arguments import ModelConfig, ScriptArguments
+from fastdpo.arguments import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    RunArguments,
+    ScriptArguments,
+)
 from fastdpo.config import DPOConfig
-from fastdpo.mixture import DatasetMixtureConfig
 
 OR_BOOLEAN = ("resume_from_checkpoint", "trackio_static_space_id")  # texts, or true or false
 
@@ -40,8 +44,8 @@ class TrainParser(HfArgumentParser):
             help="Start over in the next free folder beside output_dir, never on top of a run.",
         )
 
-    def parse(self, argv: Sequence[str]) -> tuple[tuple[Any, ...], list[str]]:
-        """The arguments, one object per dataclass and the command's own flag; then unknown flags.
+    def parse(self, argv: Sequence[str]) -> tuple[RunArguments, Any, list[str]]:
+        """The arguments, the value of the command's own flag, and unknown flags.
 
         Those may be flags of `accelerate launch`, from the command line or the YAML file.
         """
@@ -59,7 +63,7 @@ class TrainParser(HfArgumentParser):
         )
         if others.config != path:
             raise ValueError("want --config written in full")
-        return (*arguments, getattr(others, self._own_flag)), unknown + remaining
+        return RunArguments(*arguments), getattr(others, self._own_flag), unknown + remaining
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)

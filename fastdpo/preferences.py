@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from fastdpo.collate import ID_COLUMNS, REFERENCE_COLUMNS
+from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS
 from fastdpo.messages import (
     as_sent,
     check_conversation,

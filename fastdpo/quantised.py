@@ -63,5 +63,5 @@ def quantised_rows(layer: nn.Module, dtype: torch.dtype) -> Int8Rows | FourBitRo
         largest_V = getattr(getattr(layer, "state", None), "SCB", None)
     if largest_V is not None and weight.dtype == torch.int8:
         return Int8Rows(weight.data, largest_V, dtype)
-    name = type(layer).__name__
-    raise ValueError(f"want a head in float, int8 or 4 bits of bitsandbytes, got {name}")
+    got = f"{type(layer).__name__} with a weight of {weight.dtype}"
+    raise ValueError(f"want a head in float, int8 or 4 bits of bitsandbytes, got {got}")

@@ -1,32 +1,32 @@
 """RowTrainer: transformers.Trainer of preference rows, whenever they come, and of one layout."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from fastdpo.collate import (
-    ID_COLUMNS,
-    REFERENCE_COLUMNS,
-    PackedCollator,
-    PaddedCollator,
-    make_collator,
-)
+from fastdpo.collate import PackedCollator, PaddedCollator, make_collator
+from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS
 from fastdpo.data import prepare_pairs
 from fastdpo.layout import Layout
 from fastdpo.measuring_trainer import MeasuringTrainer
 from fastdpo.pair_check import check_pairs
 from fastdpo.row_report import PairCounts
 from fastdpo.rows import Rows
+from fastdpo.sampler import SeededByEpoch
 
 COLLATORS_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
 
 
 class RowTrainer(MeasuringTrainer):
-    """Subclasses set `layout`, and before any rows come `args`, `processing_class`, `pair_counts`.
+    """Subclasses set `layout` and `pair_counts`.
 
     layout: COLLATORS_LAYOUT where the user brought a data_collator. pair_counts: what became of
-    each dataset's rows, by its name; None of a stream, whose rows are not counted.
+    each dataset's rows, by its name, as prepare_named has it.
     """
 
     layout: Layout
@@ -37,19 +37,20 @@ class RowTrainer(MeasuringTrainer):
         return {"model": self.model}
 
     def _prepare(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
-        """`dataset` as token ids, its rows counted under `name`; token ids stay as they are."""
-        if isinstance(dataset, dict):
-            return {key: self._prepare(each, f"{name}_{key}") for key, each in dataset.items()}
-        pairs, self.pair_counts[name] = prepare_pairs(
-            dataset, self.processing_class, name=name, **self.args.data_settings
+        """`dataset` as token ids, counted and checked against the models."""
+        pairs, counts = prepare_named(
+            dataset, name, self.processing_class, **self.args.data_settings
         )
-        return pairs
-
-    def _prepare_new(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
-        """As _prepare, for rows that come once the models are loaded: checked against them too."""
-        pairs = self._prepare(dataset, name)
+        self.pair_counts |= counts
         check_pairs(by_name(pairs, name), self.models().values(), self.args)
         return pairs
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededByEpoch(sampler, seed)
 
     def _set_signature_columns_if_needed(self):
         columns = [*ID_COLUMNS, *REFERENCE_COLUMNS, self.args.length_column]
@@ -62,7 +63,7 @@ class RowTrainer(MeasuringTrainer):
             return pairs
         return pairs.with_format("numpy", columns=[*ID_COLUMNS], output_all_columns=True)
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: Rows | str | None = None) -> DataLoader:
         """As transformers.Trainer's; padded where compute_metrics wants each sequence's logits."""
         with self._collating_for_logits(self.compute_metrics is not None):
             self._forget_other_loader(eval_dataset)
@@ -76,10 +77,10 @@ class RowTrainer(MeasuringTrainer):
         if name in loaders and not (is_own and loaders[name].collate_fn is self.data_collator):
             del loaders[name]
 
-    def get_test_dataloader(self, test_dataset):
+    def get_test_dataloader(self, test_dataset: Rows) -> DataLoader:
         """As transformers.Trainer's, of preference rows; padded, as predictions are logits."""
         with self._collating_for_logits(True):
-            return super().get_test_dataloader(self._prepare_new(test_dataset, "test"))
+            return super().get_test_dataloader(self._prepare(test_dataset, "test"))
 
     def _collating_for_logits(self, wanted: bool) -> AbstractContextManager:
         wanted = wanted and self.layout is not COLLATORS_LAYOUT
@@ -89,11 +90,36 @@ class RowTrainer(MeasuringTrainer):
         pad_token_id = self.processing_class.pad_token_id
         return make_collator(layout, pad_token_id=pad_token_id, **self.args.collator_settings)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(
+        self,
+        eval_dataset: Rows | dict[str, Rows] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """As transformers.Trainer's; rows passed here are prepared as those of the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare_new(eval_dataset, metric_key_prefix)
+            eval_dataset = self._prepare(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+
+def prepare_named(
+    dataset: Rows | dict[str, Rows],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    **settings: Any,
+) -> tuple[Rows | dict[str, Rows], dict[str, PairCounts | None]]:
+    """`dataset` as token ids, or each of a dictionary's, and what was counted, by their names.
+
+    settings: of data.prepare_pairs, which counts None of a stream.
+    """
+    if isinstance(dataset, dict):
+        pairs, counts = {}, {}
+        for key, each in dataset.items():
+            pairs[key], its_counts = prepare_named(each, f"{name}_{key}", tokenizer, **settings)
+            counts |= its_counts
+        return pairs, counts
+    pairs, its_counts = prepare_pairs(dataset, tokenizer, name=name, **settings)
+    return pairs, {name: its_counts}
 
 
 def by_name(dataset: Rows | dict[str, Rows] | None, name: str) -> dict[str, Rows]:

@@ -1,7 +1,8 @@
 """Files, folders and Hub names -> preference rows as a datasets.Dataset.
 
-JSON and CSV files are read row by row (json_rows.py, csv_rows.py), so that a bad row is told by
-file and line, counted from 1, before Arrow asks all rows to be alike. `datasets` reads all else.
+JSON and CSV files are read row by row (json_rows.py, csv_rows.py), before Arrow asks all rows to be
+alike, so that an error names the file and the line (JSON, from 1) or the row (CSV, from 0).
+`datasets` reads all else.
 """
 
 import json
@@ -69,7 +70,7 @@ def load_rows(
     if not path.exists() and _looks_like_a_path(path_or_name):
         raise ValueError(f"want a file or folder of preference rows, {path_or_name} is not there")
     for file in sorted(path.rglob("*.csv")) if path.is_dir() else ():
-        next(csv_rows(str(file), False, None), None)  # the row that decides what pandas reads
+        next(csv_rows(str(file), False, None), None)  # or pandas takes surplus fields for an index
     rows = _load(
         path_or_name,
         path=path_or_name,

@@ -17,9 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastdpo.arguments import ModelConfig, ScriptArguments
-from fastdpo.config import DPOConfig
-from fastdpo.mixture import DatasetMixtureConfig
+from fastdpo.arguments import RunArguments
 
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"  # transformers writes it last, so a checkpoint with it is whole
@@ -67,30 +65,25 @@ class RunFolder:
     notes: tuple[str, ...] = ()
 
 
-def run_identity(
-    script_args: ScriptArguments,
-    training_args: DPOConfig,
-    model_args: ModelConfig,
-    dataset_args: DatasetMixtureConfig,
-) -> dict[str, Any]:
+def run_identity(run: RunArguments) -> dict[str, Any]:
     """Every setting that decides the numbers of a run, as flat JSON values by name.
 
     A local path is replaced by its last component and a hash: of all bytes of data, except caches
     that `datasets` writes beside it and the run's own output, and of a sample of a model's weights.
     """
     settings = {
-        **asdict(script_args),
-        **asdict(model_args),
-        **asdict(dataset_args),
-        **training_args.to_dict(),
-        "pad_token": training_args.pad_token,  # to_dict hides what ends in _token
-        "num_processes": training_args.world_size,
+        **asdict(run.script),
+        **asdict(run.model),
+        **asdict(run.mixture),
+        **run.training.to_dict(),
+        "pad_token": run.training.pad_token,  # to_dict hides what ends in _token
+        "num_processes": run.training.world_size,
     }
-    is_streamed = script_args.dataset_streaming or dataset_args.streaming
+    is_streamed = run.script.dataset_streaming or run.mixture.streaming
     left_out = NOT_IDENTITY - OF_STREAMS if is_streamed else NOT_IDENTITY
     settings = {name: value for name, value in settings.items() if name not in left_out}
     settings["model_name_or_path"] = _with_hash(settings["model_name_or_path"], _model_hash)
-    data_hash = partial(_data_hash, but=Path(training_args.output_dir))
+    data_hash = partial(_data_hash, but=Path(run.training.output_dir))
     settings["dataset_name"] = _with_hash(settings["dataset_name"], data_hash)
     for dataset in settings["datasets"]:
         for name in ("path", "data_dir", "data_files"):

@@ -14,19 +14,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.arguments import (
-    ModelConfig,
-    ScriptArguments,
+    RunArguments,
     check_adapters,
     init_kwargs,
     peft_config,
     quantization_config,
 )
-from fastdpo.collate import Row
+from fastdpo.columns import Row
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
 from fastdpo.head import check_head_module
 from fastdpo.layout import why_padded
-from fastdpo.mixture import DatasetMixtureConfig, load_datasets
+from fastdpo.mixture import load_datasets
 from fastdpo.model import causal_lm_of
 from fastdpo.pair_check import check_pairs
 from fastdpo.policy import load_tokenizer, make_policy, make_ready
@@ -68,13 +67,7 @@ class Subject:
         return f"pair {b}, {side}, token {t} ({self.tokenizer.decode([ids[t]])!r})"
 
 
-def load_subject(
-    script_args: ScriptArguments,
-    args: DPOConfig,
-    model_args: ModelConfig,
-    dataset_args: DatasetMixtureConfig,
-    max_pairs: int,
-) -> Subject:
+def load_subject(run: RunArguments, max_pairs: int) -> Subject:
     """The model and the first max_pairs rows, as `fastdpo train` would load them.
 
     ValueError for what cannot be compared: a weight that is not finite, a pair that the model
@@ -83,11 +76,12 @@ def load_subject(
     """
     if max_pairs < 1:
         raise ValueError(f"want max_pairs >= 1, got {max_pairs}")
+    args = run.training
     rows, _ = load_datasets(
-        script_args, dataset_args, with_eval=False, on_bad_rows=args.on_bad_rows, seed=args.seed
+        run.script, run.mixture, with_eval=False, on_bad_rows=args.on_bad_rows, seed=args.seed
     )
-    kwargs = init_kwargs(args, model_args)
-    name = model_args.model_name_or_path
+    kwargs = init_kwargs(args, run.model)
+    name = run.model.model_name_or_path
     tokenizer = load_tokenizer(
         None,
         name,
@@ -107,12 +101,12 @@ def load_subject(
         )
     policy = make_policy(
         name,
-        peft_config(model_args),
+        peft_config(run.model),
         seed=args.seed,
-        quantization_config=quantization_config(model_args),
+        quantization_config=quantization_config(run.model),
         **kwargs,
     )
-    check_adapters(policy, model_args)
+    check_adapters(policy, run.model)
     make_ready(
         policy,
         None,

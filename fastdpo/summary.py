@@ -1,36 +1,48 @@
 """What a run is about to do, in the lines a person reads before it starts."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
+import torch
 from peft import PeftModel
+from torch import nn
 
 from fastdpo import ops
+from fastdpo.config import DPOConfig
+from fastdpo.layout import Layout
 from fastdpo.model import causal_lm_of
 from fastdpo.row_report import PairCounts
-
-if TYPE_CHECKING:
-    from fastdpo.trainer import DPOTrainer
+from fastdpo.token_budget import TokenBudget
 
 
-def describe_run(trainer: "DPOTrainer") -> str:
-    """Model, data, layout, kernels, reference and steps of a run, a line each."""
-    lines = {"model": _model_line(trainer)}
-    for name, counts in trainer.pair_counts.items():
+def describe_run(
+    model: nn.Module,
+    args: DPOConfig,
+    *,
+    pair_counts: Mapping[str, PairCounts | None],
+    layout: Layout,
+    budget: TokenBudget | None,
+    reference: str,
+) -> str:
+    """Model, data, layout, kernels, reference and steps of a run, a line each.
+
+    pair_counts: by the datasets' names. reference: where its log-probabilities come from.
+    """
+    lines = {"model": _model_line(model, args)}
+    for name, counts in pair_counts.items():
         lines[f"{name} pairs"] = _counts_line(counts)
-    lines["layout"] = _layout_line(trainer)
-    lines["kernels"] = _kernels_line(trainer)
-    lines["reference"] = trainer.reference.source
-    lines["updates"] = _updates_line(trainer)
+    lines["layout"] = _layout_line(layout, budget)
+    lines["kernels"] = _kernels_line(model, args.device)
+    lines["reference"] = reference
+    lines["updates"] = _updates_line(args)
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
 
-def _model_line(trainer: "DPOTrainer") -> str:
-    model = trainer.model
+def _model_line(model: nn.Module, args: DPOConfig) -> str:
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     how = "adapters" if isinstance(model, PeftModel) else "in full"
-    precision = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else None
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else None
     autocast = f", {precision} autocast" if precision else ""
     return (
         f"{type(causal_lm_of(model)).__name__}, {total:,} parameters in {model.dtype}, "
@@ -58,25 +70,23 @@ def _counts_line(counts: PairCounts | None) -> str:
     return "; ".join(parts)
 
 
-def _layout_line(trainer: "DPOTrainer") -> str:
-    line = f"{trainer.layout.name}: {trainer.layout.line}"
-    if trainer.budget is None:
+def _layout_line(layout: Layout, budget: TokenBudget | None) -> str:
+    line = f"{layout.name}: {layout.line}"
+    if budget is None:
         return line
-    if trainer.budget.may_shrink:
+    if budget.may_shrink:
         return f"{line}; packs as large as memory has room for"
-    return f"{line}; packs of {trainer.budget.max_tokens:,} tokens"
+    return f"{line}; packs of {budget.max_tokens:,} tokens"
 
 
-def _kernels_line(trainer: "DPOTrainer") -> str:
-    device = trainer.args.device
-    head = causal_lm_of(trainer.model).get_output_embeddings()
+def _kernels_line(model: nn.Module, device: torch.device) -> str:
+    head = causal_lm_of(model).get_output_embeddings()
     is_trained = any(parameter.requires_grad for parameter in head.parameters())
     products = "trained head" if is_trained else "frozen head, two products"
     return f"{ops.backend_for(device)} on {device.type}, {products}"
 
 
-def _updates_line(trainer: "DPOTrainer") -> str:
-    args = trainer.args
+def _updates_line(args: DPOConfig) -> str:
     per_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     length = (
         f"{args.max_steps:,} updates" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from fastdpo.batch import PairBatch, TokensRun, count_pairs
 from fastdpo.batch_loss import PackLogps, PackLoss, with_pack_losses
-from fastdpo.collate import Row, first_rows_longest_first
+from fastdpo.collate import first_rows_longest_first
+from fastdpo.columns import Row
 from fastdpo.config import DPOConfig
 from fastdpo.experts import ExpertCounts, with_batch_experts
 from fastdpo.layout import Layout, choose_layout
@@ -33,7 +34,7 @@ from fastdpo.model import (
 )
 from fastdpo.pair_check import check_pairs
 from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
-from fastdpo.reference import (
+from fastdpo.reference_logps import (
     FrozenModel,
     RowLogps,
     after_precompute,
@@ -41,7 +42,7 @@ from fastdpo.reference import (
     make_reference,
     with_reference_logps,
 )
-from fastdpo.row_trainer import COLLATORS_LAYOUT, RowTrainer, by_name
+from fastdpo.row_trainer import COLLATORS_LAYOUT, RowTrainer, by_name, prepare_named
 from fastdpo.rows import Rows
 from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
@@ -136,11 +137,11 @@ class DPOTrainer(RowTrainer):
             revision=init_kwargs.get("revision"),
             trust_remote_code=init_kwargs["trust_remote_code"],
         )
-        self.args, self.processing_class = args, tokenizer  # as Trainer will: _prepare reads them
-        self.pair_counts = {}
-        train_dataset = self._prepare(train_dataset, "train")
+        prepare = functools.partial(prepare_named, tokenizer=tokenizer, **args.data_settings)
+        train_dataset, self.pair_counts = prepare(train_dataset, "train")
         if eval_dataset is not None:
-            eval_dataset = self._prepare(eval_dataset, "eval")
+            eval_dataset, counts = prepare(eval_dataset, "eval")
+            self.pair_counts |= counts
         model = make_policy(
             model,
             peft_config,
@@ -224,7 +225,14 @@ class DPOTrainer(RowTrainer):
 
     def summary(self) -> str:
         """What is about to run: model, pairs, dropped rows, layout, kernels, reference, updates."""
-        return describe_run(self)
+        return describe_run(
+            self.model,
+            self.args,
+            pair_counts=self.pair_counts,
+            layout=self.layout,
+            budget=self.budget,
+            reference=self.reference.source,
+        )
 
     def _choose_layout(self, row: Row) -> Layout:
         """Settle how pairs are laid out, once the models are where they will run."""
@@ -239,10 +247,10 @@ class DPOTrainer(RowTrainer):
             list(self.models().values()),
             None if self.is_sharded else lambda m, name: check.difference(m, self._collator(name)),
             strict=self.args.strict_layout,
-            reason_to_pad=self._why_padded(),
+            reason_to_pad=self._reason_to_pad(),
         )
 
-    def _why_padded(self) -> str | None:
+    def _reason_to_pad(self) -> str | None:
         """Why the run itself needs the padded layout."""
         if self.args.neftune_noise_alpha is not None:
             return NOISY
@@ -305,7 +313,7 @@ class DPOTrainer(RowTrainer):
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
-    ):
+    ) -> Tensor | tuple[Tensor, ScoredOutput]:
         """The mean loss of `inputs`, or its share of an update of num_items_in_batch pairs.
 
         For a subclass with a compute_loss of its own it is always the mean, unless the class has
@@ -324,24 +332,26 @@ class DPOTrainer(RowTrainer):
             aux_loss=self.aux_loss_weight > 0,
             batch_counts=experts and experts.counts,
         )
+        aux_loss = scored.aux_loss
         if experts:
             # the pack's part times N / B: its B pairs, divided by the update's, then carry exactly
             # that part of the batch's N pairs
-            scored.aux_loss = scored.aux_loss * experts.num_pairs / batch.num_pairs
+            aux_loss = aux_loss * experts.num_pairs / batch.num_pairs
         losses = self._pair_losses(batch, scored, reference_logps_S, pack_loss)
         if self.aux_loss_weight:
-            losses = losses._replace(loss_B=losses.loss_B + self.aux_loss_weight * scored.aux_loss)
+            losses = losses._replace(loss_B=losses.loss_B + self.aux_loss_weight * aux_loss)
         num_pairs = num_items_in_batch if self.loss_is_scaled_for_ga else None
         loss = losses.loss_B.sum() / (num_pairs or batch.num_pairs)
         if "is_filler" in inputs:  # it runs for FSDP's count of forwards
             return 0.0 * loss
-        tokens = None
         if model.training:
-            tokens = inputs.get("tokens", TokensRun(batch.token_counts.numel()))
             if not self._start_checked and self.state.global_step == 0:
                 check_start(losses, reference_logps_S, self.model, self.args, self.reference.source)
             self._start_checked = True
-        self.count(batch, scored, losses, aux_loss=scored.aux_loss, tokens=tokens)
+            tokens = inputs.get("tokens", TokensRun(batch.token_uses.numel()))
+            self.count_training(batch, scored, losses, tokens, aux_loss)
+        else:
+            self.count_evaluation(batch, scored, losses, aux_loss)
         return (loss, scored) if return_outputs else loss
 
     def _pair_losses(

@@ -99,7 +99,7 @@ def check_arguments(
             got += f": take one of its splits, {[*train_dataset]}"
         raise TypeError(f"want a datasets.Dataset or IterableDataset as train_dataset, got {got}")
     if isinstance(train_dataset, Dataset):
-        check_count(args, len(train_dataset))
+        check_enough_rows(args, len(train_dataset))
     if args.length_column is not None and isinstance(train_dataset, IterableDataset):
         raise ValueError(
             "want a map-style dataset with train_sampling_strategy="
@@ -135,7 +135,7 @@ def _check_checkpointing(settings: dict[str, Any]) -> None:
         ) from error
 
 
-def check_count(args: DPOConfig, num_rows: int) -> None:
+def check_enough_rows(args: DPOConfig, num_rows: int) -> None:
     """ValueError where dataloader_drop_last would leave nothing of so many rows to train on."""
     at_once = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and num_rows < at_once:
@@ -145,7 +145,7 @@ def check_count(args: DPOConfig, num_rows: int) -> None:
         )
 
 
-def check_update(args: DPOConfig) -> None:
+def check_optimizer_and_schedule(args: DPOConfig) -> None:
     """ValueError where transformers can make no optimizer or schedule of `args`.
 
     For a run without optimizers of its own; train() would find it, with the reference scored. Tried
@@ -200,8 +200,8 @@ def _why_no_checkpoints(config: PeftConfig | None) -> str | None:
 def check_overrides(kind: type, base: type, args: DPOConfig) -> None:
     """TypeError where `kind` redefines a method of TRL's trainer that `base` never calls.
 
-    ValueError for packs with a compute_loss of its own, as none of them is a batch to take the mean
-    of; its class may say that it divides by num_items_in_batch.
+    ValueError for packs with a compute_loss that returns means, as a pack is no batch. A class
+    whose compute_loss divides by num_items_in_batch says so by loss_is_scaled_for_ga=True.
     """
     unused = [name for name in NEVER_CALLED if redefines(kind, base, name)]
     if unused:

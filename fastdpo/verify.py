@@ -26,7 +26,8 @@ from torch import Tensor
 
 from fastdpo.attention import attend_along_trees, attend_as_before
 from fastdpo.batch import PairBatch
-from fastdpo.collate import ID_COLUMNS, LAYOUTS, Row, make_collator
+from fastdpo.collate import LAYOUTS, make_collator
+from fastdpo.columns import ID_COLUMNS, Row
 from fastdpo.kernels import reference
 from fastdpo.layout import why_padded
 from fastdpo.losses import pair_loss

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdpo.batch import PairBatch, TokensRun, count_pairs
-from fastdpo.collate import LAYOUTS, LOOKED_AT, Cut, first_rows_longest_first, make_collator
+from fastdpo.collate import LAYOUTS, SAMPLED_ROWS, Cut, first_rows_longest_first, make_collator
 
 PAD = 99
 ROWS = [
@@ -156,7 +156,7 @@ def test_tokens_counted_are_those_that_run(max_length):
 def test_the_longest_of_the_first_rows_is_looked_at_and_a_stream_not_read_on():
     def stream():
         for i in itertools.count():
-            assert i < LOOKED_AT, "read too far"
+            assert i < SAMPLED_ROWS, "read too far"
             is_long = i == 7  # as a whole: others have longer prompts
             yield {
                 "prompt_ids": [i] * (2 if is_long else 9),
@@ -165,4 +165,4 @@ def test_the_longest_of_the_first_rows_is_looked_at_and_a_stream_not_read_on():
             }
 
     rows = first_rows_longest_first(stream())
-    assert len(rows) == LOOKED_AT and rows[0]["prompt_ids"] == [7, 7]
+    assert len(rows) == SAMPLED_ROWS and rows[0]["prompt_ids"] == [7, 7]

@@ -317,7 +317,7 @@ def test_noise_may_stay_where_no_pack_is_run_twice(tmp_path, noise):
 def test_a_mix_is_written_on_the_command_line(tmp_path):
     flags = "--loss_type sigmoid ipo --loss_weights 1 0.5 --f_divergence_type forward_kl"
     flags += " --ld_alpha 0.5 --use_cpu --report_to none"
-    (_, made, *_), _ = TrainParser("fastdpo train").parse(
+    (_, made, *_), *_ = TrainParser("fastdpo train").parse(
         [*flags.split(), "--output_dir", str(tmp_path)]
     )
     assert made.loss_settings["loss_type"] == ("sigmoid", "ipo")

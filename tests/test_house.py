@@ -17,8 +17,8 @@ ORDER = (
     "demo cli parser verify subject run_folder mixture arguments trainer trainer_check "
     "row_trainer pair_check measuring_trainer pack_trainer adapter_trainer sampler ranks packs "
     "summary token_budget layout_check layout start_check rows csv_rows json_rows data "
-    "row_report preferences messages row_errors demo_task metrics policy reference config "
-    "batch_loss losses model experts attention collate tree batch head quantised ops"
+    "row_report preferences messages row_errors demo_task metrics policy reference_logps config "
+    "batch_loss losses model experts attention collate columns tree batch head quantised ops"
 ).split()
 KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "functools", "math", "typing"}
 KERNELS_MAY_IMPORT |= {"pathlib"}  # to tell one maker's CPUs from another's

@@ -26,7 +26,7 @@ def scored_batch(lengths, mean_logit):
     )
     batch = PairBatch(
         model_inputs={},
-        token_counts=torch.ones(1, sum(lengths), dtype=torch.int64),
+        token_uses=torch.ones(1, sum(lengths), dtype=torch.int64),
         scored_rows_N=torch.arange(sum(lengths)),
         labels_N=torch.zeros(sum(lengths), dtype=torch.int64),
         completion_rows_C=None,

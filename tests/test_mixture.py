@@ -6,9 +6,9 @@ import pytest
 import tiny
 from datasets import Dataset
 
-from fastdpo.arguments import ScriptArguments
+from fastdpo.arguments import DatasetConfig, DatasetMixtureConfig, ScriptArguments
 from fastdpo.data import prepare_pairs
-from fastdpo.mixture import DatasetConfig, DatasetMixtureConfig, load_datasets
+from fastdpo.mixture import load_datasets
 from fastdpo.parser import TrainParser
 from fastdpo.row_errors import RowError
 
@@ -155,9 +155,8 @@ def test_a_count_of_rows_to_hold_out_comes_from_yaml_and_the_command_line(parts,
     config = tmp_path / "run.yaml"
     config.write_text(f"datasets:\n  - path: {parts[0]}\ntest_split_size: 3\n")
     for flags, held_out in (((), 3), (("--test_split_size", "2"), 2)):
-        parsed, _ = TrainParser("fastdpo train").parse(["--config", str(config), *flags])
-        (mixture,) = (each for each in parsed if isinstance(each, DatasetMixtureConfig))
-        assert len(load(mixture, with_eval=True)[1]) == held_out
+        run, *_ = TrainParser("fastdpo train").parse(["--config", str(config), *flags])
+        assert len(load(run.mixture, with_eval=True)[1]) == held_out
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,13 @@ import os
 
 import pytest
 
-from fastdpo.arguments import ModelConfig, ScriptArguments, peft_config, quantization_config
-from fastdpo.mixture import DatasetMixtureConfig
+from fastdpo.arguments import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    peft_config,
+    quantization_config,
+)
 from fastdpo.parser import TrainParser
 
 TRL_DEFAULTS = {  # of TRL 1.16
@@ -54,7 +59,7 @@ def parse(*argv):
 
 
 def test_flags_are_written_as_trl_takes_them():
-    (_, training, model, _, fresh), unknown = parse(
+    (_, training, model, _), fresh, unknown = parse(
         *("--lora-r", "8", "--use_peft", "--lora_target_modules", "all-linear"),
         *("--max_length", "none", "--no_gradient_checkpointing", "--bf16", "false"),
         *("--loss_type", "sigmoid", "--model_init_kwargs", '{"use_cache": false}'),
@@ -81,7 +86,7 @@ def test_yaml_sets_values_and_environment_and_flags_override(tmp_path, monkeypat
         "num_processes: 2\n"
         "multi_gpu: true\n"
     )
-    (_, training, model, _, _), unknown = parse(f"--config={config}", "--beta", "0.4")
+    (_, training, model, _), _, unknown = parse(f"--config={config}", "--beta", "0.4")
     assert os.environ["FASTDPO_TEST"] == "3"
     assert (training.beta, training.learning_rate, training.max_length) == (0.4, 5e-7, None)
     assert (training.eval_strategy, training.gradient_checkpointing) == ("no", False)
@@ -106,8 +111,8 @@ def test_a_dropout_that_is_no_share_is_refused(value):
 def test_numbers_in_a_list_are_read_as_one_is(tmp_path):
     text = "loss_type: [sigmoid, sft]\nloss_weights: [5e-1, 1]\nuse_cpu: true\nreport_to: none\n"
     (tmp_path / "run.yaml").write_text(text)
-    (_, args, *_), _ = TrainParser("fastdpo train").parse(["--config", str(tmp_path / "run.yaml")])
-    assert args.loss_weights == [0.5, 1.0]
+    run, *_ = TrainParser("fastdpo train").parse(["--config", str(tmp_path / "run.yaml")])
+    assert run.training.loss_weights == [0.5, 1.0]
 
 
 def test_yaml_may_merge_mappings_and_override_what_they_say(tmp_path):
@@ -119,7 +124,7 @@ def test_yaml_may_merge_mappings_and_override_what_they_say(tmp_path):
         "liger_kernel_config: {rope: true}\n"
         "resume_from_checkpoint: true\n"
     )
-    (_, args, *_), _ = parse(f"--config={config}", "--use_cpu", "true")
+    (_, args, *_), *_ = parse(f"--config={config}", "--use_cpu", "true")
     assert args.lr_scheduler_kwargs == {"dtype": "float32", "use_cache": True}
     merged = {"dtype": "float32", "use_cache": True, "use_reentrant": False}
     assert args.gradient_checkpointing_kwargs == merged

@@ -10,10 +10,15 @@ from datasets import Dataset
 from safetensors.torch import save_file
 
 from fastdpo import run_folder
-from fastdpo.arguments import ModelConfig, ScriptArguments
+from fastdpo.arguments import (
+    DatasetConfig,
+    DatasetMixtureConfig,
+    ModelConfig,
+    RunArguments,
+    ScriptArguments,
+)
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
-from fastdpo.mixture import DatasetConfig, DatasetMixtureConfig
 from fastdpo.run_folder import choose_run_folder, mark_finished, mark_started, run_identity
 
 IDENTITY = {"beta": 0.1, "max_length": None, "datasets": []}
@@ -42,12 +47,13 @@ def content(folder):
 
 
 def identity_of(tmp_path, *, script=None, model=None, mixture=None, **training):
-    return run_identity(
+    run = RunArguments(
         script or ScriptArguments(dataset_name="org/rows"),
         DPOConfig(output_dir=str(tmp_path), **training),
         model or ModelConfig(model_name_or_path="org/model"),
         mixture or DatasetMixtureConfig(),
     )
+    return run_identity(run)
 
 
 # What the folder holds

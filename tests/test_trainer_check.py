@@ -220,7 +220,7 @@ def test_a_report_to_a_package_that_is_not_there_is_refused(tokenizer, nothing_s
 )
 def test_updates_that_transformers_cannot_make_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        trainer_check.check_update(args(**settings))
+        trainer_check.check_optimizer_and_schedule(args(**settings))
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "lomo"])
@@ -228,7 +228,9 @@ def test_updates_that_transformers_cannot_make_are_refused(settings, message):
     "kind", ["linear", "cosine", "constant", "inverse_sqrt", "cosine_with_restarts"]
 )
 def test_updates_that_transformers_can_make_are_let_by(optim, kind):
-    trainer_check.check_update(args(optim=optim, lr_scheduler_type=kind, warmup_steps=0.1))
+    trainer_check.check_optimizer_and_schedule(
+        args(optim=optim, lr_scheduler_type=kind, warmup_steps=0.1)
+    )
 
 
 def test_too_few_rows_for_a_batch_are_refused_where_it_is_dropped(tokenizer, nothing_spent):

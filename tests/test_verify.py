@@ -183,8 +183,8 @@ def load(here, *more, rows="rows.jsonl"):
     """The subject that `fastdpo verify` would look at."""
     names = ("--model_name_or_path", str(here / "llama"), "--dataset_name", str(here / rows))
     parser = VerifyParser("fastdpo verify")
-    (*arguments, max_pairs), _ = parser.parse([*names, "--use_cpu", "True", *more])
-    return load_subject(*arguments, max_pairs)
+    run, max_pairs, _ = parser.parse([*names, "--use_cpu", "True", *more])
+    return load_subject(run, max_pairs)
 
 
 def test_adapters_all_have_a_gradient_to_compare(here):

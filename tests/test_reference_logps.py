@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 import fastdpo
 from fastdpo import DPOTrainer
 from fastdpo.batch import PairBatch
-from fastdpo.reference import FrozenModel, frozen_copy, make_reference
+from fastdpo.reference_logps import FrozenModel, frozen_copy, make_reference
 
 SCORED = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -30.0}
 
@@ -255,7 +255,7 @@ def test_reference_logps_in_some_data_sets_alone_are_refused(tmp_path, tokenizer
 
 def test_rows_that_bring_another_reference_to_an_evaluation_are_refused(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer)
-    with pytest.raises(ValueError, match="want one reference, got log-probabilities in the rows"):
+    with pytest.raises(ValueError, match="got a batch with them"):
         trainer.evaluate(Dataset.from_list(scored_rows()))
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from fastdpo.batch import PairBatch
-from fastdpo.collate import REFERENCE_COLUMNS
+from fastdpo.columns import REFERENCE_COLUMNS
 from fastdpo.kernels.reference import completion_sums
 from fastdpo.model import attach_scorer, token_logps_without_grad
 
@@ -76,7 +76,8 @@ Reference = RowLogps | AdaptersOff | FrozenModel
 def _frozen_logps(model: nn.Module, batch: PairBatch, ld_alpha: float | None) -> Tensor:
     if batch.reference_logps_S is not None:
         raise ValueError(
-            "want one reference, got log-probabilities in the rows, as the training rows have none"
+            f"want rows without {' and '.join(REFERENCE_COLUMNS)}, as the training rows have none, "
+            "got a batch with them"
         )
     return completion_sums(token_logps_without_grad(model, batch), batch.cu_seqlens, ld_alpha)
 
