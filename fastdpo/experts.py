@@ -52,7 +52,7 @@ def balancing_loss(
     """The loss, or with batch_counts this pack's part of the batch's; and where its tokens went.
 
     router_logits: (tokens, E) for each layer with experts. token_uses: how often each token
-    weighs, in the tokens' order. float32.
+    weighs, in the tokens' order. float32, under autocast too.
     """
     device = router_logits[0].device
     probs_NE = torch.cat([layer.to(device) for layer in router_logits]).float().softmax(-1)
@@ -63,8 +63,9 @@ def balancing_loss(
     own = ExpertCounts(chosen_E, weights_N.sum())
     counts = own if batch_counts is None else batch_counts
     share_E = counts.chosen_E / counts.tokens
-    loss = len(chosen_E) * (share_E @ (weights_N @ probs_NE)) / counts.tokens
-    return loss, own
+    # no product of matrices, which autocast would have in 16 bits
+    mean_E = (weights_N[:, None] * probs_NE).sum(0) / counts.tokens
+    return len(chosen_E) * (share_E * mean_E).sum(), own
 
 
 def with_batch_experts(

@@ -113,7 +113,7 @@ class PackTrainer(AdapterTrainer):
         """A training forward and backward whose gradients are thrown away."""
         self.model.train()
         try:
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():  # the model is not wrapped yet
                 batch = PairBatch.from_inputs(inputs)
                 scored = score(self.model, batch, stats=self.args.token_stats)
             scored.token_logps_C.sum().backward()

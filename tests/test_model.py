@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from fastdpo.attention import attend_along_trees
 from fastdpo.batch import PairBatch
 from fastdpo.collate import PackedCollator, PaddedCollator
+from fastdpo.experts import balancing_loss
 from fastdpo.model import (
     TOKEN_STATS,
     attach_scorer,
@@ -205,6 +206,17 @@ def test_a_loss_of_experts_that_is_not_made_alike_is_found_out(wrong):
     check_scorer(model, [5, 6, 7, 8])
     with pytest.raises(ValueError, match="want its own load-balancing loss"):
         check_scorer(model, [5, 6, 7, 8], aux_loss=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_loss_is_made_in_float32_under_autocast(dtype):
+    torch.manual_seed(0)
+    router_logits = tuple(torch.randn(4096, 8) for _ in range(4))
+    token_uses = torch.randint(0, 3, (1, 4096))
+    wanted, _ = balancing_loss(router_logits, 2, token_uses)
+    with torch.autocast("cpu", dtype):
+        loss, _ = balancing_loss(router_logits, 2, token_uses)
+    assert loss.item() == wanted.item()
 
 
 def test_experts_that_cannot_be_counted_are_refused():

@@ -139,7 +139,7 @@ def test_an_update_that_is_run_again_logs_the_loss_of_its_own_batches(tmp_path, 
 def test_auto_looks_at_training_steps_of_one_pair_and_of_two(
     tmp_path, tokenizer, monkeypatch, gradient_checkpointing
 ):
-    found, layers = {}, []
+    found, layers, autocast = {}, [], set()
 
     def tokens_that_fit(run, smaller, larger, device, *, kept_bytes):
         found.update(pairs=(count_pairs(smaller), count_pairs(larger)), kept_bytes=kept_bytes)
@@ -152,6 +152,9 @@ def test_auto_looks_at_training_steps_of_one_pair_and_of_two(
     model = tiny.model("llama", len(tokenizer)).eval()
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda mlp, _: layers.append(mlp.training))
+        layer.mlp.register_forward_pre_hook(
+            lambda *_: autocast.add(torch.is_autocast_enabled("cpu"))
+        )
     trainer = make_trainer(
         tmp_path,
         tokenizer,
@@ -159,7 +162,9 @@ def test_auto_looks_at_training_steps_of_one_pair_and_of_two(
         peft_config=LoraConfig(r=2, target_modules="all-linear"),
         max_tokens_per_forward="auto",
         gradient_checkpointing=gradient_checkpointing,
+        bf16=True,
     )
+    autocast.clear()  # without it, a model is looked at when the trainer is made
     assert "packs as large as memory has room for" in trainer.summary() and not found
     trainer.train()
     num_trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -167,7 +172,7 @@ def test_auto_looks_at_training_steps_of_one_pair_and_of_two(
     assert found["kept_bytes"] == 12 * num_trained and found["pairs"] == (1, 2)
     # each layer once more where its activations are not kept
     assert found["were_training"] == [True] * len(model.model.layers) * (1 + gradient_checkpointing)
-    assert trainer.budget.max_tokens == 77
+    assert trainer.budget.max_tokens == 77 and autocast == {True}
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     trainer._tokens_that_fit()
     assert found["kept_bytes"] == 16 * num_trained
