@@ -17,6 +17,7 @@ from fastdpo.kernels.second_product import SECOND_PRODUCTS
 # Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
 TILE_ROWS = {"cpu": 512, "cuda": 8192}
 TILE_COLUMNS = {"cpu": 1024, "cuda": 4096}
+LEAST_ROWS = 1024  # of a GPU's tile that is to fit the memory of a gradient
 # Rows of a tile start at multiples of this: cuBLAS wants them aligned, and on a CPU exp2, which may
 # round what is left over from whole vectors otherwise, then has the same columns of each row left.
 ROW_MULTIPLE = 16
@@ -60,7 +61,8 @@ class Tiles:
     ):
         device, kind = labels_N.device, labels_N.device.type
         kind = kind if kind in TILE_ROWS else "cuda"
-        most_rows, width = _tile_shape(kind, len(labels_N), *terms[0].w_VK.shape)
+        room = _rows_with_room(terms, settings.operand_dtype)
+        most_rows, width = _tile_shape(kind, len(labels_N), *terms[0].w_VK.shape, room)
         self.blocks = even_slices(len(labels_N), most_rows)
         self.columns = slices(terms[0].w_VK.shape[0], width)
         self.terms, self.settings, self.labels_N = terms, settings, labels_N
@@ -110,13 +112,24 @@ class Tiles:
         return tile[:, :width]
 
 
-def _tile_shape(kind: str, N: int, V: int, D: int) -> tuple[int, int]:
+def _rows_with_room(terms: list[Term], p_dtype: torch.dtype) -> int:
+    """How many rows' p the memory of the first trained weight's gradient has room for."""
+    trained = next((term.w_VK for term in terms if term.w_needs_grad), None)
+    return 0 if trained is None else trained.shape[1] * trained.itemsize // p_dtype.itemsize
+
+
+def _tile_shape(kind: str, N: int, V: int, D: int, room: int) -> tuple[int, int]:
     """Rows and columns of a tile; the rows are shared out evenly.
 
-    On a GPU, fewer rows allow more columns, up to the point where the head's (columns, D) slice,
-    which may have to be converted or dequantised, would be larger than the tile of logits.
+    On a GPU, no more rows than there is `room` for where the p of a trained head may be kept, if
+    that is not too few. Fewer rows allow more columns, up to the point where the head's (columns,
+    D) slice, which may have to be converted or dequantised, would be larger than the tile of
+    logits.
     """
-    rows, columns = -(-N // -(-N // TILE_ROWS[kind])), TILE_COLUMNS[kind]
+    rows, columns = TILE_ROWS[kind], TILE_COLUMNS[kind]
+    if kind == "cuda" and LEAST_ROWS <= room < rows:
+        rows = room
+    rows = -(-N // -(-N // rows))
     if kind == "cuda":
         columns = TILE_ROWS[kind] * columns // max(rows, D)
         columns = max(1, columns // ROW_MULTIPLE) * ROW_MULTIPLE

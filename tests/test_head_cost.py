@@ -158,12 +158,11 @@ GPU_HEADS = {  # dtype of the hidden states, head, settings, MiB beside u and th
 }
 
 
-@pytest.mark.parametrize("D", [4096, 8192])
-@pytest.mark.parametrize("N", [512, 4096, 8192, 16384, 20000])
-@pytest.mark.parametrize(("dtype", "head", "settings", "mib"), GPU_HEADS.values(), ids=GPU_HEADS)
-def test_a_heads_workspace_on_a_gpu_is_bounded(N, D, dtype, head, settings, mib, monkeypatch):
-    """A GPU's tiles and dtypes at a real size, on tensors without memory and by no arithmetic."""
-    monkeypatch.setitem(vocabulary_walk.FOLDS, "triton", lambda *args: None)
+@pytest.fixture
+def gpu_folds(monkeypatch):
+    """A GPU's tiles and dtypes, by no arithmetic; the list grows by an element for each fold."""
+    folds = []
+    monkeypatch.setitem(vocabulary_walk.FOLDS, "triton", lambda *args: folds.append(args[0].shape))
     for user in (vocabulary_walk, second_product):
         monkeypatch.setattr(user, "product", lambda *args, **kinds: None)
     for kernel in ("_rescale_kernel", "_reached_kernel", "_reached_product_kernel"):
@@ -171,6 +170,15 @@ def test_a_heads_workspace_on_a_gpu_is_bounded(N, D, dtype, head, settings, mib,
     tile_shape = vocabulary_walk._tile_shape
     monkeypatch.setattr(vocabulary_walk, "_tile_shape", lambda _, *args: tile_shape("cuda", *args))
     monkeypatch.setattr(module, "_operand_dtypes", lambda hidden_ND: (torch.bfloat16, None))
+    return folds
+
+
+@pytest.mark.usefixtures("gpu_folds")
+@pytest.mark.parametrize("D", [4096, 8192])
+@pytest.mark.parametrize("N", [512, 4096, 8192, 16384, 20000])
+@pytest.mark.parametrize(("dtype", "head", "settings", "mib"), GPU_HEADS.values(), ids=GPU_HEADS)
+def test_a_heads_workspace_on_a_gpu_is_bounded(N, D, dtype, head, settings, mib):
+    """At a real size, on tensors without memory."""
     V = 20_011  # a few tiles
     with FakeTensorMode(), Live() as live:
         hidden_ND = torch.empty(N, D, dtype=dtype, requires_grad=True)
@@ -182,6 +190,28 @@ def test_a_heads_workspace_on_a_gpu_is_bounded(N, D, dtype, head, settings, mib,
     trains = isinstance(head_VD, torch.Tensor) and head_VD.requires_grad
     gradients = hidden_ND.nbytes + (head_VD.nbytes if trains else 0)
     assert 4 * N * D < live.peak - before <= 4 * N * D + gradients + (mib << 20)
+
+
+@pytest.mark.parametrize(
+    ("N", "D", "head_dtype", "kept"),
+    [
+        (8192, 4096, torch.bfloat16, 1 / 2),
+        (8192, 2048, torch.bfloat16, 1 / 4),
+        (8192, 4096, torch.float32, 1),
+        (4096, 4096, torch.bfloat16, 1),
+        (8192, 896, torch.bfloat16, 0),  # tiles of so few rows would not be worth it
+    ],
+)
+def test_a_gpus_tiles_fit_the_memory_of_a_heads_gradient(gpu_folds, N, D, head_dtype, kept):
+    V = 4 * 8192
+    with FakeTensorMode():
+        hidden_ND = torch.empty(N, D, dtype=torch.bfloat16, requires_grad=True)
+        head_VD = torch.empty(V, D, dtype=head_dtype, requires_grad=True)
+        labels_N = torch.empty(N, dtype=torch.int64)
+        logps_N = linear_logps(hidden_ND, head_VD, labels_N, head_cache_bytes=0)
+        logits = sum(map(math.prod, gpu_folds))
+        logps_N.backward(torch.empty_like(logps_N))
+    assert logits == N * V and sum(map(math.prod, gpu_folds)) == N * V * (2 - kept)
 
 
 @pytest.mark.usefixtures("small_tiles")
