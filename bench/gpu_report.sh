@@ -85,18 +85,18 @@ bench() {
 }
 
 # with a few seconds for the start, the limits add up to what there is
-TESTS=(tests/test_cuda.py tests/test_attention.py tests/test_linear_logps.py tests/test_row_statistics.py
-    tests/test_second_product.py tests/test_pair_loss.py)
+TESTS=(tests/test_cuda.py tests/test_pair_loss.py tests/test_linear_logps.py
+    tests/test_row_statistics.py tests/test_second_product.py)
 if [[ -n "$DRY" ]]; then
     step 0 collected "${PYTEST[@]}" --collect-only "${TESTS[@]}"
     TESTS=(tests/test_losses.py)
 fi
-step 100 tests "${PYTEST[@]}" "${TESTS[@]}"
+step 120 tests "${PYTEST[@]}" "${TESTS[@]}"
 bench 110 linear_logps bench_linear_logps.py "8B"
 bench 80 train_step bench_train_step.py "chat and lora" test_train_step
 step 25 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/trace.json.gz"
-bench 60 layouts bench_layouts.py "long"
-bench 40 attention bench_attention.py "8B and (full or long)"
+bench 50 layouts bench_layouts.py "long"
+bench 30 attention bench_attention.py "8B and (full or long)"
 bench 30 pair_loss bench_pair_loss.py "64 and not tiny"
 bench 35 gradient_filter bench_gradient_filter.py "8B"
 bench 40 precomputed bench_train_step.py "chat and lora" test_precomputed

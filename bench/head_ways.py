@@ -153,6 +153,8 @@ def reason_to_skip(way: str, mode: str) -> str | None:
         return f"{module} is not installed"
     if way.startswith("torch linear") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return f"torch {torch.__version__} has none"
+    if way == "Liger fused linear cross entropy" and mode != "forward":
+        return "it scales every row's gradient by the first row's, as for a sum of losses"
     if way == "Liger fused linear cross entropy" and not CUDA:
         return "written in Triton for a GPU, and there is none"
     return None

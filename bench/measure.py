@@ -1,6 +1,7 @@
 """What a step takes, in time and in memory: on a GPU where there is one, else on the CPU."""
 
 import ctypes
+import gc
 import math
 import resource
 import time
@@ -35,6 +36,13 @@ class Seconds:
     def user(self) -> float:
         """CPU time without the kernel's part."""
         return self.cpu - self.kernel
+
+
+def free_memory() -> None:
+    """Let go of earlier trainers' models: a trainer and its callbacks hold one another."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
 
 
 def cpu_time_counts() -> bool:

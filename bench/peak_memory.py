@@ -7,6 +7,7 @@ Counted above what is there when the first step begins: model, reference and row
 
 import functools
 import json
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,22 +17,23 @@ from pathlib import Path
 import torch
 
 from bench.contenders import CONTENDERS
-from bench.measure import CUDA, PeakMemory
+from bench.measure import CUDA, PeakMemory, free_memory
 from bench.tasks import Task
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3  # the optimizer's state is there from the second on
+ROOM = 40 << 30  # bytes of a GPU for each process that runs at once
 
 
-def peaks_mib(names: list[str], task: Task, at_once: int | None = None) -> dict[str, float]:
-    """MiB of each contender over the task's first STEPS steps.
+def peaks_mib(names: list[str], task: Task) -> dict[str, float]:
+    """MiB of each contender over the task's first STEPS steps; NaN of one that failed.
 
-    at_once: how many processes; None for one on a CPU, and for all on a GPU, of which torch counts
-    what each allocated.
+    One after the other on a CPU; on a GPU, of which torch counts what each allocated, as many at
+    once as it should have room for.
     """
-    if CUDA:
-        torch.cuda.empty_cache()  # what a race before has left
-    with ThreadPoolExecutor(at_once or (len(names) if CUDA else 1)) as pool:
+    free_memory()
+    at_once = max(1, torch.cuda.mem_get_info()[0] // ROOM) if CUDA else 1
+    with ThreadPoolExecutor(at_once) as pool:
         peaks = pool.map(functools.partial(_peak_mib, task=task), names)
         return dict(zip(names, peaks, strict=True))
 
@@ -43,9 +45,8 @@ def _peak_mib(name: str, task: Task) -> float:
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        check=True,
     )
-    return float(done.stdout.splitlines()[-1])
+    return math.nan if done.returncode else float(done.stdout.splitlines()[-1])
 
 
 def _measured(name: str, task: Task) -> float:

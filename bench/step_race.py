@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 
 from bench.contenders import CONTENDERS, PEERS
-from bench.measure import CUDA, Seconds, cpu_time_counts, seconds
+from bench.measure import CUDA, Seconds, cpu_time_counts, free_memory, seconds
 from bench.tables import environment, table
 from bench.tasks import WARMUP_STEPS, Task
 from bench.work_bound import work_bound
@@ -26,6 +26,7 @@ def race(
     """
     check = check or assert_same_losses
     taken = {name: [] for name in names}
+    free_memory()
     with contextlib.ExitStack() as stack:
         contenders = {
             name: stack.enter_context(contextlib.closing(CONTENDERS[name](task))) for name in names
