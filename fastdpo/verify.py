@@ -7,9 +7,10 @@
 Compared are the log-probability of every completion token, the loss of every pair and the gradient
 of every trained parameter. Both ways run in the precision of the run.
 
-The reference's log-probabilities are the policy's own plus offsets of up to 1 / beta: equal ones
-would give every pair the same loss. The reference model, dropout, gradient checkpointing and the
-experts' load-balancing loss are left out.
+The reference's log-probabilities are the policy's own plus offsets: equal ones would give every
+pair the same loss. They are of up to 1 / beta, or of a few nats where the f-divergence has a power
+of them. The reference model, dropout, gradient checkpointing and the experts' load-balancing loss
+are left out.
 
 A loss of a whole batch (aot, aot_unpaired, sft) mixes per_device_train_batch_size pairs both ways.
 AOT sorts them: two log-ratios that differ by less than rounding may swap places, which is reported
@@ -42,6 +43,7 @@ SIDES = ("chosen", "rejected")
 LOGP_ROUNDINGS, LEAST_LOGP = 8, 3e-5  # times the logits' spread: nats, rms over tokens
 LARGEST = 8  # a single token may be this many times as far off
 GRADIENT_ROUNDINGS, LEAST_GRADIENT = 24, 2e-4  # share of a parameter's gradient
+POWERS, LARGEST_POWER = ("forward_kl", "alpha_divergence"), 5.0  # nats: e**5 is 148
 SMALL_GRADIENT = 0.01  # of all parameters' gradient: a parameter's own counts as that much larger
 
 
@@ -141,7 +143,10 @@ def plain_way(subject: Subject) -> Plain:
     # pairs that meet in a loss are kept together, with all their logits
     together = args.per_device_train_batch_size if args.mixes_pairs else 1
     # rewards in [-1, 1], no two pairs' alike
-    offsets_B2 = torch.arange(2.0 * num_pairs).sin().view(-1, 2) / args.beta
+    largest = 1 / args.beta
+    if args.f_divergence_type in POWERS:
+        largest = min(largest, LARGEST_POWER)
+    offsets_B2 = largest * torch.arange(2.0 * num_pairs).sin().view(-1, 2)
     batches = []
     subject.policy.zero_grad()
     for few in torch.arange(num_pairs).split(together):
@@ -182,7 +187,7 @@ def _plain_pairs(subject: Subject, few: list[int], offsets_B2: Tensor) -> PlainP
         weight_B = means_S.view(2, -1).sum(0).exp()
     # a weight is no part of the gradient, but as far off as the tokens that it is made of
     slopes = [
-        torch.autograd.grad(weighted, token_logps_C, retain_graph=True)[0].norm()
+        torch.autograd.grad(weighted, token_logps_C, retain_graph=True)[0].double().norm()
         for weighted in loss_B * weight_B
     ]
     return PlainPairs(
@@ -356,7 +361,7 @@ def _compare_gradients(
 
 
 def _or_zero(gradient: Tensor | None) -> Tensor:
-    return torch.zeros(()) if gradient is None else gradient.float()
+    return torch.zeros((), dtype=torch.float64) if gradient is None else gradient.double()
 
 
 def _finding(
@@ -368,9 +373,10 @@ def _finding(
     rms_allowed: float = math.inf,
 ) -> Finding:
     """The one of N that is furthest off, measured by what it is allowed."""
+    difference_N = difference_N.double()  # whose squares are finite
     allowed_N = torch.as_tensor(allowed, device=difference_N.device).expand_as(difference_N)
     rms = difference_N.square().mean().sqrt().item()
     n = int((difference_N / allowed_N).argmax())  # a NaN, where there is one
     largest, most = difference_N[n].item(), allowed_N[n].item()
-    agrees = largest <= most and rms <= rms_allowed
+    agrees = largest <= most < math.inf and rms <= rms_allowed
     return Finding(layout, what, agrees, place(n), largest, rms, most)

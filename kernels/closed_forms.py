@@ -71,7 +71,7 @@ def _robust(chosen, rejected, label_smoothing):
 def _hinge(chosen, rejected):
     margin = chosen - rejected
     slope = tl.where(margin < 1.0, -1.0, 0.0)
-    return tl.maximum(1.0 - margin, 0.0), slope, -slope
+    return tl.maximum(1.0 - margin, 0.0, propagate_nan=tl.PropagateNan.ALL), slope, -slope
 
 
 @triton.jit
@@ -181,8 +181,8 @@ def pair_term(
 @triton.jit
 def _power_score(logratio, exponent):
     power = exponent * logratio
-    dscore = tl.where(power > 80.0, 0.0, tl.exp(tl.minimum(power, 80.0)))
-    return _expm1(tl.minimum(power, 80.0)) / exponent, dscore
+    bounded = tl.minimum(power, 80.0, propagate_nan=tl.PropagateNan.ALL)
+    return _expm1(bounded) / exponent, tl.where(power > 80.0, 0.0, tl.exp(bounded))
 
 
 @triton.jit

@@ -90,6 +90,7 @@ def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):
         _exp_(z_NT.sub_(peak_N[:, None]))
     else:
         exp_NT = _exp_(z_NT - peak_N[:, None])
+        z_NT.clamp_(min=torch.finfo(z_NT.dtype).min)  # 0 times a logit of -inf is 0
         softmax.weighted_N.mul_(softmax.rescale_N).add_(torch.linalg.vecdot(exp_NT, z_NT))
         z_NT.copy_(exp_NT)
     if softmax.squares_N is not None:
@@ -167,7 +168,7 @@ def _fold_kernel(
         exp_T = tl.where(t < width, tl.exp(z_T - peak), 0.0)
         total_T += exp_T
         if WEIGHTED:
-            weighted_T += exp_T * z_T
+            weighted_T += tl.where(exp_T == 0.0, 0.0, exp_T * z_T)
         if SUM:
             sum_T += z_T  # 0 from width on
         if SQUARES:

@@ -40,7 +40,7 @@ def linear_logps(
     with torch.no_grad():
         every = {
             "lse": logits_NV.logsumexp(-1),
-            "entropy": -(logps_NV.exp() * logps_NV).sum(-1),
+            "entropy": torch.special.entr(logps_NV.exp()).sum(-1),
             "mean_logit": logits_NV.mean(-1),
             "is_top1": token_logps_N >= logps_NV.amax(-1),
             "log_sum_p2": (2 * logps_NV).logsumexp(-1),

@@ -34,7 +34,7 @@ def statistics(
             found.append(softmax.squares_N.log() - 2 * softmax.total_N.log())
         elif name == "entropy":
             # a difference of two numbers of the size of the logits, rounded as they are
-            found.append((lse_N - _mean_of_p(tiles, softmax, lse_N, u_of_terms)).clamp_(min=0))
+            found.append((lse_N - _mean_of_p(tiles, softmax, u_of_terms)).clamp_(min=0))
         elif softmax.sum_N is not None:  # mean_logit
             found.append(softmax.sum_N / num_tokens)
         else:
@@ -43,13 +43,15 @@ def statistics(
     return found
 
 
-def _mean_of_p(tiles: Tiles, softmax: RunningSoftmax, lse_N: Tensor, u_of_terms) -> Tensor:
+def _mean_of_p(tiles: Tiles, softmax: RunningSoftmax, u_of_terms: list[Tensor | None]) -> Tensor:
     """sum_v p_v z_v of each row."""
     if softmax.weighted_N is not None:
         return softmax.weighted_N / softmax.total_N
     pairs = zip(tiles.terms, u_of_terms, strict=True)
     dots = [_row_dots(tiles, term, u_NK) for term, u_NK in pairs]
-    label_term_N = (softmax.label_logit_N - lse_N).exp() * softmax.label_logit_N
+    # as logp is made: lse has the rounding of a logit, and would be multiplied by one
+    logp_N = softmax.label_logit_N - softmax.peak_N - softmax.total_N.log()
+    label_term_N = logp_N.exp() * softmax.label_logit_N
     return tiles.settings.scale * sum(dots) / softmax.total_N + label_term_N
 
 

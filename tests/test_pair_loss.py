@@ -1,10 +1,12 @@
 """The kernel against its twin in float64, and the twin against finite differences."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate
+from triton.runtime.interpreter import InterpreterBuilder
 from watches import Watch
 
 from fastdpo import ops
@@ -194,6 +196,25 @@ def test_where_policy_and_reference_agree_rewards_are_zero(ld_alpha, function, d
     _, metrics_MB = function(token_logps_C, cu_seqlens, logps_S, **SETTINGS, ld_alpha=ld_alpha)
     assert metrics_MB[:3].tolist() == [[0.0, 0.0]] * 3  # by the bit, in whatever order they add
     assert torch.equal(metrics_MB[4:].flatten(), logps_S)
+
+
+@pytest.mark.parametrize("f_divergence_type", F_DIVERGENCES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_nan_log_probabilities_make_nan_of_their_pair(
+    loss_type, f_divergence_type, device, monkeypatch
+):
+    # maximum and minimum on a GPU return the operand that is a number, unless told otherwise
+    monkeypatch.setattr(InterpreterBuilder, "create_maxnumf", _binary(np.fmax))
+    monkeypatch.setattr(InterpreterBuilder, "create_minnumf", _binary(np.fmin))
+    token_logps_C, cu_seqlens, reference_logps_S = inputs([3, 2, 4, 1], device)
+    reference_logps_S[1] = float("nan")
+    changed = {"loss_type": (loss_type,), "f_divergence_type": f_divergence_type}
+    loss_B, _ = pair_loss(token_logps_C, cu_seqlens, reference_logps_S, **SETTINGS | changed)
+    assert loss_B.isnan().tolist() == [False, True]
+
+
+def _binary(function):
+    return lambda self, a, b: self.binary_op(a, b, function)
 
 
 def test_metrics_carry_no_gradient(device):

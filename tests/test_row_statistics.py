@@ -50,3 +50,35 @@ def test_a_sure_rows_entropy_is_not_below_0():
     assert (truth["entropy"] < 1e-4).any(), "some rows are sure"
     assert ours["entropy"].min() >= 0
     assert (ours["entropy"] - truth["entropy"]).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_entropy_loses_no_more_than_logits_do(needs_grad):
+    """Logits of some 3000, labels that are likely."""
+    hidden_ND, head_VD, _, _ = inputs((64, 16, 300), torch.float32)
+    hidden_ND = torch.cat([hidden_ND, torch.full((64, 1), 100.0)], 1)
+    head_VD = torch.cat([0.3 * head_VD, torch.full((300, 1), 30.0)], 1)
+    labels_N = (hidden_ND @ head_VD.T).argmax(1)
+    stats = ("entropy",)
+    wide = hidden_ND.double(), head_VD.double()
+    _, truth = reference.linear_logps(*wide, labels_N, stats=stats)
+    assert truth["entropy"].mean() > 0.5
+    hidden_ND.requires_grad_(needs_grad)
+    _, ours = linear_logps(hidden_ND, head_VD, labels_N, stats=stats, backend="torch")
+    assert (ours["entropy"] - truth["entropy"]).abs().max() < 8 * 3000 * torch.finfo().eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_column_that_is_never_taken_leaves_the_statistics_finite(backend, device):
+    hidden_ND, head_VD, labels_N, bias_V = inputs((5, 16, 100), torch.float32, device, bias=True)
+    labels_N %= 50
+    bias_V[50:] = -float("inf")
+    args = hidden_ND, head_VD, labels_N
+    _, ours = linear_logps(*args, bias_V=bias_V, stats=STATS, backend=backend)
+    few = hidden_ND.double(), head_VD[:50].double(), labels_N
+    _, truth = reference.linear_logps(*few, bias_V=bias_V[:50].double(), stats=STATS)
+    _, twin = reference.linear_logps(*args, bias_V=bias_V, stats=STATS)
+    for name in ("lse", "entropy", "log_sum_p2", "is_top1"):
+        wanted = truth[name].double()
+        torch.testing.assert_close(ours[name].double(), wanted, atol=1e-4, rtol=1e-5, msg=name)
+        torch.testing.assert_close(twin[name].double(), wanted, atol=1e-4, rtol=1e-5, msg=name)

@@ -308,6 +308,22 @@ def test_a_wrong_loss_is_found(here, monkeypatch, capsys):
     assert {what for _, what in found} == {"pair", "gradients"}
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha_divergence"])
+def test_a_slope_off_by_a_thousandth_is_found_at_a_small_beta(
+    here, monkeypatch, divergence, capsys
+):
+    flags = ("--layout", "padded", "--beta", "0.005", "--f_divergence_type", divergence)
+    assert run(here, *flags) == 0
+
+    def off(token_logps_C, *others, **settings):
+        steeper_C = 1.001 * token_logps_C - 0.001 * token_logps_C.detach()
+        return reference.pair_loss(steeper_C, *others, **settings)
+
+    monkeypatch.setattr(ops, "pair_loss", off)
+    assert run(here, *flags) == 1
+    assert {what for _, what in what_differs(capsys)} == {"gradients"}
+
+
 def test_a_nan_of_the_engine_differs(here, monkeypatch, capsys):
     monkeypatch.setattr(head, "logit_scale", lambda config: float("nan"))
     assert run(here, "--layout", "padded") == 1
