@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import tiny
 import torch
 
 if not torch.cuda.is_available():
@@ -26,6 +27,16 @@ def poisoned_memory():
 def same_random_numbers():
     """Each test draws the same numbers in every run, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture

@@ -55,3 +55,11 @@ def train(policy, reference_logps, batches, optimizer, beta, pad_token_id, sched
             }
         )
     return history
+
+
+def own_logps(model, inputs):
+    """Every completion token's log-probability from the model's own float32 logits, padded."""
+    logits = model(inputs["input_ids"], inputs["attention_mask"], use_cache=False).logits
+    logps = logits[:, :-1].float().log_softmax(-1)
+    logps = logps.gather(2, inputs["input_ids"][:, 1:, None]).squeeze(2)
+    return logps[inputs["completion_mask"][:, 1:].bool()]

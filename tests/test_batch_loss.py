@@ -21,11 +21,6 @@ SETTINGS = {"beta": 0.3, "label_smoothing": 0.1, "discopop_tau": 0.4}
 MIX = {"loss_type": ["aot", "sigmoid", "sft"], "loss_weights": [1.0, 0.5, 0.1]}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.tokenizer()
-
-
 def made(lengths, seed=0, dtype=torch.float64):
     """Random PackLogps of chosen and rejected completions of these lengths."""
     random = torch.Generator().manual_seed(seed)

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastdpo import cli
 from fastdpo.trainer import DPOTrainer
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
@@ -27,11 +29,6 @@ def here(tmp_path_factory):
     tiny.model("llama", len(tokenizer)).save_pretrained(folder / "model")
     tiny.write_rows(folder / "rows.jsonl", tiny.rows(16))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def settings(here, output_dir, **changes):

@@ -18,7 +18,7 @@ from watches import Watch
 from fastdpo import attention
 from fastdpo.attention import attend_along_trees
 from fastdpo.batch import PairBatch
-from fastdpo.collate import Cut, make_collator
+from fastdpo.collate import LAYOUTS, Cut, make_collator
 from fastdpo.kernels import fold, reference, second_product, vocabulary_walk
 from fastdpo.kernels import pair_loss as pair_loss_module
 from fastdpo.kernels.linear_logps import linear_logps
@@ -42,7 +42,6 @@ ROWS = [
 ]
 
 
-LAYOUTS = ("shared", "packed", "padded")
 COLLATED = {
     layout: make_collator(layout, Cut(), pad_token_id=0, pad_to_multiple_of=None)(ROWS)
     for layout in LAYOUTS

@@ -2,6 +2,7 @@ import families
 import pytest
 import tiny
 import torch
+from naive import own_logps
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
 from fastdpo.batch import PairBatch
@@ -20,14 +21,6 @@ def with_head_adapter(family="llama", **settings):
     settings = {"target_modules": ["lm_head", "q_proj"], "init_lora_weights": False} | settings
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, **settings)
     return get_peft_model(tiny.model(family, VOCAB), lora)
-
-
-def own_logps(model, inputs):
-    """Every completion token's log-probability from the model's own float32 logits."""
-    logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    logps = logits[:, :-1].float().log_softmax(-1)
-    logps = logps.gather(2, inputs["input_ids"][:, 1:, None]).squeeze(2)
-    return logps[inputs["completion_mask"][:, 1:].bool()]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2: tied and soft-capped

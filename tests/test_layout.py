@@ -25,11 +25,6 @@ from fastdpo.collate import Cut, make_collator
 from fastdpo.layout import choose_layout, why_padded
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.tokenizer()
-
-
 def for_tokenizer(family, tokenizer, **settings):
     return families.model(family, torch.float32, vocab_size=len(tokenizer), **settings)
 

@@ -12,11 +12,6 @@ from ranks import run_ranks
 from trainers import logged, make_trainer
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.tokenizer()
-
-
 def test_evaluation_measures_what_training_does(tmp_path, tokenizer):
     rows = Dataset.from_list(tiny.rows())
     trainer = make_trainer(

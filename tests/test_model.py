@@ -5,6 +5,7 @@ import families
 import pytest
 import tiny
 import torch
+from naive import own_logps
 from peft import LoraConfig, get_peft_model
 
 from fastdpo.attention import attend_along_trees
@@ -32,14 +33,6 @@ FAMILIES = ["llama", "qwen2", "gemma2", "mixtral"]
 @pytest.fixture
 def inputs():
     return PaddedCollator(pad_token_id=0)(ROWS)
-
-
-def own_logps(model, inputs):
-    """Every completion token's log-probability from the model's own float32 logits."""
-    logits = model(inputs["input_ids"], inputs["attention_mask"], use_cache=False).logits
-    logps = logits[:, :-1].float().log_softmax(-1)
-    logps = logps.gather(2, inputs["input_ids"][:, 1:, None]).squeeze(2)
-    return logps[inputs["completion_mask"][:, 1:].bool()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

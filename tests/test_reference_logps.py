@@ -27,11 +27,6 @@ from fastdpo.reference_logps import FrozenModel, frozen_copy, make_reference
 SCORED = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -30.0}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.tokenizer()
-
-
 def scored_rows():
     return [row | SCORED for row in tiny.rows()]
 

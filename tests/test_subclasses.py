@@ -9,11 +9,6 @@ from trainers import logged, make_trainer, weights
 from fastdpo import DPOTrainer
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.tokenizer()
-
-
 def build(kind, tmp_path, tokenizer, **settings):
     """A trainer of class `kind`, whose updates are 4 batches of a pair."""
     batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}

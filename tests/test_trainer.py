@@ -32,11 +32,6 @@ TRL_METRICS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.tokenizer()
-
-
 def test_training_starts_at_ln_2_and_learns(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, max_steps=12, per_device_train_batch_size=8)
     trainer.train()
@@ -223,16 +218,15 @@ def test_experts_are_balanced_as_the_model_says(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"ref_model": 1}, "expected if the reference is another"),
+        ({"ref_seed": 1}, "another model"),
         ({"peft_config": LoraConfig(**LORA, init_lora_weights=False)}, "not initialised to zero"),
         ({"neftune_noise_alpha": 50}, "NEFTune adds noise"),
     ],
     ids=["another-reference", "adapters-not-zero", "neftune"],
 )
 def test_a_start_elsewhere_is_told_why(tmp_path, tokenizer, settings, reason, caplog):
-    if "ref_model" in settings:
-        settings = {"ref_model": tiny.model("llama", len(tokenizer), seed=1)}
-        reason = "another model"
+    if seed := settings.pop("ref_seed", None):
+        settings["ref_model"] = tiny.model("llama", len(tokenizer), seed=seed)
     with caplog.at_level(logging.WARNING):
         make_trainer(tmp_path, tokenizer, **settings).train()
     message = next(r.getMessage() for r in caplog.records if "does not start" in r.getMessage())

@@ -27,11 +27,6 @@ from fastdpo import DPOConfig, DPOTrainer, row_trainer, trainer, trainer_check
 LORA = LoraConfig(r=2, target_modules="all-linear")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.tokenizer()
-
-
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """A Trainer makes its output_dir."""

@@ -8,12 +8,13 @@ import tiny
 import torch
 
 from fastdpo import attention, cli, head, losses, ops, verify
+from fastdpo.collate import LAYOUTS
 from fastdpo.kernels import reference
 from fastdpo.losses import pair_loss
 from fastdpo.parser import VerifyParser
 from fastdpo.subject import load_subject
 
-LAYOUTS = ("shared", "packed", "padded")
+pytestmark = pytest.mark.usefixtures("offline")
 LORA = ("--use_peft", "--lora_target_modules", "all-linear")
 
 
@@ -26,11 +27,6 @@ def here(tmp_path_factory):
         save(tiny.model(family, len(tokenizer)), folder / family)
     tiny.write_rows(folder / "rows.jsonl", tiny.rows())
     return folder
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def save(model, path):

@@ -1,6 +1,6 @@
 """Trainings for test_pack_trainer.py: python two_ranks.py FOLDER RUNS, alone or under torchrun.
 
-RUNS is a JSON list of `run`'s arguments. What run i was on rank r is FOLDER/i.r.pt, and
+RUNS is a JSON object of `run`'s arguments. What a run was on rank r is FOLDER/NAME.r.pt, and
 FOLDER/averaged.r.pt what `averaged` gives.
 """
 
@@ -129,6 +129,6 @@ def averaged(accelerator):
 
 if __name__ == "__main__":
     folder = sys.argv[1]
-    for i, each in enumerate(json.loads(sys.argv[2])):
-        torch.save(run(folder, **each), f"{folder}/{i}.{RANK}.pt")
+    for name, arguments in json.loads(sys.argv[2]).items():
+        torch.save(run(folder, **arguments), f"{folder}/{name}.{RANK}.pt")
     torch.save(averaged(Accelerator(cpu=True)), f"{folder}/averaged.{RANK}.pt")
