@@ -18,10 +18,10 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """One step's CPU time over all threads, the kernel's part of it, and its wall time."""
+    """One step's CPU time over all threads, the operating system's part of it, and its wall time."""
 
     cpu: float
-    kernel: float
+    system: float
     wall: float
 
     @property
@@ -34,8 +34,8 @@ class Seconds:
 
     @property
     def user(self) -> float:
-        """CPU time without the kernel's part."""
-        return self.cpu - self.kernel
+        """CPU time without the system's part."""
+        return self.cpu - self.system
 
 
 def free_memory() -> None:
@@ -51,17 +51,17 @@ def cpu_time_counts() -> bool:
 
 def seconds(step: Callable[[], object]) -> Seconds:
     _synchronize()
-    cpu, kernel, wall = time.process_time(), _kernel_seconds(), time.perf_counter()
+    cpu, system, wall = time.process_time(), _system_seconds(), time.perf_counter()
     step()
     _synchronize()
     return Seconds(
         cpu=time.process_time() - cpu,
-        kernel=_kernel_seconds() - kernel,
+        system=_system_seconds() - system,
         wall=time.perf_counter() - wall,
     )
 
 
-def _kernel_seconds() -> float:
+def _system_seconds() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_stime
 
 

@@ -85,9 +85,9 @@ def report(
     """Fill a table, a contender a row, and hand its numbers to `benchmark`.
 
     A ratio is the median, over the steps, of another's cost of a step over the contender's own
-    cost of the same step. Tokens are those of the 2B sequences, padding aside, for everyone. The
-    kernel's share is mostly new pages for large tensors, which cost differently on every machine:
-    where CPU time is what counts, every ratio has another in brackets without it.
+    cost of the same step. Tokens are those of the 2B sequences, padding aside, for everyone. System
+    time is mostly page faults on new large tensors, which cost differently on every machine: where
+    CPU time is what counts, every ratio has another in brackets without it.
     """
     tokens = sum(
         2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) + 2
@@ -105,13 +105,13 @@ def report(
             "pairs need"
         )
     if cpu_time_counts():
-        found.notes["brackets"] = "in brackets: without the kernel's part of both"
+        found.notes["brackets"] = "in brackets: without system time"
     rows = {}
     for name, steps in taken.items():
         per_pair = statistics.median(s.cost for s in steps) / task.batch
         rows[name] = {
             "CPU ms/pair": 1e3 * statistics.median(s.cpu for s in steps) / task.batch,
-            "of it kernel": sum(s.kernel for s in steps) / sum(s.cpu for s in steps),
+            "of it system": sum(s.system for s in steps) / sum(s.cpu for s in steps),
             "wall ms/pair": 1e3 * statistics.median(s.wall for s in steps) / task.batch,
             "pairs/s": 1 / per_pair,
             "tokens/s": tokens / per_pair,
