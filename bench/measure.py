@@ -18,7 +18,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """One step's CPU time over all threads, the operating system's part of it, and its wall time."""
+    """One step's CPU time over all threads, the system's part of it, and its time on the wall."""
 
     cpu: float
     system: float

@@ -26,11 +26,18 @@ import torch
 import transformers
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
-from fastdpo.demo_task import build_tokenizer, make_questions, preference_rows
+from fastdpo.demo_task import Question, build_tokenizer, make_questions, preference_rows
 from fastdpo.trainer import DPOTrainer
 
 VOCABULARY = 4096  # rows of the embedding and the head; the task's words are a quarter of them
@@ -126,7 +133,7 @@ def _demo(folder: Path, size: Size) -> int:
     return 0
 
 
-def held_out():
+def held_out() -> list[Question]:
     return make_questions()[:HELD_OUT]
 
 
@@ -137,7 +144,7 @@ def train_rows(size: Size) -> Dataset:
     return Dataset.from_list(preference_rows(list(drawn)))
 
 
-def fit(size: Size):
+def fit(size: Size) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
     """Tokenizer and a model fitted to answers in both directions, two wrong for each right one."""
     torch.manual_seed(0)
     draw = random.Random(0)
@@ -173,7 +180,7 @@ def fit(size: Size):
     return tokenizer, model.eval()
 
 
-def greedy_answers(tokenizer, model) -> list[str]:
+def greedy_answers(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> list[str]:
     """What the model answers to each held-out question, always taking its likeliest word."""
     prompts = [question.prompt for question in held_out()]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
@@ -242,12 +249,16 @@ def _measured(run) -> dict[str, float]:
     start = time.perf_counter()
     run()
     seconds = time.perf_counter() - start
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = getrusage(RUSAGE_SELF).ru_maxrss * unit
+    peak = 1024 * getrusage(RUSAGE_SELF).ru_maxrss
     return {"seconds": seconds, "peak_mib": max(0, peak - found) / 2**20}
 
 
-def naive_training(policy, reference, batches, pad_token_id: int) -> list[float]:
+def naive_training(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    batches: list[list[dict]],
+    pad_token_id: int,
+) -> list[float]:
     """DPO as the paper writes it: full logits, padding, a forward for each side of each model."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
@@ -270,7 +281,9 @@ def naive_training(policy, reference, batches, pad_token_id: int) -> list[float]
     return losses
 
 
-def naive_logps(model, batch: list[dict], side: str, pad_token_id: int) -> torch.Tensor:
+def naive_logps(
+    model: PreTrainedModel, batch: list[dict], side: str, pad_token_id: int
+) -> torch.Tensor:
     """Summed log-probability of each completion: (B,)."""
     ids = [torch.tensor(row["prompt_ids"] + row[side]) for row in batch]
     starts = torch.tensor([[len(row["prompt_ids"])] for row in batch])

@@ -14,7 +14,6 @@ class FieldError(ValueError):
     """
 
     def __init__(self, field: str, wanted: str, came: Any = None, *, said: str | None = None):
-        self.field = field
         got = _brief(came) if said is None else said
         super().__init__(f"field {field!r}: want {wanted}, got {got}")
 

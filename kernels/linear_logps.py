@@ -207,8 +207,10 @@ def _check(hidden_ND, head_VD, labels_N, bias_V, low_rank, stats, backend) -> No
         if (len(down_NR), len(up_VR)) != (N, head_VD.shape[0]) or len({*ranks}) != 1:
             came = f"{(*down_NR.shape,)}, {(*up_VR.shape,)}"
             raise ValueError(f"want low_rank ({N}, R) and ({head_VD.shape[0]}, R), got {came}")
-    if not set(stats) <= set(STATS) or backend not in FOLDS:
-        raise ValueError(f"want stats of {STATS}, backend of {(*FOLDS,)}, got {stats}, {backend!r}")
+    if not set(stats) <= set(STATS):
+        raise ValueError(f"want stats among {STATS}, got {stats}")
+    if backend not in FOLDS:
+        raise ValueError(f"want a backend of {(*FOLDS,)}, got {backend!r}")
     _check_dtypes(labels_N, hidden_ND, head_VD, bias_V, *(low_rank or ()))
     if hidden_ND.dtype == torch.float64 and backend != "torch":
         raise ValueError(f"want backend='torch' for float64, got {backend!r}")

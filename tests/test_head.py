@@ -77,7 +77,7 @@ def test_of_several_adapters_the_active_ones_count():
         assert_scored_as_by_its_own_logits(model)
 
 
-def test_an_adapter_may_be_wider_than_its_model():
+def test_a_float32_adapter_scores_on_a_bfloat16_head():
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
     model = get_peft_model(tiny.model("llama", VOCAB, dtype=torch.bfloat16), lora)
     assert model.get_output_embeddings().lora_A["default"].weight.dtype == torch.float32

@@ -243,7 +243,7 @@ def test_a_gradient_is_right_wherever_its_memory_had_tiles():
         assert error < (1e-5 if head_VD.dtype == torch.float32 else 1e-2)
 
 
-def test_what_is_left_over_from_vectors_is_the_same_of_every_row():
+def test_a_row_keeps_its_bits_where_tiles_are_no_whole_number_of_vectors():
     """The mass is in the last columns, which are not a whole number of vectors."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -332,7 +332,7 @@ WRONG = {
     "low-rank-of-two-ranks": ({"low_rank": (torch.zeros(3, 1), torch.zeros(7, 2))}, "low_rank"),
     "bias-too-short": ({"bias_V": torch.zeros(5)}, "want bias"),
     "unknown-statistic": ({"stats": ("mode",)}, "want stats"),
-    "unknown-backend": ({"backend": "cuda"}, "want stats"),
+    "unknown-backend": ({"backend": "cuda"}, "want a backend of"),
     "everything-unlikely": ({"skip_below": 1.0}, "want skip_below in"),
     "float64-in-triton": (
         {"hidden_ND": torch.zeros(3, 5).double(), "head_VD": torch.zeros(7, 5).double()},

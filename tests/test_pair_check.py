@@ -37,7 +37,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("rope_type", SCALED)
-def test_frequencies_of_the_longest_sequence_are_no_packs_and_no_column(
+def test_pairs_that_change_rotary_frequencies_go_without_packs_and_precomputing(
     tmp_path, rope_type, monkeypatch
 ):
     rope = {"rope_type": rope_type, "rope_theta": 10000.0, **SCALED[rope_type]}

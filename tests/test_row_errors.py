@@ -19,4 +19,3 @@ def test_a_value_is_quoted_in_brief(came, got):
 def test_what_a_check_says_is_not_quoted():
     error = FieldError("prompt", "text", said="no such field")
     assert str(error) == "field 'prompt': want text, got no such field"
-    assert error.field == "prompt"

@@ -380,7 +380,7 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name):
         load_rows(name)
 
 
-def test_what_only_others_rows_have_is_refused_of_those_that_are_here(tmp_path):
+def test_the_hubs_arguments_are_refused_for_local_rows(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", tiny.rows(2))
     Dataset.from_list(tiny.rows()).save_to_disk(tmp_path / "saved")
     for there in (path, str(tmp_path / "saved")):

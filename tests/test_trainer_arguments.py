@@ -57,7 +57,7 @@ def test_what_a_collator_of_ones_own_decides_is_not_asked_for(tmp_path, tokenize
     ],
     ids=["all splits", "no tokenizer", "no model", "no model and tokenizer"],
 )
-def test_what_is_easily_forgotten_is_told(tmp_path, tokenizer, arguments, told):
+def test_a_forgotten_argument_is_named(tmp_path, tokenizer, arguments, told):
     given = {
         "model": tiny.model("llama", len(tokenizer)),
         "train_dataset": Dataset.from_list(tiny.rows()),
