@@ -102,8 +102,7 @@ def _run_command(argv: list[str]) -> int:
 def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     """Train as `argv` says, from the last checkpoint if its output_dir holds one of this run."""
     from fastdpo.parser import TrainParser
-    from fastdpo.row_errors import RowError
-    from fastdpo.run_folder import mark_finished, mark_started, run_identity
+    from fastdpo.run_folder import held, mark_finished, mark_started, run_identity
 
     with _bad_input():
         run, fresh, unknown = TrainParser(prog=prog).parse(argv)
@@ -132,19 +131,28 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
                 folder.path.rmdir()
         raise
     say(trainer.summary())
-    if is_main:
-        mark_started(folder.path, identity)
-    try:
-        trainer.train(resume_from_checkpoint=folder.checkpoint and str(folder.checkpoint))
-    except RowError as error:  # the rows of a stream are read only now, perhaps by a worker
-        told = str(error).rpartition(f"{RowError.__name__}: ")[2]  # behind its traceback
-        raise BadInput(_one_line(told)) from error
-    _save(trainer, folder.path, run.script.dataset_name, say)
-    if is_main:
-        mark_finished(folder.path)
+    with contextlib.ExitStack() as stack:
+        if is_main:
+            with _bad_input():
+                stack.enter_context(held(folder.path))
+            mark_started(folder.path, identity)
+        _train(trainer, folder.checkpoint)
+        _save(trainer, folder.path, run.script.dataset_name, say)
+        if is_main:
+            mark_finished(folder.path)
     if hasattr(trainer, "end"):  # from transformers 5.18
         trainer.end()
     return 0
+
+
+def _train(trainer: "DPOTrainer", checkpoint: Path | None) -> None:
+    from fastdpo.row_errors import RowError
+
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except RowError as error:  # the rows of a stream are read only now, perhaps by a worker
+        told = str(error).rpartition(f"{RowError.__name__}: ")[2]  # behind its traceback
+        raise BadInput(_one_line(told)) from error
 
 
 def verify(argv: Sequence[str]) -> int:
@@ -336,14 +344,21 @@ def _accelerate_config(name: str | None) -> list[str]:
 
 
 def _launch(launch_flags: list[str], argv: Sequence[str]) -> int:
-    """`fastdpo train <argv>` in as many processes as `accelerate launch` makes of the flags."""
+    """`fastdpo train <argv>` in as many processes as `accelerate launch` makes of the flags.
+
+    The exit code of the first process that failed, which has said why.
+    """
     from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     command = [*launch_flags, "--module", MODULE, "train", *argv]
     try:
         launch_command(_launch_parser().parse_args(command))
-    except subprocess.CalledProcessError as error:  # its process has said why
+    except subprocess.CalledProcessError as error:
         return error.returncode
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code  # of a signal, as a shell has it
     return 0
 
 
@@ -363,7 +378,8 @@ def _bad_input() -> Iterator[None]:
     except (ValueError, OSError, ImportError) as error:
         raise BadInput(_one_line(error)) from error
     except Exception as error:
-        raise BadInput(f"{type(error).__name__}: {_one_line(error)}") from error
+        told = f"{type(error).__name__}: {_one_line(error)} (FASTDPO_DEBUG=1 shows where)"
+        raise BadInput(told) from error
 
 
 def _one_line(error: Exception | str) -> str:

@@ -125,11 +125,11 @@ def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
 
 
 def _has_reference(dataset: Dataset | IterableDataset, columns: list[str]) -> bool:
-    """Whether one of the columns is there, and in a dataset at hand has a number in it."""
+    """Whether one of the columns is there, in a dataset at hand with a number in most rows."""
     names = set(REFERENCE_COLUMNS) & set(columns)
     if isinstance(dataset, Dataset):
         at_hand = names & set(dataset.data.column_names)
-        names -= {name for name in at_hand if dataset.data[name].null_count == len(dataset.data)}
+        names -= {name for name in at_hand if 2 * dataset.data[name].null_count > len(dataset)}
     return bool(names)
 
 
@@ -245,7 +245,7 @@ class _Tokenize:
             raise FieldError(REFERENCE_COLUMNS[0], wanted, said="no value")
         if not self.with_reference and REFERENCE_COLUMNS[0] in fields:
             came = fields[REFERENCE_COLUMNS[0]]
-            raise FieldError(REFERENCE_COLUMNS[0], "none, as the first row has none", came)
+            raise FieldError(REFERENCE_COLUMNS[0], "none, as other rows have none", came)
         if "prompt_ids" not in fields:
             row.is_chat = is_conversation(fields["prompt"])
             row.texts = self._chat_texts(fields) if row.is_chat else self._plain_texts(fields)

@@ -40,10 +40,11 @@ def _check_rows(hidden_ND: Tensor, V: int, labels_N: Tensor) -> None:
     outside = ((labels_N < 0) | (labels_N >= V)).nonzero()
     if len(outside):
         n = outside[0].item()
-        raise ValueError(f"want labels in [0, {V}), got {labels_N[n].item()} in row {n}")
+        raise ValueError(f"want labels in [0, {V}), got {labels_N[n].item()} in scored row {n}")
     broken = (~hidden_ND.isfinite().all(1)).nonzero()
     if len(broken):
-        raise ValueError(f"want finite hidden states, got NaN or Inf in row {broken[0].item()}")
+        n = broken[0].item()
+        raise ValueError(f"want finite hidden states, got NaN or Inf in scored row {n} of a batch")
 
 
 def pair_loss(

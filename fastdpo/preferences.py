@@ -1,5 +1,6 @@
 """One preference row, checked: texts, conversations or token ids, with its prompt apart."""
 
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ IMAGE_FIELDS = ("image", "images")
 OPTION_FIELDS = ("tools", "chat_template_kwargs")
 MALFORMED = "fastdpo_malformed"  # in place of all others: why a row could not be read
 ORIGIN = "fastdpo_origin"  # which row of which source, where rows of several are mixed
+WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*(['"])role\1\s*:""")  # messages as a text
 FIELDS = (*TEXT_FIELDS, *ID_COLUMNS, *REFERENCE_COLUMNS, *IMAGE_FIELDS, *OPTION_FIELDS, MALFORMED)
 
 
@@ -69,6 +71,10 @@ def _checked_texts(row: dict[str, Any]) -> dict[str, Any]:
     else:
         for field, text in texts.items():
             check_text(field, text)
+        if all(WRITTEN_OUT.match(texts[field]) for field in ("chosen", "rejected")):
+            raise FieldError(
+                "chosen", "messages, in CSV as JSON, and not as Python writes them", row["chosen"]
+            )
     if "prompt" not in texts:
         texts = _with_prompt(texts["chosen"], texts["rejected"])
     if not conversation:

@@ -5,6 +5,8 @@ run.json, written before the first step, names every setting that decides the nu
 complete; another one is refused; `fresh` starts in a new folder beside it.
 """
 
+import contextlib
+import fcntl
 import glob
 import hashlib
 import itertools
@@ -40,12 +42,13 @@ NOT_IDENTITY = frozenset(
     # who reads and tokenises, and how patiently
     "dataset_num_proc dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
     "dataloader_persistent_workers dataloader_multiprocessing_context ddp_timeout "
-    # how much memory and time it takes: a run that had too little goes on with less. Packs, layouts
-    # and compilation only change the order in which sums are rounded; the reference is the same
-    # whenever it is scored.
+    # how much memory and time it takes: a run that had too little goes on with less. Packs,
+    # layouts, compilation and attention's implementation only change the order in which sums are
+    # rounded; the reference is the same whenever it is scored.
     "torch_empty_cache_steps head_cache_bytes max_tokens_per_forward gradient_checkpointing "
     "gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
     "layout strict_layout padding_free precompute_ref_log_probs precompute_ref_batch_size "
+    "attn_implementation pad_to_multiple_of ddp_find_unused_parameters ddp_bucket_cap_mb "
     "torch_compile torch_compile_backend torch_compile_mode".split()
 )
 # but where rows are streamed, whose order hangs on them
@@ -103,7 +106,7 @@ def choose_run_folder(
     Writes nothing but that next folder, empty. resume_from: a checkpoint to go on from instead of
     the last one; true for the last one, which then has to be there.
     ValueError where the folder holds other work, or no checkpoint to go on from as asked, or where
-    it cannot be written to.
+    it cannot be written to, or another run is writing to it.
     """
     path = Path(path)
     _check_writable(path)
@@ -115,6 +118,9 @@ def choose_run_folder(
         raise ValueError(f"want a whole checkpoint to resume from, got {named}: {_torn(named)}")
     if fresh and not _is_free(path):
         path = _make_next_free(path)
+    if path.is_dir():
+        with held(path):  # or it is another run's
+            pass
     _check_ownership(path, identity, named=named, resume_last=resume_last)
     if _read(path).get("finished"):
         return RunFolder(path=path, finished=True, notes=(f"{path}: this run is complete",))
@@ -127,6 +133,35 @@ def choose_run_folder(
     elif fresh or notes or _read(path):
         notes += (f"starting at step 0 in {path}",)
     return RunFolder(path=path, checkpoint=checkpoint, notes=notes)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep other runs out of `path`, which is made if it is not there.
+
+    ValueError where one is in it. A file system without locks keeps nobody out.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        if not _has_lock(folder):
+            raise ValueError(f"want an output_dir that no other run is writing to, got {path}")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_UN)  # closing alone would leave it to a loader's workers
+        os.close(folder)
+
+
+def _has_lock(folder: int) -> bool:
+    """Whether the lock of an open folder is now ours, or there is no such thing."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def mark_started(path: Path, identity: dict[str, Any]) -> None:

@@ -156,7 +156,8 @@ def test_an_error_of_another_kind_is_told_with_its_kind(here, tmp_path, capsys, 
     monkeypatch.setattr(cli, "_build_trainer", fail)
     error = KeyError("rope")
     assert train(here, tmp_path / "out") == 2
-    assert one_line(capsys) == "fastdpo: error: KeyError: 'rope'"
+    told = "fastdpo: error: KeyError: 'rope' (FASTDPO_DEBUG=1 shows where)"
+    assert one_line(capsys) == told
     error = torch.OutOfMemoryError("no memory")
     with pytest.raises(torch.OutOfMemoryError):
         train(here, tmp_path / "out")

@@ -11,6 +11,7 @@ import torch
 import yaml
 from command_line import flags, folder_with_model_and_rows, one_line, settings, train
 from peft import AutoPeftModelForCausalLM
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import cli
@@ -167,6 +168,18 @@ def test_launch_flags_may_be_written_with_an_equals_sign_or_be_off():
         "--num_processes",
         "2",
     ]
+
+
+@pytest.mark.parametrize("exitcode, code", [(1, 1), (2, 2), (-9, 137)])
+def test_a_process_that_fails_gives_its_exit_code(here, tmp_path, monkeypatch, exitcode, code):
+    failure = SimpleNamespace(exitcode=exitcode, timestamp=0)
+
+    def launch_command(_):
+        raise ChildFailedError("train", {0: failure})
+
+    monkeypatch.setattr(ChildFailedError, "format_msg", lambda *_: "it has failed")
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
+    assert train(here, tmp_path / "out", "--num_processes", "2", "--multi_gpu") == code
 
 
 def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch):

@@ -90,10 +90,19 @@ def test_reference_logps_that_are_nowhere_are_none(tokenizer):
     assert "ref_chosen_logps" not in pairs[0]
 
 
+def test_a_row_that_alone_has_reference_logps_is_the_one_that_is_bad(tokenizer):
+    rows = [row | {"ref_chosen_logps": None, "ref_rejected_logps": None} for row in tiny.rows(3)]
+    rows[2] |= {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    with pytest.raises(RowError, match="row 2, field 'ref_chosen_logps': want none"):
+        pairs_of(rows, tokenizer)
+    pairs, counts = pairs_of(rows, tokenizer, on_bad_rows="skip")
+    assert (len(pairs), counts.bad) == (2, 1) and "ref_chosen_logps" not in pairs[0]
+
+
 def test_reference_logps_that_a_streams_first_row_has_not_are_told(tokenizer):
     rows = [*tiny.rows(2), tiny.rows(1)[0] | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}]
     stream = IterableDataset.from_generator(lambda: iter(rows))
-    with pytest.raises(RowError, match="row 2, field 'ref_chosen_logps': want none, as the first"):
+    with pytest.raises(RowError, match="row 2, field 'ref_chosen_logps': want none, as other rows"):
         list(prepare_pairs(stream, tokenizer)[0])
 
 

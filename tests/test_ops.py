@@ -23,9 +23,9 @@ def test_a_cpu_scores_in_float64():
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (-100, r"labels in \[0, 7\), got -100 in row 1"),
-        (7, r"labels in \[0, 7\), got 7 in row 1"),
-        ("hidden", "NaN or Inf in row 1"),
+        (-100, r"labels in \[0, 7\), got -100 in scored row 1"),
+        (7, r"labels in \[0, 7\), got 7 in scored row 1"),
+        ("hidden", "NaN or Inf in scored row 1"),
     ],
 )
 def test_the_debug_flag_names_the_first_row(monkeypatch, broken, message):

@@ -74,6 +74,13 @@ MALFORMED = {
         chat(chosen=[user("Two and two?"), assistant("Four.")]),
         "chosen.*another role than 'user'",
     ),
+    "messages-as-pandas-writes-them": (
+        {
+            field: str([{"role": "user", "content": "a"}])
+            for field in ("prompt", "chosen", "rejected")
+        },
+        "chosen.*want messages, in CSV as JSON",
+    ),
     "nothing-shared": ({"chosen": "yes", "rejected": "no"}, "prompt.*share, got none$"),
     "its-own-no": (
         {"prompt": ["no text"], "chosen": ["a"], "rejected": ["b"]},

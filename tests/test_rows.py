@@ -279,7 +279,7 @@ def test_what_only_a_later_row_has_is_kept(tmp_path):
     lines = [CHAT, CHAT | {"tools": [{"name": "add"}]}, CHAT | logps]
     rows = load_rows(write_lines(tmp_path / "rows.jsonl", lines))
     assert [row["tools"] for row in rows] == [None, '[{"name": "add"}]', None]
-    with pytest.raises(RowError, match="row 0, field 'ref_chosen_logps'"):
+    with pytest.raises(RowError, match="row 2, field 'ref_chosen_logps'"):
         prepare_pairs(rows, tiny.tokenizer())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import pytest
 import tiny
@@ -19,7 +20,13 @@ from fastdpo.arguments import (
 )
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
-from fastdpo.run_folder import choose_run_folder, mark_finished, mark_started, run_identity
+from fastdpo.run_folder import (
+    choose_run_folder,
+    held,
+    mark_finished,
+    mark_started,
+    run_identity,
+)
 
 IDENTITY = {"beta": 0.1, "max_length": None, "datasets": []}
 
@@ -54,6 +61,34 @@ def identity_of(tmp_path, *, script=None, model=None, mixture=None, **training):
         mixture or DatasetMixtureConfig(),
     )
     return run_identity(run)
+
+
+# Two runs at once
+
+
+def test_a_folder_that_a_run_writes_to_is_no_others(tmp_path):
+    with held(tmp_path / "out"):
+        for enter in (lambda: held(tmp_path / "out").__enter__(), partial(choose, tmp_path)):
+            with pytest.raises(ValueError, match="no other run is writing to, got .*out"):
+                enter()
+        (tmp_path / "out/mine").write_text("")
+        assert choose(tmp_path, fresh=True).path == tmp_path / "out-2"
+    assert choose(tmp_path).path == tmp_path / "out"
+    with held(tmp_path / "out"):
+        pass
+
+
+def choose(tmp_path, **how):
+    return choose_run_folder(tmp_path / "out", IDENTITY, **how)
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch):
+    def flock(folder, how):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    with held(tmp_path / "out"):
+        assert (tmp_path / "out").is_dir()
 
 
 # What the folder holds
@@ -242,7 +277,7 @@ def test_what_cannot_change_the_numbers_is_no_part_of_the_identity(tmp_path):
         *("log_on_each_node", "trackio_bucket_id", "trackio_static_space_id"),
         *("eval_use_gather_object", "hub_revision", "project", "enable_jit_checkpoint"),
         *("activation_checkpointing", "activation_checkpointing_kwargs"),
-        "dataloader_multiprocessing_context",
+        *("dataloader_multiprocessing_context", "attn_implementation"),
     } >= run_folder.NOT_IDENTITY
 
 
