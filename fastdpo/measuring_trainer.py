@@ -5,6 +5,7 @@ before it; an evaluation over its pairs, each counted once and with the same wei
 batch size, the packs and the number of ranks.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,14 +26,16 @@ from fastdpo.ranks import pairs_not_repeated
 class MeasuringTrainer(PackTrainer):
     """Subclasses call count_training or count_evaluation in compute_loss, once for each forward.
 
-    counts: of the current or last training; train() starts anew.
+    counts: of the current or last training; train() starts anew. _metrics: what a subclass appends
+    to a name's list for "train" or "eval", as under TRL; a log has its mean.
     """
 
-    restored_on_retry = ("counts",)
+    restored_on_retry = ("counts", "_metrics")
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
         self.counts = RunCounts(self.args.device)
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
 
     def _inner_training_loop(self, *args, **kwargs):
         """As transformers'; auto_find_batch_size runs it again with smaller batches."""
@@ -68,10 +71,16 @@ class MeasuringTrainer(PackTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add an interval's metrics to training's `logs`: the moment that waits for the device."""
         if "loss" in logs or "train_runtime" in logs:
-            logs |= self.counts.take_training(self.accelerator)
+            logs |= self.counts.take_training(self.accelerator) | self._take_own("train")
         if "train_runtime" in logs:  # the dictionary that train() returns, so changed in place
             logs |= self.counts.tokens.over_ranks(self.accelerator)
         super().log(logs, start_time)
+
+    def _take_own(self, mode: str) -> dict[str, float]:
+        """Means of a subclass's own numbers since the last time."""
+        means = {name: sum(values) / len(values) for name, values in self._metrics[mode].items()}
+        self._metrics[mode].clear()
+        return means
 
     def prediction_step(
         self,
@@ -114,7 +123,7 @@ class MeasuringTrainer(PackTrainer):
             )
         finally:
             self.gather_function = own_gather
-        metrics = counts.take_evaluation(self.accelerator)
+        metrics = counts.take_evaluation(self.accelerator) | self._take_own("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": metrics[name] for name in metrics})
         num_evaluated = torch.tensor(counts.num_evaluated, device=self.args.device)
         num_samples = self.accelerator.reduce(num_evaluated, "sum").item()

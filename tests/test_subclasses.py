@@ -36,6 +36,24 @@ class Dividing(Plain):
         return DPOTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
+class Counting(Plain):
+    """Logs a number of its own as trainers do that were written for TRL."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if model.training else "eval"
+        self._metrics[mode]["mine"].append(10.0 * (1 + len(self._metrics[mode]["mine"])))
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def test_numbers_of_ones_own_are_logged_as_under_trl(tmp_path, tokenizer):
+    trainer = build(
+        Counting, tmp_path, tokenizer, max_steps=2, eval_dataset=Dataset.from_list(tiny.rows(3))
+    )
+    trainer.train()
+    assert logged(trainer, "mine") == [25.0, 25.0]  # of 10, 20, 30 and 40
+    assert trainer.evaluate()["eval_mine"] == 10.0 and trainer.evaluate()["eval_mine"] == 10.0
+
+
 @pytest.mark.parametrize("kind", [Plain, Dividing])
 def test_a_loss_of_ones_own_is_scaled_over_accumulated_batches_once(kind, tmp_path, tokenizer):
     own = build(DPOTrainer, tmp_path, tokenizer)
