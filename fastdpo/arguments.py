@@ -110,7 +110,9 @@ class ModelConfig:
     lora_alpha: int = setting(32, "Adapter outputs are scaled by lora_alpha / lora_r.")
     lora_dropout: float = setting(0.05, "Dropout before the adapters (disable_dropout wins).")
     lora_target_modules: list[str] | None = setting(
-        None, "Layers that get an adapter, or all-linear; unset: peft's choice for the model."
+        None,
+        "Layers that get an adapter; all-linear, or one pattern of whole names such as .*q_proj; "
+        "unset: peft's choice for the model.",
     )
     lora_target_parameters: list[str] | None = setting(
         None, "Parameters that get an adapter where they belong to no linear layer (experts)."

@@ -56,7 +56,7 @@ def _checked_ids(row: dict[str, Any]) -> dict[str, Any]:
 def _checked_texts(row: dict[str, Any]) -> dict[str, Any]:
     for field in ("chosen", "rejected"):
         if field not in row:
-            raise FieldError(field, "a text or messages", said="no such field")
+            raise FieldError(field, "a text or messages", said="none")
     kinds = {field: type(row[field]) for field in TEXT_FIELDS if field in row}
     for field, kind in kinds.items():
         if kind not in (str, list):

@@ -52,7 +52,7 @@ def test_an_implicit_prompt_is_what_both_begin_with(row, texts, tokenizer):
 
 
 MALFORMED = {
-    "missing-field": ({"prompt": "a", "chosen": "b", "rejected": None}, "rejected.*no such field"),
+    "missing-field": ({"prompt": "a", "chosen": "b", "rejected": None}, "rejected.*got none"),
     "no-prompt-in-a-column-of-prompts": (
         {"prompt": None, "chosen": "The cat sat", "rejected": "The dog ran"},
         "prompt.*got None",

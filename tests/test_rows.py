@@ -215,7 +215,7 @@ MALFORMED = {
     "bad-json": (b'{"prompt": "a", ', "field 'row': want an object in JSON"),
     "broken-utf8": (b'{"prompt": "\xff", "chosen": "b", "rejected": "c"}', "utf-8"),
     "not-an-object": ([1, 2], "field 'row'"),
-    "missing-chosen": ({"prompt": "a", "rejected": "c"}, "field 'chosen'.*no such field"),
+    "missing-chosen": ({"prompt": "a", "rejected": "c"}, "field 'chosen'.*got none"),
     "null-rejected": ({"prompt": "a", "chosen": "b", "rejected": None}, "field 'rejected'"),
     "null-prompt": ({"prompt": None, "chosen": "a b", "rejected": "a c"}, "field 'prompt'"),
     "images": (tiny.rows(1)[0] | {"images": ["cat.png"]}, "field 'images'.*vision-language"),
