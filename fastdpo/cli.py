@@ -120,21 +120,22 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     if folder.finished:
         return 0
 
-    is_made = folder.path != Path(run.training.output_dir)
+    is_made = folder.path != Path(run.training.output_dir) or not folder.path.exists()
     run.training.output_dir = str(folder.path)
-    try:
-        with _bad_input():
-            trainer = _build_trainer(run)
-    except BaseException:
-        if is_made:  # for a run that never was
-            with contextlib.suppress(OSError):
-                folder.path.rmdir()
-        raise
-    say(trainer.summary())
     with contextlib.ExitStack() as stack:
         if is_main:
             with _bad_input():
                 stack.enter_context(held(folder.path))
+        try:
+            with _bad_input():
+                trainer = _build_trainer(run)
+        except BaseException:
+            if is_made:  # for a run that never was
+                with contextlib.suppress(OSError):
+                    folder.path.rmdir()
+            raise
+        say(trainer.summary())
+        if is_main:
             mark_started(folder.path, identity)
         _train(trainer, folder.checkpoint)
         _save(trainer, folder.path, run.script.dataset_name, say)
@@ -346,7 +347,7 @@ def _accelerate_config(name: str | None) -> list[str]:
 def _launch(launch_flags: list[str], argv: Sequence[str]) -> int:
     """`fastdpo train <argv>` in as many processes as `accelerate launch` makes of the flags.
 
-    The exit code of the first process that failed, which has said why.
+    The exit code of the first process that failed; 128 + its signal where one was killed.
     """
     from accelerate.commands.launch import launch_command
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -358,7 +359,7 @@ def _launch(launch_flags: list[str], argv: Sequence[str]) -> int:
         return error.returncode
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code  # of a signal, as a shell has it
+        return code if code > 0 else 128 - code
     return 0
 
 

@@ -128,8 +128,9 @@ def _has_reference(dataset: Dataset | IterableDataset, columns: list[str]) -> bo
     """Whether one of the columns is there, in a dataset at hand with a number in most rows."""
     names = set(REFERENCE_COLUMNS) & set(columns)
     if isinstance(dataset, Dataset):
-        at_hand = names & set(dataset.data.column_names)
-        names -= {name for name in at_hand if 2 * dataset.data[name].null_count > len(dataset)}
+        at_hand = sorted(names & set(dataset.data.column_names))
+        table = dataset.select_columns(at_hand).with_format("arrow")[:] if at_hand else None
+        names -= {name for name in at_hand if 2 * table[name].null_count > len(table)}
     return bool(names)
 
 

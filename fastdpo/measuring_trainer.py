@@ -26,8 +26,8 @@ from fastdpo.ranks import pairs_not_repeated
 class MeasuringTrainer(PackTrainer):
     """Subclasses call count_training or count_evaluation in compute_loss, once for each forward.
 
-    counts: of the current or last training; train() starts anew. _metrics: what a subclass appends
-    to a name's list for "train" or "eval", as under TRL; a log has its mean.
+    counts: of the current or last training; train() starts anew. _metrics: numbers that a subclass
+    appends to a name's list for "train" or "eval", as under TRL; a log has their mean.
     """
 
     restored_on_retry = ("counts", "_metrics")
@@ -40,6 +40,7 @@ class MeasuringTrainer(PackTrainer):
     def _inner_training_loop(self, *args, **kwargs):
         """As transformers'; auto_find_batch_size runs it again with smaller batches."""
         self.counts = RunCounts(self.args.device)
+        self._metrics["train"].clear()
         return super()._inner_training_loop(*args, **kwargs)
 
     def count_training(
@@ -117,6 +118,7 @@ class MeasuringTrainer(PackTrainer):
         own_gather, counts = self.gather_function, self.counts
         self.gather_function = partial(_gather_pairs, own_gather)
         counts.start_evaluation()  # an earlier one may have failed
+        self._metrics["eval"].clear()
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix

@@ -20,7 +20,7 @@ IMAGE_FIELDS = ("image", "images")
 OPTION_FIELDS = ("tools", "chat_template_kwargs")
 MALFORMED = "fastdpo_malformed"  # in place of all others: why a row could not be read
 ORIGIN = "fastdpo_origin"  # which row of which source, where rows of several are mixed
-WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*(['"])role\1\s*:""")  # messages as a text
+MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content)\1\s*:""")
 FIELDS = (*TEXT_FIELDS, *ID_COLUMNS, *REFERENCE_COLUMNS, *IMAGE_FIELDS, *OPTION_FIELDS, MALFORMED)
 
 
@@ -71,10 +71,9 @@ def _checked_texts(row: dict[str, Any]) -> dict[str, Any]:
     else:
         for field, text in texts.items():
             check_text(field, text)
-        if all(WRITTEN_OUT.match(texts[field]) for field in ("chosen", "rejected")):
-            raise FieldError(
-                "chosen", "messages, in CSV as JSON, and not as Python writes them", row["chosen"]
-            )
+        if _are_written_out(texts):
+            wanted = "messages as a list (in a CSV file as JSON), not as text"
+            raise FieldError("chosen", wanted, row["chosen"])
     if "prompt" not in texts:
         texts = _with_prompt(texts["chosen"], texts["rejected"])
     if not conversation:
@@ -87,6 +86,17 @@ def _checked_texts(row: dict[str, Any]) -> dict[str, Any]:
         ),
     }
     return texts | {name: value for name, value in options.items() if value is not None}
+
+
+def _are_written_out(texts: dict[str, str]) -> bool:
+    """Whether these are messages that became text: Python's, or in all fields JSON's.
+
+    (JSON in the completions alone may be what the prompt asks for.)
+    """
+    found = {field: MESSAGES_AS_TEXT.match(text) for field, text in texts.items()}
+    if not (found["chosen"] and found["rejected"]):
+        return False
+    return found["chosen"][1] == "'" or all(found.values())
 
 
 def _with_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:

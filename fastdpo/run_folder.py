@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -54,6 +55,7 @@ NOT_IDENTITY = frozenset(
 # but where rows are streamed, whose order hangs on them
 OF_STREAMS = frozenset({"dataloader_num_workers"})
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+PATIENCE_S = 10  # a killed run's data loaders take a while to notice
 SHARDS = ("pytorch_model_fsdp*", "global_step*")  # of FSDP and DeepSpeed
 OPTIMIZER = ("optimizer*", "global_step*")  # the latter is DeepSpeed's
 
@@ -137,15 +139,18 @@ def choose_run_folder(
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Keep other runs out of `path`, which is made if it is not there.
+    """Keep other runs on this machine out of `path`, which is made if it is not there.
 
-    ValueError where one is in it. A file system without locks keeps nobody out.
+    ValueError where one is in it, and stays. A file system without locks keeps nobody out.
     """
     path.mkdir(parents=True, exist_ok=True)
     folder = os.open(path, os.O_RDONLY)
+    due = time.monotonic() + PATIENCE_S
     try:
-        if not _has_lock(folder):
-            raise ValueError(f"want an output_dir that no other run is writing to, got {path}")
+        while not _has_lock(folder):
+            if time.monotonic() > due:
+                raise ValueError(f"want an output_dir that no other run is writing to, got {path}")
+            time.sleep(0.1)
         yield
     finally:
         with contextlib.suppress(OSError):

@@ -8,9 +8,9 @@ Compared are the log-probability of every completion token, the loss of every pa
 of every trained parameter. Both ways run in the precision of the run.
 
 The reference's log-probabilities are the policy's own plus offsets: equal ones would give every
-pair the same loss. They are of up to 1 / beta, or of a few nats where the f-divergence has a power
-of them. The reference model, dropout, gradient checkpointing and the experts' load-balancing loss
-are left out.
+pair the same loss. They are of up to 1 / beta, and of no more than 5 nats where the f-divergence is
+an exponential of them. The reference model, dropout, gradient checkpointing and the experts'
+load-balancing loss are left out.
 
 A loss of a whole batch (aot, aot_unpaired, sft) mixes per_device_train_batch_size pairs both ways.
 AOT sorts them: two log-ratios that differ by less than rounding may swap places, which is reported
@@ -142,7 +142,7 @@ def plain_way(subject: Subject) -> Plain:
     args, num_pairs = subject.args, len(subject.pairs)
     # pairs that meet in a loss are kept together, with all their logits
     together = args.per_device_train_batch_size if args.mixes_pairs else 1
-    # rewards in [-1, 1], no two pairs' alike
+    # no two pairs' alike; without an f-divergence the rewards are in [-1, 1]
     largest = 1 / args.beta
     if args.f_divergence_type in POWERS:
         largest = min(largest, LARGEST_POWER)
@@ -376,7 +376,9 @@ def _finding(
     difference_N = difference_N.double()  # whose squares are finite
     allowed_N = torch.as_tensor(allowed, device=difference_N.device).expand_as(difference_N)
     rms = difference_N.square().mean().sqrt().item()
-    n = int((difference_N / allowed_N).argmax())  # a NaN, where there is one
+    share_N = difference_N / allowed_N  # NaN, where an infinite difference is allowed as much
+    share_N = share_N.masked_fill(allowed_N.isinf(), math.inf) + 0 * difference_N
+    n = int(share_N.argmax())  # a NaN, where there is one
     largest, most = difference_N[n].item(), allowed_N[n].item()
     agrees = largest <= most < math.inf and rms <= rms_allowed
     return Finding(layout, what, agrees, place(n), largest, rms, most)

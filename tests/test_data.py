@@ -99,6 +99,15 @@ def test_a_row_that_alone_has_reference_logps_is_the_one_that_is_bad(tokenizer):
     assert (len(pairs), counts.bad) == (2, 1) and "ref_chosen_logps" not in pairs[0]
 
 
+def test_reference_logps_count_in_the_rows_that_were_selected(tokenizer):
+    rows = [row | {"ref_chosen_logps": None, "ref_rejected_logps": None} for row in tiny.rows(5)]
+    rows[4] |= {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    dataset = Dataset.from_list(rows)
+    scored = dataset.filter(lambda row: row["ref_chosen_logps"] is not None)
+    assert prepare_pairs(scored, tokenizer)[0]["ref_rejected_logps"] == [-2.0]
+    assert "ref_chosen_logps" not in prepare_pairs(dataset.select(range(4)), tokenizer)[0][0]
+
+
 def test_reference_logps_that_a_streams_first_row_has_not_are_told(tokenizer):
     rows = [*tiny.rows(2), tiny.rows(1)[0] | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}]
     stream = IterableDataset.from_generator(lambda: iter(rows))

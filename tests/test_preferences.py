@@ -75,11 +75,12 @@ MALFORMED = {
         "chosen.*another role than 'user'",
     ),
     "messages-as-pandas-writes-them": (
-        {
-            field: str([{"role": "user", "content": "a"}])
-            for field in ("prompt", "chosen", "rejected")
-        },
-        "chosen.*want messages, in CSV as JSON",
+        {"prompt": "a", "chosen": "[{'role': 'user', 'c", "rejected": "[{'content': 'b'"},
+        "chosen.*want messages as a list .in a CSV file as JSON., not as text",
+    ),
+    "messages-as-json": (
+        dict.fromkeys(("prompt", "chosen", "rejected"), '[{"role": "user", "content": "a"}]'),
+        "chosen.*want messages as a list",
     ),
     "nothing-shared": ({"chosen": "yes", "rejected": "no"}, "prompt.*share, got none$"),
     "its-own-no": (

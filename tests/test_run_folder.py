@@ -1,7 +1,9 @@
 """run_folder: what a folder holds decides whether a run resumes, is refused, or starts."""
 
+import contextlib
 import json
 import os
+import threading
 from functools import partial
 
 import pytest
@@ -66,7 +68,8 @@ def identity_of(tmp_path, *, script=None, model=None, mixture=None, **training):
 # Two runs at once
 
 
-def test_a_folder_that_a_run_writes_to_is_no_others(tmp_path):
+def test_a_folder_that_a_run_writes_to_is_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "PATIENCE_S", 0)
     with held(tmp_path / "out"):
         for enter in (lambda: held(tmp_path / "out").__enter__(), partial(choose, tmp_path)):
             with pytest.raises(ValueError, match="no other run is writing to, got .*out"):
@@ -76,6 +79,14 @@ def test_a_folder_that_a_run_writes_to_is_no_others(tmp_path):
     assert choose(tmp_path).path == tmp_path / "out"
     with held(tmp_path / "out"):
         pass
+
+
+def test_a_killed_runs_loaders_are_waited_for(tmp_path):
+    with contextlib.ExitStack() as other:
+        other.enter_context(held(tmp_path / "out"))
+        threading.Timer(0.5, other.close).start()
+        with held(tmp_path / "out"):
+            pass
 
 
 def choose(tmp_path, **how):

@@ -1,5 +1,6 @@
 """`fastdpo verify`: it agrees with a sound engine, and finds and names what is made wrong."""
 
+import math
 import os
 
 import families
@@ -318,6 +319,21 @@ def test_a_slope_off_by_a_thousandth_is_found_at_a_small_beta(
     monkeypatch.setattr(ops, "pair_loss", off)
     assert run(here, *flags) == 1
     assert {what for _, what in what_differs(capsys)} == {"gradients"}
+
+
+@pytest.mark.parametrize(
+    "difference, allowed, agrees",
+    [
+        ([0.0, 5.0], [1e-3, 6.0], True),
+        ([0.0, 5.0], [1e-3, math.inf], False),  # that says nothing
+        ([math.nan, 0.0], [math.inf, 1e-3], False),
+        ([0.0, 2e-3], [1e-3, 1e-3], False),
+    ],
+)
+def test_a_finding_agrees_within_finite_bounds_alone(difference, allowed, agrees):
+    difference, allowed = torch.tensor(difference), torch.tensor(allowed)
+    finding = verify._finding("padded", "losses", difference, allowed, str)
+    assert finding.agrees == agrees and ("DIFFERS" in str(finding)) != agrees
 
 
 def test_a_nan_of_the_engine_differs(here, monkeypatch, capsys):
