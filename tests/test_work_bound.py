@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def flops_of_weights(run):
-    """Without attention's and bmm's, by which transformers made rotary frequencies up to 5.17."""
+    """Without attention's, and bmm's: transformers 5.11 and 5.17 make rotary frequencies by it."""
     with counting_flops() as counter:
         run()
     counts = counter.get_flop_counts()["Global"]
