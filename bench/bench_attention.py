@@ -10,6 +10,7 @@ all ways are compared with float64 first, and a wrong one is not timed.
 """
 
 import statistics
+from functools import partial
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_attention(benchmark, profile, heads):
 
     def turn():
         for way, case in cases.items():
-            taken[way].append(seconds(lambda case=case: repeat(case.step)).cost / STEPS)
+            taken[way].append(seconds(partial(repeat, case.step)).cost / STEPS)
 
     benchmark.pedantic(turn, rounds=ROUNDS, warmup_rounds=2)
     found = table(

@@ -34,10 +34,9 @@ class Products:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         linears = [m for m in model.base_model.modules() if isinstance(m, nn.Linear)]
-        head_size = config.hidden_size // config.num_attention_heads
         return cls(
             token=sum(linear.weight.numel() for linear in linears),
-            key=2 * config.num_hidden_layers * config.num_attention_heads * head_size,
+            key=2 * config.num_hidden_layers * config.hidden_size,
             row=model.get_output_embeddings().weight.numel(),
         )
 

@@ -44,7 +44,7 @@ def _checked_ids(row: dict[str, Any]) -> dict[str, Any]:
     for field in ID_COLUMNS:
         ids = row.get(field)
         if ids is None:
-            raise FieldError(field, "token ids", said="no such field")
+            raise FieldError(field, "token ids", said="none")
         if not isinstance(ids, list) or not ids:
             raise FieldError(field, "token ids", ids)
         for token in ids:
@@ -124,7 +124,7 @@ def _checked_reference(row: dict[str, Any]) -> dict[str, float]:
             raise FieldError(field, "a finite number", value)
     if len(given) == 1:
         missing = next(field for field in REFERENCE_COLUMNS if field not in row)
-        raise FieldError(missing, f"a number, as {given[0]} has one", said="no such field")
+        raise FieldError(missing, f"a number, as {given[0]} has one", said="none")
     return {field: float(row[field]) for field in given}
 
 

@@ -121,7 +121,7 @@ def choose_run_folder(
     if fresh and not _is_free(path):
         path = _make_next_free(path)
     if path.is_dir():
-        with held(path):  # or it is another run's
+        with held(path):  # what is in there stands still now, or the folder is another run's
             pass
     _check_ownership(path, identity, named=named, resume_last=resume_last)
     if _read(path).get("finished"):

@@ -376,9 +376,8 @@ def _finding(
     difference_N = difference_N.double()  # whose squares are finite
     allowed_N = torch.as_tensor(allowed, device=difference_N.device).expand_as(difference_N)
     rms = difference_N.square().mean().sqrt().item()
-    share_N = difference_N / allowed_N  # NaN, where an infinite difference is allowed as much
-    share_N = share_N.masked_fill(allowed_N.isinf(), math.inf) + 0 * difference_N
-    n = int(share_N.argmax())  # a NaN, where there is one
+    share_N = torch.where(allowed_N.isfinite(), difference_N / allowed_N, math.inf)
+    n = int(share_N.argmax())  # a NaN, where there is one; else what has no bound
     largest, most = difference_N[n].item(), allowed_N[n].item()
     agrees = largest <= most < math.inf and rms <= rms_allowed
     return Finding(layout, what, agrees, place(n), largest, rms, most)
