@@ -27,10 +27,12 @@ class MeasuringTrainer(PackTrainer):
     """Subclasses call count_training or count_evaluation in compute_loss, once for each forward.
 
     counts: of the current or last training; train() starts anew. _metrics: numbers that a subclass
-    appends to a name's list for "train" or "eval", as under TRL; a log has their mean.
+    appends to a name's list for "train" or "eval", as under TRL; a log has their mean. has_own_loss:
+    whether it makes the loss by itself, which an evaluation then has as transformers averages it.
     """
 
     restored_on_retry = ("counts", "_metrics")
+    has_own_loss = False
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -126,6 +128,8 @@ class MeasuringTrainer(PackTrainer):
         finally:
             self.gather_function = own_gather
         metrics = counts.take_evaluation(self.accelerator) | self._take_own("eval")
+        if self.has_own_loss:
+            metrics.pop("loss", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": metrics[name] for name in metrics})
         num_evaluated = torch.tensor(counts.num_evaluated, device=self.args.device)
         num_samples = self.accelerator.reduce(num_evaluated, "sum").item()

@@ -64,7 +64,8 @@ class RowLogps:
         if self.others is None:
             raise ValueError(
                 f"want {' and '.join(REFERENCE_COLUMNS)} in every row, got a batch without: the "
-                f"reference ({self.source}) is not there to score it"
+                f"reference ({self.source}) is not there to score it; precompute_ref_log_probs "
+                "scores train_dataset and eval_dataset as the constructor gets them"
             )
         return self.others.logps(policy, batch, ld_alpha)
 

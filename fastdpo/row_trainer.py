@@ -14,11 +14,13 @@ from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS
 from fastdpo.data import prepare_pairs
 from fastdpo.layout import Layout
 from fastdpo.measuring_trainer import MeasuringTrainer
+from fastdpo.packs import PackCollator
 from fastdpo.pair_check import check_pairs
 from fastdpo.row_report import PairCounts
 from fastdpo.rows import Rows
 from fastdpo.sampler import SeededByEpoch
 
+COLLATORS = (PaddedCollator, PackedCollator, PackCollator)
 COLLATORS_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
 
 
@@ -59,7 +61,7 @@ class RowTrainer(MeasuringTrainer):
     def _remove_unused_columns(self, dataset, description=None):
         pairs = super()._remove_unused_columns(dataset, description)
         # a collator written for TRL adds lists up, which arrays would take for a sum
-        if not isinstance(pairs, Dataset) or self.layout is COLLATORS_LAYOUT:
+        if not isinstance(pairs, Dataset) or not isinstance(self.data_collator, COLLATORS):
             return pairs
         return pairs.with_format("numpy", columns=[*ID_COLUMNS], output_all_columns=True)
 

@@ -97,13 +97,22 @@ class DPOTrainer(RowTrainer):
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
 
     # TRL's trainer has these, and callbacks change them between steps
-    beta, label_smoothing, ld_alpha, loss_weights = map(
-        _of_args, ("beta", "label_smoothing", "ld_alpha", "loss_weights")
-    )
+    beta, label_smoothing, ld_alpha = map(_of_args, ("beta", "label_smoothing", "ld_alpha"))
     f_divergence_type, f_alpha_divergence_coef = map(
         _of_args, ("f_divergence_type", "f_alpha_divergence_coef")
     )
     loss_types, use_weighting = map(_of_args, ("loss_type", "use_weighting"))
+
+    @property
+    def loss_weights(self) -> list[float]:
+        """args.loss_weights, a number for each loss even where none was given."""
+        if self.args.loss_weights is None:
+            self.args.loss_weights = [1.0] * len(self.args.loss_type)
+        return self.args.loss_weights
+
+    @loss_weights.setter
+    def loss_weights(self, weights: list[float] | None) -> None:
+        self.args.loss_weights = weights
 
     def __init__(
         self,
@@ -126,6 +135,7 @@ class DPOTrainer(RowTrainer):
         if not self._redefines("evaluate", "evaluation_loop"):
             check_best_metric(args, eval_dataset, compute_metrics)
         check_overrides(type(self), DPOTrainer, args)
+        self.has_own_loss = self._redefines("compute_loss", "prediction_step")
         if returns_means(type(self), DPOTrainer):
             self.loss_is_scaled_for_ga = False  # Trainer divides
         init_kwargs = {"trust_remote_code": args.trust_remote_code}
@@ -193,7 +203,7 @@ class DPOTrainer(RowTrainer):
         """
         args = self.args
         attach_scorer(self.model, **args.head_settings)
-        self.aux_loss_weight = aux_loss_weight(self.model, args.router_aux_loss_coef)
+        self.router_aux_loss_coef = aux_loss_weight(self.model, args.router_aux_loss_coef)
         datasets = {"train": self.train_dataset, **by_name(self.eval_dataset, "eval")}
         self.reference = make_reference(
             self.model,
@@ -208,7 +218,7 @@ class DPOTrainer(RowTrainer):
         if not self.is_sharded:
             ids = (row["prompt_ids"] + row["chosen_ids"])[:32]
             for name, model in self.models().items():
-                is_balanced = name == "model" and self.aux_loss_weight > 0
+                is_balanced = name == "model" and self.router_aux_loss_coef > 0
                 check_scorer(model, ids, name=name, aux_loss=is_balanced)
 
     def models(self) -> dict[str, nn.Module]:
@@ -289,7 +299,7 @@ class DPOTrainer(RowTrainer):
         if self.args.mixes_pairs:
             score_pack = functools.partial(self._pack_logps, model)
             packs = with_pack_losses(packs, score_pack, **self.args.loss_settings)
-        if self.aux_loss_weight:
+        if self.router_aux_loss_coef:
             num_pairs = sum(count_pairs(pack) for pack in packs if "is_filler" not in pack)
             count = functools.partial(self._expert_counts, model)
             packs = with_batch_experts(packs, count, num_pairs)
@@ -329,7 +339,7 @@ class DPOTrainer(RowTrainer):
             model,
             batch,
             stats=self.args.token_stats,
-            aux_loss=self.aux_loss_weight > 0,
+            aux_loss=self.router_aux_loss_coef > 0,
             batch_counts=experts and experts.counts,
         )
         aux_loss = scored.aux_loss
@@ -338,8 +348,8 @@ class DPOTrainer(RowTrainer):
             # that part of the batch's N pairs
             aux_loss = aux_loss * experts.num_pairs / batch.num_pairs
         losses = self._pair_losses(batch, scored, reference_logps_S, pack_loss)
-        if self.aux_loss_weight:
-            losses = losses._replace(loss_B=losses.loss_B + self.aux_loss_weight * aux_loss)
+        if self.router_aux_loss_coef:
+            losses = losses._replace(loss_B=losses.loss_B + self.router_aux_loss_coef * aux_loss)
         num_pairs = num_items_in_batch if self.loss_is_scaled_for_ga else None
         loss = losses.loss_B.sum() / (num_pairs or batch.num_pairs)
         if "is_filler" in inputs:  # it runs for FSDP's count of forwards
@@ -377,4 +387,5 @@ class DPOTrainer(RowTrainer):
         if dataset_name is not None:
             kwargs |= {"dataset": dataset_name, "dataset_tags": dataset_name}
         tags = [tags] if isinstance(tags, str) else tags or []
-        super().create_model_card(model_name=model_name, tags=[*tags, *TAGS], **kwargs)
+        tags = [*dict.fromkeys([*tags, *TAGS])]  # push_to_hub hands over the model's, TAGS among them
+        super().create_model_card(model_name=model_name, tags=tags, **kwargs)

@@ -71,6 +71,29 @@ def test_a_term_of_ones_own_weighs_what_it_says(tmp_path, tokenizer):
     assert logged(trainer)[0] == pytest.approx(0.6931 + penalty, abs=1e-3)
 
 
+class Doubled(DPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return 2.0 * super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+class OneMore(DPOTrainer):
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, *others = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return loss + 1.0, *others
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+@pytest.mark.parametrize(("kind", "times", "plus"), [(Doubled, 2.0, 0.0), (OneMore, 1.0, 1.0)])
+def test_an_evaluation_has_the_loss_of_ones_own(tmp_path, tokenizer, layout, kind, times, plus):
+    rows = Dataset.from_list(tiny.rows(7))
+    settings = {"eval_dataset": rows, "per_device_eval_batch_size": 3, "layout": layout}
+    settings |= {"ref_model": tiny.model("llama", len(tokenizer), seed=1)}
+    own = build(DPOTrainer, tmp_path, tokenizer, **settings).evaluate()
+    theirs = build(kind, tmp_path, tokenizer, **settings).evaluate()
+    assert theirs["eval_loss"] == pytest.approx(times * own["eval_loss"] + plus, abs=1e-6)
+    assert theirs["eval_rewards/margins"] == own["eval_rewards/margins"] != 0
+
+
 def test_a_loss_of_ones_own_takes_no_packs_unless_it_divides(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="want max_tokens_per_forward unset with a compute_loss"):
         build(Plain, tmp_path, tokenizer, max_tokens_per_forward=64)
@@ -116,6 +139,20 @@ def test_columns_of_ones_own_reach_ones_own_collator(tmp_path, tokenizer):
     for each in (kept, plain):
         each.train()
     assert logged(kept) == logged(plain)
+
+
+def test_a_collator_set_later_gets_lists_as_one_given_at_the_start(tmp_path, tokenizer):
+    trainer = build(DPOTrainer, tmp_path, tokenizer, layout="padded", max_steps=1)
+    padded, seen = trainer.data_collator, []
+
+    def collator(rows):
+        seen.extend(row["prompt_ids"] + row["chosen_ids"] for row in rows)
+        return padded(rows)
+
+    trainer.data_collator = collator
+    trainer.train()
+    ids = [row["prompt_ids"] + row["chosen_ids"] for row in trainer.train_dataset]
+    assert seen and all(each in ids for each in seen)
 
 
 def test_all_that_a_collator_written_for_trl_gives_reaches_the_model(tmp_path, tokenizer):

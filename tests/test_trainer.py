@@ -296,6 +296,17 @@ def test_a_loss_setting_may_change_between_steps_by_the_name_that_trl_has(tmp_pa
     assert logged(trainers[0]) == logged(trainers[1])
 
 
+def test_a_weight_may_change_between_steps_where_none_was_given(tmp_path, tokenizer):
+    model = tiny.model("mixtral", len(tokenizer))
+    trainer = make_trainer(tmp_path, tokenizer, model=model, loss_type=["sigmoid", "hinge"])
+    assert trainer.loss_weights == [1.0, 1.0]
+    trainer.loss_weights[1] = 3.0
+    trainer.router_aux_loss_coef = 10.0
+    trainer.train()
+    expected = math.log(2) + 3.0 + 10.0 * logged(trainer, "aux_loss")[0]
+    assert logged(trainer)[0] == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_sampler_grouped_by_length_resumes_in_its_order(tmp_path, tokenizer):
     def trainer(folder):
         return make_trainer(

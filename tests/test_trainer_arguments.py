@@ -148,3 +148,5 @@ def test_a_model_card_names_the_dataset_that_trls_scripts_push_with(tmp_path, to
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "a model" in card and "datasets:\n- some/pairs" in card
     assert all(f"- {tag}" in card for tag in ("mine", "fastdpo", "dpo"))
+    trainer.create_model_card(tags=["dpo"])  # as push_to_hub, with the model's
+    assert (tmp_path / "README.md").read_text("utf-8").count("- dpo\n") == 1
