@@ -27,8 +27,9 @@ class MeasuringTrainer(PackTrainer):
     """Subclasses call count_training or count_evaluation in compute_loss, once for each forward.
 
     counts: of the current or last training; train() starts anew. _metrics: numbers that a subclass
-    appends to a name's list for "train" or "eval", as under TRL; a log has their mean. has_own_loss:
-    whether it makes the loss by itself, which an evaluation then has as transformers averages it.
+    appends to a name's list for "train" or "eval", as under TRL; a log has their mean.
+    has_own_loss: whether it makes the loss by itself, which an evaluation then has as transformers
+    averages it.
     """
 
     restored_on_retry = ("counts", "_metrics")
@@ -69,7 +70,7 @@ class MeasuringTrainer(PackTrainer):
         num_new = pairs_not_repeated(batch.num_pairs, self.accelerator)
         self.counts.num_evaluated += num_new
         metrics = evaluation_metrics(batch, scored, losses, num_new)
-        self.counts.eval.add(metrics | _aux_metric(aux_loss, batch.num_pairs))
+        self.counts.eval.add(metrics | _aux_metric(aux_loss, num_new))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add an interval's metrics to training's `logs`: the moment that waits for the device."""

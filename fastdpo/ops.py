@@ -55,17 +55,17 @@ def pair_loss(
     With one of reference.BATCH_LOSSES among loss_type it is the latter on CUDA too: a few dozen
     small launches in place of one, and still nothing that waits.
 
-    ValueError, on both, for what check_pair_loss refuses; with FASTDPO_DEBUG=1 also for cu_seqlens
-    that do not run from 0 to C.
+    ValueError, on both, for what check_pair_loss refuses, and for cu_seqlens that do not run from 0
+    to C: on a CPU always, elsewhere with FASTDPO_DEBUG=1, as the CPU has to wait for them.
     """
-    if os.environ.get("FASTDPO_DEBUG") == "1":
-        _check_lengths(cu_seqlens, token_logps_C.numel())
     arguments = token_logps_C, cu_seqlens, reference_logps_S
     of_batch = reference.BATCH_LOSSES.keys() & set(settings.get("loss_type", ()))
-    if backend_for(token_logps_C.device) == "triton" and not of_batch:
-        return _pair_loss.pair_loss(*arguments, **settings)
     of_twin = {"batch_losses": tuple(of_batch), "float_dtypes": (torch.float32, torch.float64)}
     _pair_loss.check_pair_loss(*arguments, **settings, **of_twin)
+    if token_logps_C.device.type == "cpu" or os.environ.get("FASTDPO_DEBUG") == "1":
+        _check_lengths(cu_seqlens, token_logps_C.numel())
+    if backend_for(token_logps_C.device) == "triton" and not of_batch:
+        return _pair_loss.pair_loss(*arguments, **settings)
     return reference.pair_loss(*arguments, **settings)
 
 

@@ -387,5 +387,5 @@ class DPOTrainer(RowTrainer):
         if dataset_name is not None:
             kwargs |= {"dataset": dataset_name, "dataset_tags": dataset_name}
         tags = [tags] if isinstance(tags, str) else tags or []
-        tags = [*dict.fromkeys([*tags, *TAGS])]  # push_to_hub hands over the model's, TAGS among them
+        tags = [*dict.fromkeys([*tags, *TAGS])]  # push_to_hub's are the model's, which has TAGS
         super().create_model_card(model_name=model_name, tags=tags, **kwargs)

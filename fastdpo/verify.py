@@ -247,6 +247,8 @@ def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Ans
         batch = PairBatch.from_inputs(send_to_device(inputs, args.device))
         with subject.autocast():
             scored = score(subject.policy, batch, stats=args.token_stats)
+        # first: unlike a GPU's pair_loss it refuses lengths that do not fit the tokens
+        completions = scored.token_logps_C.detach().split(batch.cu_seqlens.diff().tolist())
         loss_B = pair_loss(
             scored.token_logps_C,
             batch.cu_seqlens,
@@ -255,7 +257,6 @@ def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Ans
             **args.loss_settings,
         ).loss_B
         (loss_B.sum() / B).backward()
-        completions = scored.token_logps_C.detach().split(batch.cu_seqlens.diff().tolist())
         chosen, rejected = completions[: len(chunk)], completions[len(chunk) :]
         token_logps += [side for both in zip(chosen, rejected, strict=True) for side in both]
         losses.append(loss_B.detach())

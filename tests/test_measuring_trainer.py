@@ -219,6 +219,18 @@ def test_two_ranks_measure_what_one_does_of_any_number_of_pairs(tmp_path):
             assert together[name] == pytest.approx(alone[name], rel=1e-5), name
 
 
+def test_experts_of_pairs_that_another_rank_had_too_are_not_counted(
+    tmp_path, tokenizer, monkeypatch
+):
+    model = tiny.model("mixtral", len(tokenizer))
+    trainer = make_trainer(tmp_path, tokenizer, model=model, per_device_eval_batch_size=2)
+    new = iter([2, 1, 0])  # of each batch
+    monkeypatch.setattr("fastdpo.measuring_trainer.pairs_not_repeated", lambda *_: next(new))
+    metrics = trainer.evaluate(Dataset.from_list(tiny.rows(6)))
+    aux_loss = trainer.router_aux_loss_coef * metrics["eval_aux_loss"]
+    assert metrics["eval_loss"] == pytest.approx(math.log(2) + aux_loss, abs=1e-6)
+
+
 def test_an_evaluation_that_fails_leaves_nothing_to_the_next(tmp_path, tokenizer):
     rows = Dataset.from_list(tiny.rows(6))
     reference = tiny.model("llama", len(tokenizer), seed=1)
