@@ -39,17 +39,15 @@ Batch = dict[str, Any]
 
 
 class PackTrainer(AdapterTrainer):
-    """Subclasses set `budget`, None for whole batches, and `restored_on_retry`.
+    """Subclasses set `restored_on_retry`: names of the attributes that compute_loss adds to.
 
-    restored_on_retry: names of the attributes that compute_loss adds to; an update that starts
-    again restores them, and the random state.
+    An update that starts again restores them, and the random state.
 
     compute_loss is called with one pack at a time and must have no collective of its own, as ranks
     may have different numbers of packs. A pack with is_filler runs only because FSDP needs the same
     number of forwards on every rank: its loss must be 0.
     """
 
-    budget: TokenBudget | None = None
     restored_on_retry: tuple[str, ...] = ()
 
     def __init__(self, *, args: DPOConfig, **arguments: Any):
@@ -61,6 +59,7 @@ class PackTrainer(AdapterTrainer):
                 )
             args.ddp_broadcast_buffers = False
         super().__init__(args=args, **arguments)
+        self.budget = self._choose_budget()  # None for whole batches
         # of the current update: batches already run, and the state before its first batch
         self._done_batches: list[Batch] = []
         self._saved_attributes: dict[str, Any] = {}
@@ -70,7 +69,7 @@ class PackTrainer(AdapterTrainer):
         """Hook: a batch's packs as compute_loss is to see them, as many as came."""
         return packs
 
-    def choose_budget(self) -> TokenBudget | None:
+    def _choose_budget(self) -> TokenBudget | None:
         """What max_tokens_per_forward asks for; "auto" is measured when training starts.
 
         ValueError under DeepSpeed, where every backward reduces gradients, and for "auto" under

@@ -186,7 +186,6 @@ class DPOTrainer(RowTrainer):
         if data_collator is None:
             self.layout = self._choose_layout(row)
             self.data_collator = self._collator(self.layout.name)
-        self.budget = self.choose_budget()
         if args.precompute_ref_log_probs and not isinstance(self.reference, RowLogps):
             self._precompute_reference()
         self.model.add_model_tags(TAGS)

@@ -260,7 +260,7 @@ def test_what_cannot_run_in_packs_is_refused(tmp_path, tokenizer, backend, wante
     setattr(trainer, f"is_{backend}_enabled", True)  # neither runs on a CPU
     trainer.args.max_tokens_per_forward = got
     with pytest.raises(ValueError, match=f"want max_tokens_per_forward {wanted}, got {got!r}"):
-        trainer.choose_budget()
+        trainer._choose_budget()
 
 
 def trained(folder, world_size, runs):
