@@ -59,11 +59,7 @@ FULL = Size(hidden_size=256, fit_steps=280, dpo_steps=55)
 TINY = Size(hidden_size=32, fit_steps=3, dpo_steps=4)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(parse(argv))
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The demo's flags, with their folder made; ValueError, OSError or ImportError, in one line,
     for what it cannot run with."""
     parser = argparse.ArgumentParser(prog="fastdpo demo", description="See DPO at work on a CPU.")
@@ -109,7 +105,7 @@ def _demo(folder: Path, size: Size) -> int:
     runs = {}
     for name, what in (("fastdpo", "DPO with fastdpo"), ("naive", "DPO with the naive loop")):
         print(f"{what}: {size.dpo_steps} updates of {BATCH} pairs ...", flush=True)
-        command = [sys.executable, "-m", "fastdpo.demo", "--measure", name]
+        command = [sys.executable, "-m", "fastdpo.cli", "demo", "--measure", name]
         command += ["--output_dir", str(folder), *(["--tiny"] if size is TINY else [])]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         runs[name] = json.loads((folder / f"{name}.json").read_text())
@@ -187,9 +183,6 @@ def greedy_answers(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -
     tokens = model.eval().generate(**batch, max_new_tokens=10, do_sample=False)
     answers = tokens[:, batch["input_ids"].shape[1] :]
     return [" ".join(tokenizer.decode(each, skip_special_tokens=True).split()) for each in answers]
-
-
-# The two ways, each in its own process
 
 
 def measure_fastdpo(folder: Path, size: Size) -> None:
@@ -337,7 +330,3 @@ def plot(run: dict, path: Path) -> None:
     axes[-1].set_xlabel("update")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -34,7 +34,7 @@ def ran(tmp_path_factory):
     """The folder of a demo, what it printed and how it ended."""
     folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = demo.main(["--tiny", "--output_dir", str(folder)])
+        code = cli.main(["demo", "--tiny", "--output_dir", str(folder)])
     return folder, printed.getvalue(), code
 
 
@@ -64,7 +64,7 @@ def test_times_are_not_compared_where_the_losses_differ(ran, capsys, monkeypatch
     naive["loss"][-1] += 0.01
     (folder / "naive.json").write_text(json.dumps(naive))
     monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: None)  # they have run
-    assert demo.main(["--tiny", "--output_dir", str(folder)]) == 1
+    assert cli.main(["demo", "--tiny", "--output_dir", str(folder)]) == 1
     assert "differ by up to 1.0e-02: no times are compared" in capsys.readouterr().out
 
 
