@@ -307,19 +307,16 @@ def _launch_flags(unknown: list[str]) -> list[str]:
         return []
     parser = _launch_parser()
     is_off = {f"{flag}=false" for flag in parser._option_string_actions}
-    flags = [each for flag in unknown if flag not in is_off for each in _split_config(flag)]
-    if "--accelerate_config" in flags:
-        at = flags.index("--accelerate_config")
-        name = flags[at + 1] if at + 1 < len(flags) else None
-        flags = [*_accelerate_config(name), *flags[:at], *flags[at + 2 :]]
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.error = _raise
+    finder.add_argument("--accelerate_config")
+    given, flags = finder.parse_known_args([flag for flag in unknown if flag not in is_off])
+    if given.accelerate_config is not None:
+        flags = [*_accelerate_config(given.accelerate_config), *flags]
     command, stray = parser.parse_known_args([*flags, "--module", MODULE])
     if stray or command.training_script != MODULE:  # where a value without its flag ends up
         raise ValueError(f"unknown flag: {' '.join(stray) or command.training_script}")
     return flags
-
-
-def _split_config(flag: str) -> list[str]:
-    return flag.split("=", 1) if flag.startswith("--accelerate_config=") else [flag]
 
 
 def _launch_parser() -> ArgumentParser:
@@ -334,10 +331,11 @@ def _raise(message: str) -> NoReturn:
     raise ValueError(message)
 
 
-def _accelerate_config(name: str | None) -> list[str]:
+def _accelerate_config(name: str) -> list[str]:
+    """A name of ACCELERATE_CONFIGS, or a file of accelerate's, as flags of `accelerate launch`."""
     if name in ACCELERATE_CONFIGS:
         return ACCELERATE_CONFIGS[name].split()
-    if name is None or not Path(name).is_file():
+    if not Path(name).is_file():
         raise ValueError(
             f"accelerate_config: want a file or one of {[*ACCELERATE_CONFIGS]}, got {name!r}"
         )
