@@ -21,7 +21,8 @@ from bench.length_profiles import TARGETS, TINY, random_pairs
 from bench.measure import CUDA, DEVICE, seconds
 from bench.tables import table
 from fastdpo.attention import tree_attention
-from fastdpo.collate import Cut, make_collator
+from fastdpo.collate import make_collator
+from fastdpo.columns import Cut
 
 HEADS = {  # H query heads, G key and value heads, K head size
     "tiny": (2, 1, 16),

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from bench.tables import table
-from fastdpo.collate import Cut, make_collator
+from fastdpo.collate import make_collator
+from fastdpo.columns import Cut
 from fastdpo.packs import split
 
 PAIRS, TURNS = 512, 7

@@ -4,9 +4,8 @@
     PackedCollator(share=False)     sequences end to end in one row, no padding
     PackedCollator(share=True)      the same, with common beginnings of sequences there once
 
-Rows have the columns of columns.py. Of B rows become S = 2B sequences, prompt + completion, chosen
-0..B-1, then rejected. Each is cut to max_length, at its end (keep_start) or at its beginning
-(keep_end).
+Rows have the columns of columns.py. B rows become S = 2B sequences, prompt + completion, chosen
+0..B-1, then rejected, each cut to max_length.
 """
 
 import functools
@@ -21,7 +20,7 @@ import torch
 from numpy import ndarray
 
 from fastdpo.batch import TokensRun, scored_positions
-from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS, Row
+from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS, Cut, Row
 from fastdpo.tree import Branch, Tree, Trunk, cu_seqlens_of_list, ranges
 
 SAMPLED_ROWS = 32  # start-up checks take the longest of the first: it reaches past most windows
@@ -31,37 +30,6 @@ def first_rows_longest_first(rows: Iterable[Row]) -> list[Row]:
     """The first SAMPLED_ROWS rows, the longest first."""
     few = itertools.islice(rows, SAMPLED_ROWS)
     return sorted(few, key=lambda row: sum(len(row[name]) for name in ID_COLUMNS), reverse=True)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cut:
-    """How a sequence that is too long is cut; max_length None: not at all."""
-
-    max_length: int | None = None
-    truncation_mode: str = "keep_start"
-
-    def __call__(self, prompt: ndarray, completion: ndarray) -> tuple[ndarray, ndarray]:
-        """What is left of a prompt and of its completion."""
-        if self.max_length is None:
-            return prompt, completion
-        if self.truncation_mode == "keep_start":
-            prompt = prompt[: self.max_length]
-            return prompt, completion[: self.max_length - len(prompt)]
-        completion = completion[max(0, len(completion) - self.max_length) :]
-        return prompt[max(0, len(prompt) + len(completion) - self.max_length) :], completion
-
-    def lengths(self, row: Row) -> tuple[int, int]:
-        """The lengths of `row`'s chosen and rejected sequences, once cut."""
-        limit = self.max_length or sys.maxsize
-        prompt = len(row["prompt_ids"])
-        return (
-            min(limit, prompt + len(row["chosen_ids"])),
-            min(limit, prompt + len(row["rejected_ids"])),
-        )
-
-    def may_split_prompt(self, length: int) -> bool:
-        """Whether a sequence of this length may have lost some of its prompt."""
-        return self.truncation_mode == "keep_end" and length == self.max_length
 
 
 class Size(NamedTuple):

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
-from fastdpo.collate import LAYOUTS, Cut
+from fastdpo.collate import LAYOUTS
+from fastdpo.columns import Cut
 from fastdpo.kernels.linear_logps import HEAD_CACHE_BYTES
 from fastdpo.losses import BATCH_LOSSES, F_DIVERGENCES, LOSS_TYPES, SMOOTHED, WITH_F_DIVERGENCE
 from fastdpo.model import TOKEN_STATS

@@ -19,8 +19,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.collate import Cut
-from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS
+from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS, Cut
 from fastdpo.messages import check_text, is_conversation
 from fastdpo.preferences import FIELDS, MALFORMED, ORIGIN, checked_row
 from fastdpo.row_errors import FieldError, RowError
@@ -157,7 +156,7 @@ def _as_it_comes(
 
 def _source_digest() -> str:
     """A digest of what makes pairs of rows: these sources, and the version of transformers."""
-    names = ("data", "preferences", "messages", "row_errors", "row_report", "columns", "collate")
+    names = ("data", "preferences", "messages", "row_errors", "row_report", "columns")
     parts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in names]
     return hashlib.sha256(b"".join([*parts, transformers.__version__.encode()])).hexdigest()
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastdpo.batch import PairBatch, TokensRun, count_pairs
-from fastdpo.collate import LAYOUTS, SAMPLED_ROWS, Cut, first_rows_longest_first, make_collator
+from fastdpo.collate import LAYOUTS, SAMPLED_ROWS, first_rows_longest_first, make_collator
+from fastdpo.columns import Cut
 
 PAD = 99
 ROWS = [

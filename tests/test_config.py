@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from fastdpo import DPOConfig
-from fastdpo.collate import Cut
+from fastdpo.columns import Cut
 from fastdpo.losses import F_DIVERGENCES, LOSS_TYPES, WITH_F_DIVERGENCE
 from fastdpo.parser import TrainParser
 

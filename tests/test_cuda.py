@@ -18,7 +18,8 @@ from watches import Watch
 from fastdpo import attention
 from fastdpo.attention import attend_along_trees
 from fastdpo.batch import PairBatch
-from fastdpo.collate import LAYOUTS, Cut, make_collator
+from fastdpo.collate import LAYOUTS, make_collator
+from fastdpo.columns import Cut
 from fastdpo.kernels import fold, reference, second_product, vocabulary_walk
 from fastdpo.kernels import pair_loss as pair_loss_module
 from fastdpo.kernels.linear_logps import linear_logps

@@ -315,7 +315,7 @@ def test_pairs_that_other_code_made_are_not_taken_from_the_cache(tmp_path, token
     sources = []
     monkeypatch.setattr(Path, "read_bytes", lambda path: sources.append(path.name) or b"new")
     assert cache_file() != first
-    names = "data preferences messages row_errors row_report columns collate".split()
+    names = "data preferences messages row_errors row_report columns".split()
     assert sources == [f"{name}.py" for name in names]
 
 

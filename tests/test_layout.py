@@ -21,7 +21,8 @@ from trainers import LORA, logged, make_trainer
 
 from fastdpo import attention
 from fastdpo.batch import PairBatch
-from fastdpo.collate import Cut, make_collator
+from fastdpo.collate import make_collator
+from fastdpo.columns import Cut
 from fastdpo.layout import choose_layout, why_padded
 
 

@@ -9,7 +9,8 @@ import torch
 
 from fastdpo import layout_check
 from fastdpo.attention import attend_along_trees
-from fastdpo.collate import Cut, make_collator
+from fastdpo.collate import make_collator
+from fastdpo.columns import Cut
 from fastdpo.layout_check import LayoutCheck
 from fastdpo.model import attach_scorer, causal_lm_of
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fastdpo.attention import attend_along_trees, attend_as_before
 from fastdpo.batch import PairBatch
-from fastdpo.collate import Cut, make_collator
+from fastdpo.collate import make_collator
+from fastdpo.columns import Cut
 from fastdpo.model import TOKEN_STATS, attach_scorer, score
 
 

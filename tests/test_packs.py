@@ -2,7 +2,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdpo.collate import Cut, PackedCollator, make_collator
+from fastdpo.collate import PackedCollator, make_collator
+from fastdpo.columns import Cut
 from fastdpo.packs import PackCollator, into_more, split
 from fastdpo.token_budget import UNBOUNDED, TokenBudget
 

@@ -10,7 +10,8 @@ from test_head_cost import counting_flops
 
 from fastdpo.attention import attend_along_trees
 from fastdpo.batch import PairBatch
-from fastdpo.collate import Cut, make_collator
+from fastdpo.collate import make_collator
+from fastdpo.columns import Cut
 from fastdpo.model import attach_scorer, score
 
 ROOT = Path(__file__).parents[1]
