@@ -7,12 +7,53 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdpo.row_errors import RowError
+from fastdpo.preferences import OPTION_FIELDS, TEXT_FIELDS, checked_row, malformed, storable
+from fastdpo.row_errors import FieldError, RowError
 
 BETWEEN_ROWS = re.compile(r"[ \t\r\n,]*")
 
 
-def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def json_rows(
+    path: str, skip_bad: bool, columns: tuple[str, ...] | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON file, checked, of the kind of the first, with options as JSON text."""
+    kinds: dict[str, str] = {}  # of the first row's texts
+    unseen = set(columns or ()).difference(OPTION_FIELDS)  # of the columns, until a row is good
+    for line, row in _values(Path(path)):
+        try:
+            if isinstance(row, Exception):
+                raise FieldError("row", "an object in JSON, in UTF-8", str(row))
+            if columns is not None and isinstance(row, dict):
+                row = {name: row[name] for name in columns if name in row}
+            checked = checked_row(row)
+            unseen = unseen.difference(row)
+            if unseen:
+                raise ValueError(
+                    f"{path}: want the columns {list(columns)}, line {line} has no {sorted(unseen)}"
+                )
+            kinds = kinds or _kinds(row)
+            _check_alike(row, kinds)
+            yield storable(checked)
+        except FieldError as error:
+            yield malformed(f"{path}, line {line}, {error}", skip_bad)
+
+
+def _kinds(row: dict[str, Any]) -> dict[str, str]:
+    """Which of the three texts a row has, and their types; {} for token ids."""
+    return {field: type(row[field]).__name__ for field in TEXT_FIELDS if row.get(field) is not None}
+
+
+def _check_alike(row: dict[str, Any], first: dict[str, str]) -> None:
+    """FieldError if a text field is missing, new or of another type than in the first row."""
+    kinds = _kinds(row)
+    for field in TEXT_FIELDS if kinds else ():
+        if kinds.get(field) != first.get(field):
+            wanted = f"a {first[field]}" if field in first else "none"
+            said = None if field in row else "no such field"
+            raise FieldError(field, f"{wanted}, as in the first row", row.get(field), said=said)
+
+
+def _values(path: Path) -> Iterator[tuple[int, Any]]:
     """Line number and row: a parsed value, or the exception that it could not be parsed with."""
     with open(path, "rb") as file:
         start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0

@@ -1,5 +1,6 @@
 """One preference row, checked: texts, conversations or token ids, with its prompt apart."""
 
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -133,3 +134,8 @@ def malformed(reason: str, skip_bad: bool) -> dict[str, str | None]:
     if not skip_bad:
         raise RowError(reason)
     return dict.fromkeys(TEXT_FIELDS) | {MALFORMED: reason}
+
+
+def storable(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` with its free-form options as JSON text: Arrow would ask them to be alike."""
+    return row | {name: json.dumps(row[name]) for name in OPTION_FIELDS if name in row}

@@ -7,7 +7,7 @@ alike, so that an error names the file and the line (JSON, from 1) or the row (C
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from fastdpo.csv_rows import csv_rows
 from fastdpo.json_rows import json_rows
-from fastdpo.preferences import MALFORMED, OPTION_FIELDS, TEXT_FIELDS, checked_row, malformed
+from fastdpo.preferences import MALFORMED, TEXT_FIELDS, checked_row, malformed, storable
 from fastdpo.row_errors import FieldError, RowError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -185,7 +185,7 @@ def _read_file(path: Path, columns: list[str] | None, *, streaming: bool, skip_b
         files = {"data_files": str(path), "split": "train"}
         rows = _load(str(path), path="parquet", streaming=streaming, **files)
         return _with_a_row(_selected(rows, columns, str(path)), path)
-    read = csv_rows if path.suffix == ".csv" else _checked_rows
+    read = csv_rows if path.suffix == ".csv" else json_rows
     settings = {"path": str(path), "skip_bad": skip_bad, "columns": columns and tuple(columns)}
     if streaming:
         return _with_a_row(IterableDataset.from_generator(read, gen_kwargs=settings), path)
@@ -207,45 +207,6 @@ def _with_a_row(rows: Rows, path: Path) -> Rows:
     return rows
 
 
-def _checked_rows(
-    path: str, skip_bad: bool, columns: tuple[str, ...] | None
-) -> Iterator[dict[str, Any]]:
-    kinds: dict[str, str] = {}  # of the first row's texts
-    unseen = set(columns or ()).difference(OPTION_FIELDS)  # of the columns, until a row is good
-    for line, row in json_rows(Path(path)):
-        try:
-            if isinstance(row, Exception):
-                raise FieldError("row", "an object in JSON, in UTF-8", str(row))
-            if columns is not None and isinstance(row, dict):
-                row = {name: row[name] for name in columns if name in row}
-            checked = checked_row(row)
-            unseen = unseen.difference(row)
-            if unseen:
-                raise ValueError(
-                    f"{path}: want the columns {list(columns)}, line {line} has no {sorted(unseen)}"
-                )
-            kinds = kinds or _kinds(row)
-            _check_alike(row, kinds)
-            yield _storable(checked)
-        except FieldError as error:
-            yield malformed(f"{path}, line {line}, {error}", skip_bad)
-
-
-def _kinds(row: dict[str, Any]) -> dict[str, str]:
-    """Which of the three texts a row has, and their types; {} for token ids."""
-    return {field: type(row[field]).__name__ for field in TEXT_FIELDS if row.get(field) is not None}
-
-
-def _check_alike(row: dict[str, Any], first: dict[str, str]) -> None:
-    """FieldError if a text field is missing, new or of another type than in the first row."""
-    kinds = _kinds(row)
-    for field in TEXT_FIELDS if kinds else ():
-        if kinds.get(field) != first.get(field):
-            wanted = f"a {first[field]}" if field in first else "none"
-            said = None if field in row else "no such field"
-            raise FieldError(field, f"{wanted}, as in the first row", row.get(field), said=said)
-
-
 def in_one_kind(rows: Rows, source: str, *, skip_bad: bool) -> Rows:
     """`rows` in one schema for all sources, so that several can be concatenated: known fields only,
     with an explicit prompt, and messages and options as JSON text.
@@ -257,7 +218,7 @@ def in_one_kind(rows: Rows, source: str, *, skip_bad: bool) -> Rows:
         if row.get(MALFORMED) is not None:
             return malformed(row[MALFORMED], skip_bad)
         try:
-            row = _storable(checked_row(row))
+            row = storable(checked_row(row))
         except FieldError as error:
             return malformed(f"{source}, row {index}, {error}", skip_bad)
         return row | {field: _as_json_texts(row[field]) for field in TEXT_FIELDS if field in row}
@@ -265,8 +226,3 @@ def in_one_kind(rows: Rows, source: str, *, skip_bad: bool) -> Rows:
     if isinstance(rows, IterableDataset):
         return rows.map(checked, with_indices=True, remove_columns=rows.column_names)
     return as_dataset(map(checked, rows, count()), source)
-
-
-def _storable(row: dict[str, Any]) -> dict[str, Any]:
-    """`row` with its free-form options as JSON text: Arrow would ask them to be alike."""
-    return row | {name: json.dumps(row[name]) for name in OPTION_FIELDS if name in row}
