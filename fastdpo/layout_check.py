@@ -13,28 +13,27 @@ from fastdpo.batch import PairBatch
 from fastdpo.columns import Row
 from fastdpo.model import causal_lm_of, inference, score
 
-Collator = Callable[[list[Row]], dict[str, Any]]
 # rms over tokens, in nats: this many roundings of the dtype that the layers compute in
 ROUNDINGS, LEAST_TOLERANCE = 12, 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayoutCheck:
-    """One pair, its two layouts, and the autocast that the run has."""
+    """One pair, the collator of each layout by its name, and the autocast that the run has."""
 
     row: Row
-    padded: Collator
+    collator: Callable[[str], Callable[[list[Row]], dict[str, Any]]]
     device: torch.device
     autocast: Callable[[], AbstractContextManager]
 
-    def difference(self, model: nn.Module, collator: Collator) -> str | None:
-        """What `model` computes differently in `collator`'s layout than padded; None for nothing.
+    def difference(self, model: nn.Module, layout: str) -> str | None:
+        """What `model` computes differently in `layout` than padded; None for nothing.
 
         Two forwards of one pair; four, to find the layer, where they differ. What fails padded
         fails: that is no layout's doing.
         """
         with inference(model):
-            return self._difference(model, *map(self._batch, (self.padded, collator)))
+            return self._difference(model, self._batch("padded"), self._batch(layout))
 
     def _difference(self, model: nn.Module, padded: PairBatch, packed: PairBatch) -> str | None:
         name = type(causal_lm_of(model)).__name__
@@ -54,8 +53,9 @@ class LayoutCheck:
             f"{tolerance:.2g} is rounding), from {self._where(model, padded, packed)} on"
         )
 
-    def _batch(self, collator: Collator) -> PairBatch:
-        return PairBatch.from_inputs(send_to_device(collator([self.row]), self.device))
+    def _batch(self, layout: str) -> PairBatch:
+        inputs = self.collator(layout)([self.row])
+        return PairBatch.from_inputs(send_to_device(inputs, self.device))
 
     def _tolerance(self, model: nn.Module) -> float:
         device = self.device.type

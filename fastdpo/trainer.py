@@ -247,14 +247,14 @@ class DPOTrainer(RowTrainer):
         """Settle how pairs are laid out, once the models are where they will run."""
         check = LayoutCheck(
             row=row,
-            padded=self._collator("padded"),
+            collator=self._collator,
             device=self.args.device,
             autocast=self.accelerator.autocast,
         )
         return choose_layout(
             self.args.layout,
             list(self.models().values()),
-            None if self.is_sharded else lambda m, name: check.difference(m, self._collator(name)),
+            None if self.is_sharded else check.difference,
             strict=self.args.strict_layout,
             reason_to_pad=self._reason_to_pad(),
         )

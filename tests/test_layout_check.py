@@ -1,6 +1,7 @@
 """One pair in two layouts: what is looked at, what counts as a difference, what is left behind."""
 
 import contextlib
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,12 +16,11 @@ from fastdpo.layout_check import LayoutCheck
 from fastdpo.model import attach_scorer, causal_lm_of
 
 ROW = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 10, 11], "rejected_ids": [12, 13, 14]}
-PACKED = make_collator("packed", Cut(), pad_token_id=0, pad_to_multiple_of=None)
 
 
 def check(autocast=contextlib.nullcontext):
-    padded = make_collator("padded", Cut(), pad_token_id=0, pad_to_multiple_of=None)
-    return LayoutCheck(row=ROW, padded=padded, device=torch.device("cpu"), autocast=autocast)
+    collator = partial(make_collator, cut=Cut(), pad_token_id=0, pad_to_multiple_of=None)
+    return LayoutCheck(row=ROW, collator=collator, device=torch.device("cpu"), autocast=autocast)
 
 
 def model():
@@ -40,7 +40,7 @@ def test_a_model_is_scored_in_eval_without_gradients_and_left_as_it_was(was_trai
     policy.register_forward_hook(
         lambda module, *_: scored.append((module.training, torch.is_grad_enabled()))
     )
-    assert check().difference(policy, PACKED) is None
+    assert check().difference(policy, "packed") is None
     assert scored == 2 * [(False, False)] and policy.training is was_training
 
 
@@ -61,7 +61,7 @@ def test_a_difference_is_more_than_rounding_on_average(monkeypatch, autocast, of
 
     monkeypatch.setattr(layout_check, "score", score)
     monkeypatch.setattr(LayoutCheck, "_where", lambda *_: "the head")
-    reason = check(autocast).difference(model(), PACKED)
+    reason = check(autocast).difference(model(), "packed")
     assert (reason is not None) == differs
 
 
@@ -73,5 +73,5 @@ def test_a_model_that_fails_in_the_layout_alone_cannot_run_it(error):
 
     policy = model()
     policy.model.register_forward_pre_hook(fail_along_trees, with_kwargs=True)
-    reason = check().difference(policy, PACKED)
+    reason = check().difference(policy, "packed")
     assert reason == "LlamaForCausalLM cannot run it: no trees here"
