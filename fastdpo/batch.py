@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 # keys of a collator's dictionary that the model does not take
@@ -140,6 +141,6 @@ def scored_positions(input_ids_SL: Tensor, completion_mask_SL: Tensor) -> dict[s
     }
 
 
-def cu_seqlens_of(lengths_S: Tensor) -> Tensor:
+def cu_seqlens_of(lengths_S: Tensor | ArrayLike) -> Tensor:
     """Where sequences of these lengths start when laid end to end, and where the last one ends."""
-    return torch.nn.functional.pad(lengths_S.cumsum(0), (1, 0)).int()
+    return torch.nn.functional.pad(torch.as_tensor(lengths_S).cumsum(0), (1, 0)).int()

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from fastdpo.batch import TokensRun, scored_positions
+from fastdpo.batch import TokensRun, cu_seqlens_of, scored_positions
 from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS, Cut, Row
-from fastdpo.tree import Branch, Tree, Trunk, cu_seqlens_of_list, ranges
+from fastdpo.tree import Branch, Tree, Trunk, ranges
 
 SAMPLED_ROWS = 32  # start-up checks take the longest of the first: it reaches past most windows
 
@@ -276,7 +276,7 @@ class _PackedRow:
         inputs = {
             "scored_rows": torch.from_numpy(ranges(*np.array(rows).T)),
             "completion_labels": torch.from_numpy(np.concatenate(labels)),
-            "cu_seqlens": cu_seqlens_of_list(counts[used].reshape(-1, 2).sum(1)),
+            "cu_seqlens": cu_seqlens_of(counts[used].reshape(-1, 2).sum(1)),
         }
         if counts[used].sum() != counts.sum():  # else every row is read once, in this very order
             starts = np.cumsum(counts) - counts

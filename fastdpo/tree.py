@@ -15,6 +15,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from fastdpo.batch import cu_seqlens_of
+
 
 class Trunk(NamedTuple):
     """Tokens start to stop are one causal sequence."""
@@ -56,9 +58,9 @@ class Tree:
         return cls(
             trunks=tuple(trunks),
             branches=tuple(branches),
-            cu_trunks=cu_seqlens_of_list([t.stop - t.start for t in trunks]),
-            cu_branches=cu_seqlens_of_list([b.stop - b.start for b in branches]),
-            cu_keys=cu_seqlens_of_list([b.shared + b.stop - b.start for b in branches]),
+            cu_trunks=cu_seqlens_of([t.stop - t.start for t in trunks]),
+            cu_branches=cu_seqlens_of([b.stop - b.start for b in branches]),
+            cu_keys=cu_seqlens_of([b.shared + b.stop - b.start for b in branches]),
             key_indices=torch.from_numpy(key_indices),
         )
 
@@ -72,11 +74,6 @@ class Tree:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: function(v) for name, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
-
-
-def cu_seqlens_of_list(lengths: ArrayLike) -> Tensor:
-    """cu_seqlens of sequences of these lengths: where each starts, and where the last one ends."""
-    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
 
 
 def ranges(starts: ArrayLike, lengths: ArrayLike) -> np.ndarray:

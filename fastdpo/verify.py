@@ -26,7 +26,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from fastdpo.attention import attend_along_trees, attend_as_before
-from fastdpo.batch import PairBatch
+from fastdpo.batch import PairBatch, cu_seqlens_of
 from fastdpo.collate import LAYOUTS, make_collator
 from fastdpo.columns import ID_COLUMNS, Row
 from fastdpo.kernels import reference
@@ -34,7 +34,6 @@ from fastdpo.layout import why_padded
 from fastdpo.losses import pair_loss
 from fastdpo.model import attach_scorer, causal_lm_of, score
 from fastdpo.subject import Subject
-from fastdpo.tree import cu_seqlens_of_list
 
 SIDES = ("chosen", "rejected")
 # Tolerances, in roundings of the dtype that the layers compute in. In a Llama of 16 random layers
@@ -173,7 +172,7 @@ def _plain_pairs(subject: Subject, few: list[int], offsets_B2: Tensor) -> PlainP
     completions = chosen + rejected
     token_logps_C = torch.cat([each.logps_C for each in completions])
     lengths = [len(each.logps_C) for each in completions]
-    cu_seqlens = cu_seqlens_of_list(lengths).to(token_logps_C.device)
+    cu_seqlens = cu_seqlens_of(lengths).to(token_logps_C.device)
     # as the loss sums them, or the reference is as far off as what ld_alpha leaves out
     logps_S = reference.completion_sums(token_logps_C.detach(), cu_seqlens, args.ld_alpha)
     reference_logps_S = logps_S - offsets_B2.T.flatten().to(logps_S)
