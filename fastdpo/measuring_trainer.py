@@ -75,7 +75,8 @@ class MeasuringTrainer(PackTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add an interval's metrics to training's `logs`: the moment that waits for the device."""
         if "loss" in logs or "train_runtime" in logs:
-            logs |= self.counts.take_training(self.accelerator) | self._take_own("train")
+            metrics = self.counts.take(self.counts.train, self.accelerator)
+            logs |= metrics | self._take_own("train")
         if "train_runtime" in logs:  # the dictionary that train() returns, so changed in place
             logs |= self.counts.tokens.over_ranks(self.accelerator)
         super().log(logs, start_time)
@@ -128,7 +129,7 @@ class MeasuringTrainer(PackTrainer):
             )
         finally:
             self.gather_function = own_gather
-        metrics = counts.take_evaluation(self.accelerator) | self._take_own("eval")
+        metrics = counts.take(counts.eval, self.accelerator) | self._take_own("eval")
         if self.has_own_loss:
             metrics.pop("loss", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": metrics[name] for name in metrics})

@@ -61,15 +61,8 @@ class RunCounts:
     def start_evaluation(self) -> None:
         self.eval, self.num_evaluated = MetricSums(), 0
 
-    def take_training(self, accelerator: Accelerator) -> dict[str, float]:
-        """Training's means since the last time, and num_tokens, over all ranks; {} for none."""
-        return self._take(self.train, accelerator)
-
-    def take_evaluation(self, accelerator: Accelerator) -> dict[str, float]:
-        """The evaluation's means, and num_tokens, over all ranks."""
-        return self._take(self.eval, accelerator)
-
-    def _take(self, sums: MetricSums, accelerator: Accelerator) -> dict[str, float]:
+    def take(self, sums: MetricSums, accelerator: Accelerator) -> dict[str, float]:
+        """The means of `train` or `eval`, and num_tokens, over all ranks; {} for none."""
         metrics = sums.take_means(accelerator)
         if not metrics:  # as TRL's last log
             return {}

@@ -18,13 +18,12 @@ from fastdpo.model import aux_loss_weight
 
 PROMPT_LEARNING = (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 OF_MODELS = ("galore", "apollo", "lomo")  # optimizers that are made of a model
-# of TRL's DPOTrainer, now and before
-NEVER_CALLED = ("_prepare_dataset", "_compute_loss", "_precompute_ref_logps")
-NEVER_CALLED += ("compute_ref_log_probs", "get_batch_loss_metrics", "concatenated_forward")
-EVAL_METRICS = (
-    *("loss", "aux_loss", *TOKEN_METRICS, *PAIR_METRICS),
-    *("num_tokens", "runtime", "samples_per_second", "steps_per_second"),
+NEVER_CALLED = (  # methods of TRL's DPOTrainer, now and before
+    "_prepare_dataset _compute_loss _precompute_ref_logps compute_ref_log_probs "
+    "get_batch_loss_metrics concatenated_forward".split()
 )
+EVAL_METRICS = [*TOKEN_METRICS, *PAIR_METRICS]
+EVAL_METRICS += "loss aux_loss num_tokens runtime samples_per_second steps_per_second".split()
 
 
 def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
