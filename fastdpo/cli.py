@@ -114,7 +114,7 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
         folder = _choose_folder(run.training, identity, fresh)
 
     is_main = run.training.process_index == 0
-    say = print if is_main else _say_nothing
+    say = print if is_main else lambda text: None
     for note in folder.notes:
         say(note)
     if folder.finished:
@@ -123,17 +123,12 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     is_made = folder.path != Path(run.training.output_dir) or not folder.path.exists()
     run.training.output_dir = str(folder.path)
     with contextlib.ExitStack() as stack:
-        if is_main:
-            with _bad_input():
+        with _bad_input():
+            if is_main:
                 stack.enter_context(held(folder.path))
-        try:
-            with _bad_input():
-                trainer = _build_trainer(run)
-        except BaseException:
-            if is_made:  # for a run that never was
-                with contextlib.suppress(OSError):
-                    folder.path.rmdir()
-            raise
+            if is_made:  # for a run that may never be
+                stack.callback(_remove_if_empty, folder.path)
+            trainer = _build_trainer(run)
         say(trainer.summary())
         if is_main:
             mark_started(folder.path, identity)
@@ -144,6 +139,11 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     if hasattr(trainer, "end"):  # from transformers 5.18
         trainer.end()
     return 0
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _train(trainer: "DPOTrainer", checkpoint: Path | None) -> None:
@@ -383,10 +383,6 @@ def _bad_input() -> Iterator[None]:
 
 def _one_line(error: Exception | str) -> str:
     return " ".join(str(error).split())
-
-
-def _say_nothing(text: str) -> None:
-    pass
 
 
 if __name__ == "__main__":

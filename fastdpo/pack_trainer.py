@@ -22,9 +22,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
 from transformers.utils import logging
 
-from fastdpo.adapter_trainer import AdapterTrainer
 from fastdpo.batch import PairBatch, count_pairs
 from fastdpo.collate import first_rows_longest_first
 from fastdpo.config import DPOConfig
@@ -38,7 +38,7 @@ logger = logging.get_logger(__name__)
 Batch = dict[str, Any]
 
 
-class PackTrainer(AdapterTrainer):
+class PackTrainer(Trainer):
     """Subclasses set `restored_on_retry`: names of the attributes that compute_loss adds to.
 
     An update that starts again restores them, and the random state.

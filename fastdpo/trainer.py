@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from fastdpo.adapter_trainer import AdapterTrainer
 from fastdpo.batch import PairBatch, TokensRun, count_pairs
 from fastdpo.batch_loss import PackLogps, PackLoss, with_pack_losses
 from fastdpo.collate import first_rows_longest_first
@@ -70,7 +71,7 @@ def _of_args(name: str) -> property:
     )
 
 
-class DPOTrainer(RowTrainer):
+class DPOTrainer(RowTrainer, AdapterTrainer):
     """Direct Preference Optimization (arXiv:2305.18290) of a decoder-only language model.
 
     The arguments are TRL 1.16's:
@@ -97,11 +98,13 @@ class DPOTrainer(RowTrainer):
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
 
     # TRL's trainer has these, and callbacks change them between steps
-    beta, label_smoothing, ld_alpha = map(_of_args, ("beta", "label_smoothing", "ld_alpha"))
-    f_divergence_type, f_alpha_divergence_coef = map(
-        _of_args, ("f_divergence_type", "f_alpha_divergence_coef")
-    )
-    loss_types, use_weighting = map(_of_args, ("loss_type", "use_weighting"))
+    loss_types = _of_args("loss_type")
+    beta = _of_args("beta")
+    label_smoothing = _of_args("label_smoothing")
+    ld_alpha = _of_args("ld_alpha")
+    f_divergence_type = _of_args("f_divergence_type")
+    f_alpha_divergence_coef = _of_args("f_alpha_divergence_coef")
+    use_weighting = _of_args("use_weighting")
 
     @property
     def loss_weights(self) -> list[float]:
