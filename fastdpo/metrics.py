@@ -1,4 +1,4 @@
-"""What a run logs: TRL's metric names, sums kept on the device, one read per logging interval."""
+"""What a run logs: TRL's metric names, sums kept on the device, read when they are logged."""
 
 import itertools
 from dataclasses import replace

@@ -1,9 +1,12 @@
 """Split a model's body from its head; model + PairBatch -> log-probabilities.
 
-All that fastdpo asks of a model is said here and in head.py, and nothing else looks inside one:
+All that scoring asks of a model:
 
     body    `base_model`: model inputs -> last_hidden_state (S, L, D)
     head    what head.py knows of its output embedding
+
+(layout.py asks which attention and layers it has, pair_check.py its positions, policy.py its
+dropout; layout_check.py runs the body to find a layer.)
 
 `attach_scorer` teaches a causal language model's forward one more keyword, `scored_rows`. With
 it, the head sees those rows alone and answers with log-probabilities instead of logits; the call

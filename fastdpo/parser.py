@@ -1,4 +1,4 @@
-"""The command line and YAML files of `fastdpo train` -> its arguments, one object per dataclass."""
+"""The command line and YAML file of a run -> its arguments, one object per dataclass."""
 
 import argparse
 import os

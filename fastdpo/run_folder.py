@@ -301,9 +301,6 @@ def _last_checkpoint(path: Path) -> tuple[Path | None, tuple[str, ...]]:
     return None, notes
 
 
-# run.json
-
-
 def _read(path: Path) -> dict[str, Any]:
     """The content of `path`'s run.json; {} where there is none."""
     file = path / RUN_FILE

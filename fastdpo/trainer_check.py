@@ -1,4 +1,4 @@
-"""What DPOTrainer and the command line refuse, said before the rows are tokenised."""
+"""What DPOTrainer and the command line refuse, said as early as it shows."""
 
 from typing import Any
 
