@@ -4,7 +4,7 @@
 attends along it; any other attends as the model did before.
 
     by segments     scaled_dot_product_attention for each trunk and each branch; any device
-    varlen          two launches of variable-length flash attention; CUDA, 16 bits or autocast to 16
+    varlen          one launch of variable-length flash attention; CUDA, 16 bits or autocast to 16
 
 A branch's queries see gathered keys, its trunk's beginning and then itself, aligned at the bottom
 right; autograd of the gather adds the beginning's gradients up.
@@ -231,24 +231,14 @@ def _softcapped(query, key, value, mask, scale, softcap, dropout) -> Tensor:
 
 
 def _by_varlen(query, key, value, tree: Tree, *, kernel, window, **settings) -> Tensor:
-    """Trunks where they are, branches over gathered keys; (1, T, H, K)."""
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, K)
-    settings["window_size"] = (-1 if window is None else window - 1, 0)
-    T = tree.trunks[-1].stop
-    trunk_query, branch_query = query.split([T, len(query) - T])  # as in _by_segments
-    longest = max(t.stop - t.start for t in tree.trunks)
-    cu, lengths = (tree.cu_trunks, tree.cu_trunks), (longest, longest)
-    output = kernel(trunk_query, key[:T], value[:T], *cu, *lengths, **settings)
+    """All trunks and branches at once, over gathered keys; (1, T, H, K)."""
+    # (T, heads, K); in a backward, x[0] would write zeros and then a copy
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if tree.branches:
-        cu = (tree.cu_branches, tree.cu_keys)
-        lengths = (
-            max(b.stop - b.start for b in tree.branches),
-            max(b.shared + b.stop - b.start for b in tree.branches),
-        )
-        seen_key, seen_value = (x.index_select(0, tree.key_indices) for x in (key, value))
-        branches = kernel(branch_query, seen_key, seen_value, *cu, *lengths, **settings)
-        output = torch.cat([output, branches])
-    return output[None]
+        key, value = (x.index_select(0, tree.key_indices) for x in (key, value))
+    bounds = tree.cu_seqlens_q, tree.cu_seqlens_k, tree.max_seqlen_q, tree.max_seqlen_k
+    settings["window_size"] = (-1 if window is None else window - 1, 0)
+    return kernel(query, key, value, *bounds, **settings)[None]
 
 
 def _torch_varlen(query, key, value, *bounds, scale, window_size, softcap, dropout) -> Tensor:

@@ -38,29 +38,36 @@ class Branch(NamedTuple):
 class Tree:
     """Who sees whom in a packed row of T tokens: trunks end to end, then branches end to end.
 
-    The same for variable-length kernels, which take int32 running lengths: cu_trunks of the
-    trunks; cu_branches of the branches, and cu_keys of what each of them sees, gathered from the
-    tokens at key_indices (int64): a branch's shared beginning, then itself. Moves like a tensor.
+    The same for variable-length kernels, in FlashAttention's words: cu_seqlens_q (int32) of the
+    trunks and branches, cu_seqlens_k of what each of them sees, and the longest of both. The keys
+    are gathered from the tokens at key_indices (int64): of a branch its shared beginning, then
+    itself. Moves like a tensor.
     """
 
     trunks: tuple[Trunk, ...]
     branches: tuple[Branch, ...]
-    cu_trunks: Tensor
-    cu_branches: Tensor
-    cu_keys: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
     key_indices: Tensor
 
     @classmethod
     def of(cls, trunks: list[Trunk], branches: list[Branch]) -> "Tree":
         """The tree of these trunks and branches, each in the order of its tokens."""
-        seen = [(b.trunk_start, b.shared, b.start, b.stop - b.start) for b in branches]
-        key_indices = ranges(*np.array(seen, np.int64).reshape(-1, 2).T)  # two for each branch
+        lengths = [s.stop - s.start for s in (*trunks, *branches)]
+        shared = [0] * len(trunks) + [branch.shared for branch in branches]
+        seen = [a + b for a, b in zip(lengths, shared, strict=True)]
+        # what a segment continues, and itself; of a trunk the first is empty
+        starts = [[0, t.start] for t in trunks] + [[b.trunk_start, b.start] for b in branches]
+        key_indices = ranges(np.ravel(starts), np.ravel(list(zip(shared, lengths, strict=True))))
         return cls(
             trunks=tuple(trunks),
             branches=tuple(branches),
-            cu_trunks=cu_seqlens_of([t.stop - t.start for t in trunks]),
-            cu_branches=cu_seqlens_of([b.stop - b.start for b in branches]),
-            cu_keys=cu_seqlens_of([b.shared + b.stop - b.start for b in branches]),
+            cu_seqlens_q=cu_seqlens_of(lengths),
+            cu_seqlens_k=cu_seqlens_of(seen),
+            max_seqlen_q=max(lengths),
+            max_seqlen_k=max(seen),
             key_indices=torch.from_numpy(key_indices),
         )
 

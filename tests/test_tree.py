@@ -5,7 +5,7 @@ from accelerate.utils import send_to_device
 
 from fastdpo.tree import Branch, Tree, Trunk
 
-TENSORS = ("cu_trunks", "cu_branches", "cu_keys", "key_indices")
+TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "key_indices")
 
 
 def tree():
@@ -13,8 +13,9 @@ def tree():
 
 
 def test_what_a_branch_sees_is_gathered_from_its_own_trunk():
-    assert tree().key_indices.tolist() == [5, 6, 8, 9]
-    assert tree().cu_keys.tolist() == [0, 4] and tree().cu_branches.tolist() == [0, 2]
+    assert tree().key_indices.tolist() == [*range(8), 5, 6, 8, 9]
+    assert tree().cu_seqlens_q.tolist() == [0, 5, 8, 10] and tree().max_seqlen_q == 5
+    assert tree().cu_seqlens_k.tolist() == [0, 5, 8, 12] and tree().max_seqlen_k == 5
 
 
 def test_a_tree_moves_with_its_batch_and_is_pinned_with_it(monkeypatch):
@@ -28,6 +29,6 @@ def test_a_tree_moves_with_its_batch_and_is_pinned_with_it(monkeypatch):
         torch.Tensor, "to", lambda tensor, device, **how: copies.append(how) or tensor
     )
     pinned = torch.utils.data._utils.pin_memory.pin_memory({"tree": tree()})["tree"]
-    assert pinned.key_indices.tolist() == [6, 7, 9, 10]
+    assert pinned.key_indices.tolist() == [*range(1, 9), 6, 7, 9, 10]
     send_to_device(pinned, "cpu", non_blocking=True)
     assert copies == [{"non_blocking": True}] * len(TENSORS)
