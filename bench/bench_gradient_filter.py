@@ -16,6 +16,7 @@ import statistics
 import pytest
 import torch
 
+from bench.cases import cases
 from bench.measure import CUDA, DEVICE, seconds
 from bench.tables import table
 from fastdpo import ops
@@ -70,9 +71,7 @@ def unlikely(hidden_ND, head_VD):
 
 
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize(
-    "head", [pytest.param(name, marks=[] if name == "tiny" else pytest.mark.slow) for name in HEADS]
-)
+@pytest.mark.parametrize("head", cases(HEADS))
 def test_gradient_filter(benchmark, head, noise):
     args = inputs(head, noise)
     whole_ND, some_ND = step(*args, 0.0).float(), step(*args, SKIP_BELOW).float()

@@ -10,24 +10,17 @@ take turns, step by step, on the same batches; a run whose losses differ is not 
 
 import pytest
 
+from bench.cases import cases
 from bench.contenders import CONTENDERS, LAYOUTS
-from bench.length_profiles import DATASETS, REAL_PAIRS, TARGETS
+from bench.length_profiles import DATASETS, TARGETS
 from bench.peak_memory import peaks_mib
 from bench.step_race import race, report
 from bench.tasks import task_of
 
 NAMES = ["naive", *(name for name in CONTENDERS if name in LAYOUTS)]
-no_real_pairs = pytest.mark.skipif(not REAL_PAIRS.exists(), reason=f"no {REAL_PAIRS.name} here")
 
 
-@pytest.mark.parametrize(
-    "profile",
-    [
-        "tiny",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in (*TARGETS, *DATASETS)),
-        pytest.param("real pairs", marks=[pytest.mark.slow, no_real_pairs]),
-    ],
-)
+@pytest.mark.parametrize("profile", cases(["tiny", *TARGETS, *DATASETS, "real pairs"]))
 def test_layouts(benchmark, profile):
     task = task_of(profile, adapters=True)
     taken = race(task, NAMES, benchmark)

@@ -18,6 +18,7 @@ from collections import defaultdict
 import pytest
 import torch
 
+from bench.cases import cases
 from bench.head_ways import PAIRS, WAYS, dpo_loss, reason_to_skip
 from bench.measure import CUDA, DEVICE, PeakMemory, seconds
 from bench.tables import table
@@ -39,9 +40,7 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 # tiles of bfloat16 logits are off by up to a nat in a completion, and ours are not of bfloat16
 NATS, GRADIENT = (2.0, 0.1) if CUDA else (2e-3, 2e-4)
 NATS_OF_OURS, GRADIENT_OF_OURS = (2e-2, 1e-2) if CUDA else (2e-3, 2e-4)
-heads = pytest.mark.parametrize(
-    "head", [pytest.param(name, marks=[] if name == "tiny" else pytest.mark.slow) for name in HEADS]
-)
+heads = pytest.mark.parametrize("head", cases(HEADS))
 modes = pytest.mark.parametrize("mode", ["forward", "frozen", "trained"])
 product_seconds = defaultdict(list)  # of each head, in all turns so far
 largest_errors = defaultdict(list)  # of each way and head, in every mode so far

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.cases import cases
 from bench.measure import DEVICE, seconds
 from bench.tables import table
 from fastdpo.kernels import reference
@@ -201,10 +202,7 @@ def check(batch, loss_type, loss, gradient_C):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("loss_type", [("sigmoid",), LOSS_TYPES], ids="+".join)
-@pytest.mark.parametrize(
-    "size",
-    [pytest.param(name, marks=[] if name == "tiny" else pytest.mark.slow) for name in BATCHES],
-)
+@pytest.mark.parametrize("size", cases(BATCHES))
 def test_pair_loss(benchmark, size, loss_type, way):
     row = f"{size}, {'+'.join(loss_type)}: {way}"
     found = table(f"The loss of a batch of pairs, forward and backward; a row: {TURNS} timed turns")

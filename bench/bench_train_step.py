@@ -15,19 +15,15 @@ tokens (work_bound.py).
 import pytest
 import torch
 
+from bench.cases import cases
 from bench.contenders import PEERS
-from bench.length_profiles import REAL_PAIRS, TARGETS
+from bench.length_profiles import TARGETS
 from bench.measure import CUDA
 from bench.peak_memory import peaks_mib
 from bench.step_race import LOSS_TOLERANCE, losses, race, report
 from bench.tasks import LARGE_MODEL, task_of
 
-no_real_pairs = pytest.mark.skipif(not REAL_PAIRS.exists(), reason=f"no {REAL_PAIRS.name} here")
-PROFILES = [
-    "tiny",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in TARGETS),
-    pytest.param("real pairs", marks=[pytest.mark.slow, no_real_pairs]),
-]
+PROFILES = cases(["tiny", *TARGETS, "real pairs"])
 has_room = CUDA and torch.cuda.mem_get_info()[1] > 120 << 30
 wants_gpu = pytest.mark.skipif(not has_room, reason=f"{LARGE_MODEL} wants a GPU of 120 GiB")
 LARGE = [pytest.param(name, marks=[pytest.mark.slow, wants_gpu]) for name in TARGETS]

@@ -53,17 +53,16 @@ def fold_cases():
     """The fold of a tile: each head's full and last tile, alone and with every statistic."""
     pointers = ("z", "peak", "total", "label_logit", "rescale")
     integers = ("width", "start", "z_stride", "p_stride")
-    optional = {"bias_ptr": "HAS_BIAS", "weighted_ptr": "WEIGHTED", "sum_ptr": "SUM"}
-    optional |= {"squares_ptr": "SQUARES"}
+    optional = ("bias_ptr", "weighted_ptr", "sum_ptr", "squares_ptr")
     kinds = itertools.product(HEADS.items(), ("*bf16", "*fp32"), (False, True))
     for (head, (V, _, capped)), p_type, full in kinds:
         types = {f"{name}_ptr": "*fp32" for name in pointers}
-        types |= {"labels_ptr": "*i64", "p_ptr": p_type, "scale": "fp32", "softcap": "fp32"}
+        types |= {"labels_ptr": "*i64", "p_ptr": p_type, "scale": "fp32"}
         types |= dict.fromkeys(integers, "i32")
+        types |= {"softcap": "fp32"} if capped else {}
         types |= dict.fromkeys(optional, "*fp32") if full else {}
-        constants = {} if full else dict.fromkeys(optional)  # None is a constant of a kernel
-        constants |= dict.fromkeys(optional.values(), full)
-        constants |= {"CAP": capped, "BLOCK_T": fold.BLOCK_T_OF_SUMS if full else fold.BLOCK_T}
+        constants = dict.fromkeys({"softcap", *optional} - types.keys())  # None is one of a kernel
+        constants |= {"BLOCK_T": fold.BLOCK_T_OF_SUMS if full else fold.BLOCK_T}
         for width in (TILE_COLUMNS["cuda"], V % TILE_COLUMNS["cuda"]):
             yield Case(
                 name=f"fold {head} {width} columns {p_type[1:]} "

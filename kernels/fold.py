@@ -20,7 +20,7 @@ from fastdpo.kernels.products import has_fast_mkl
 
 LOG2_E = math.log2(math.e)
 BLOCK_T = 1024  # columns that a program of the Triton fold reads at a time
-BLOCK_T_OF_SUMS = 512  # with sums for statistics: of 1024, triton 3.7.1 spills some on sm_90
+BLOCK_T_OF_SUMS = 512  # with sums for statistics: of 1024, triton 3.7.1 spills some on sm_100
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +104,12 @@ def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):
 
 
 @triton.jit
-def _logit(z_ptr, bias_ptr, t, mask, scale, softcap, HAS_BIAS: tl.constexpr, CAP: tl.constexpr):
+def _logit(z_ptr, bias_ptr, t, mask, scale, softcap):
     z_T = tl.load(z_ptr + t, mask=mask, other=0.0)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         z_T += tl.load(bias_ptr + t, mask=mask, other=0.0).to(tl.float32)
     z_T *= scale
-    if CAP:
+    if softcap is not None:
         # softcap * tanh(z / softcap), with an exp that cannot overflow
         decay_T = tl.exp(tl.abs(z_T) * (-2.0 / softcap))
         tanh_T = (1.0 - decay_T) / (1.0 + decay_T)
@@ -136,11 +136,6 @@ def _fold_kernel(
     p_stride,
     scale,
     softcap,
-    HAS_BIAS: tl.constexpr,
-    CAP: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    SUM: tl.constexpr,
-    SQUARES: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)  # n * z_stride outgrows int32 from 16k rows of 128k
@@ -150,7 +145,7 @@ def _fold_kernel(
     tile_peak_T = tl.full((BLOCK_T,), -float("inf"), tl.float32)
     for first in range(0, width, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
-        z_T = _logit(z_ptr, bias_ptr, t, t < width, scale, softcap, HAS_BIAS, CAP)
+        z_T = _logit(z_ptr, bias_ptr, t, t < width, scale, softcap)
         tile_peak_T = tl.maximum(tile_peak_T, tl.where(t < width, z_T, -float("inf")))
     peak = tl.maximum(old_peak, tl.max(tile_peak_T))
     rescale = tl.exp(old_peak - peak)
@@ -163,17 +158,17 @@ def _fold_kernel(
     squares_T = tl.zeros((BLOCK_T,), tl.float32)
     for first in range(0, width, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
-        z_T = _logit(z_ptr, bias_ptr, t, t < width, scale, softcap, HAS_BIAS, CAP)
+        z_T = _logit(z_ptr, bias_ptr, t, t < width, scale, softcap)
         label_logit_T += tl.where(t == column, z_T, 0.0)
         exp_T = tl.where(t < width, tl.exp(z_T - peak), 0.0)
         total_T += exp_T
-        if WEIGHTED:
+        if weighted_ptr is not None:
             weighted_T += tl.where(exp_T == 0.0, 0.0, exp_T * z_T)
-        if SUM:
+        if sum_ptr is not None:
             sum_T += z_T  # 0 from width on
-        if SQUARES:
+        if squares_ptr is not None:
             squares_T += exp_T * exp_T
-        if CAP:
+        if softcap is not None:
             capped_T = z_T * (1.0 / softcap)
             exp_T *= 1.0 - capped_T * capped_T
         exp_T = tl.where(t == column, 0.0, exp_T)
@@ -183,11 +178,11 @@ def _fold_kernel(
     tl.store(peak_ptr + n, peak)
     tl.store(rescale_ptr + n, rescale)
     tl.store(total_ptr + n, tl.load(total_ptr + n) * rescale + tl.sum(total_T))
-    if WEIGHTED:
+    if weighted_ptr is not None:
         tl.store(weighted_ptr + n, tl.load(weighted_ptr + n) * rescale + tl.sum(weighted_T))
-    if SUM:
+    if sum_ptr is not None:
         tl.store(sum_ptr + n, tl.load(sum_ptr + n) + tl.sum(sum_T))
-    if SQUARES:
+    if squares_ptr is not None:
         squares = tl.load(squares_ptr + n) * rescale * rescale
         tl.store(squares_ptr + n, squares + tl.sum(squares_T))
 
@@ -211,12 +206,7 @@ def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):
             z_NT.stride(0),
             p_NT.stride(0),
             scale,
-            1.0 if softcap is None else softcap,
-            HAS_BIAS=bias_T is not None,
-            CAP=softcap is not None,
-            WEIGHTED=softmax.weighted_N is not None,
-            SUM=softmax.sum_N is not None,
-            SQUARES=softmax.squares_N is not None,
+            softcap,
             BLOCK_T=BLOCK_T if all(x is None for x in sums) else BLOCK_T_OF_SUMS,
         )
 

@@ -10,8 +10,8 @@ The vocabulary is walked once, a tile of columns at a time, with a running maxim
 
 so the walk sums its second term as well (attention with the head as keys and values), and the
 backward of a frozen head is one row scale: two products in all. A trained head takes a third, and
-a fourth for the tiles of p that did not fit `head_cache_bytes`. An adapter on the head adds a term
-down_NR upᵀ to the products, as thin as its rank R. Derivation: README.md.
+a fourth for the tiles of p that were not kept. An adapter on the head adds a term down_NR upᵀ to
+the products, as thin as its rank R. Derivation: README.md.
 """
 
 import torch
@@ -143,17 +143,20 @@ def linear_logps(
         a product more. No setting changes the result by more than rounding.
     skip_below: leave columns of the vocabulary out of the second product whose p c is less than
         this in every row of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12).
-        Log-probabilities and weights' gradients do not change; a row of hidden_ND's gradient by at
-        most |dlogp| * scale * (the probability left out) * (the norm of the longest head row). The
-        label's part stays exact. Measure before use: bench/results/cpu.md.
-    backend: "triton" (a GPU, or Triton's interpreter) or "torch" for all but the product of a tile.
+        Log-probabilities and the gradients of head_VD, up_VR and bias_V do not change; a row of
+        hidden_ND's by at most |dlogp| * scale * (the probability left out) * (the norm of the
+        longest head row), and of down_NR's with up_VR's rows. The label's part stays exact. Measure
+        before use: bench/results/cpu.md.
+    backend: "triton" (a GPU, or Triton's interpreter) or "torch"; products of whole tiles are
+        torch's in both.
 
     Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles: on a
     CPU the larger of 4 MiB and 2 MiB + 2048 D bytes, for operands of another dtype than float32
-    also 4 D (512 + 1024) bytes; on a GPU at most 256 MiB for a frozen head in hidden_ND's dtype,
-    280 for another one, 448 for a head that trains, 520 if autocast narrows it. A trained weight
-    keeps its inputs, the memory of its gradient and the cache until the backward has used them, and
-    under a checkpoint with use_reentrant=False those of both forwards.
+    also 4 D (512 + 1024) bytes, with skip_below 2 MiB + 4096 D bytes more, with statistics or
+    softcap up to 4 MiB more; on a GPU at most 256 MiB for a frozen head in hidden_ND's dtype, 280
+    for another one, 448 for a head that trains, 520 if autocast narrows it. A trained weight keeps
+    its inputs, the memory of its gradient and the cache until the backward has used them, and under
+    a checkpoint with use_reentrant=False those of both forwards.
 
     Deterministic: the same inputs give the same bits. On a CPU a row's log-probability, and its
     statistics but the entropy, are also batch-invariant: the same bits whatever rows are scored

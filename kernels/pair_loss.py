@@ -10,8 +10,6 @@ the forward keeps its slope in each, and the backward writes that slope to a com
 One launch forward, a program a pair; one launch backward, a program a completion.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -35,19 +33,6 @@ LOSS_TYPES = (
     "discopop",
 )
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-
-
-class _Settings(NamedTuple):
-    """pair_loss's settings, as its kernels take them."""
-
-    loss_type: tuple[str, ...]
-    loss_weights: tuple[float, ...]
-    f_divergence_type: str
-    beta: float
-    label_smoothing: float
-    f_alpha_divergence_coef: float
-    discopop_tau: float
-    ld_alpha: float
 
 
 @triton.jit
@@ -145,7 +130,8 @@ def _backward_kernel(
 
 class _PairLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token_logps_C, cu_seqlens, reference_logps_S, settings: _Settings):
+    def forward(ctx, token_logps_C, cu_seqlens, reference_logps_S, settings):
+        """settings: the scalars and constants of _forward_kernel, by name."""
         S, device = reference_logps_S.numel(), token_logps_C.device
         loss_B = torch.empty(S // 2, dtype=torch.float32, device=device)
         metrics_MB = torch.empty(6, S // 2, dtype=torch.float32, device=device)
@@ -160,18 +146,11 @@ class _PairLoss(torch.autograd.Function):
                     metrics_MB,
                     slope_S,
                     S // 2,
-                    settings.beta,
-                    settings.label_smoothing,
-                    settings.f_alpha_divergence_coef,
-                    settings.discopop_tau,
-                    settings.ld_alpha,
-                    LOSS_TYPES=settings.loss_type,
-                    LOSS_WEIGHTS=settings.loss_weights,
-                    F_DIVERGENCE=settings.f_divergence_type,
+                    **settings,
                     BLOCK_C=BLOCK_C,
                 )
         ctx.save_for_backward(slope_S, cu_seqlens)
-        ctx.num_tokens, ctx.ld_alpha = token_logps_C.numel(), settings.ld_alpha
+        ctx.num_tokens, ctx.ld_alpha = token_logps_C.numel(), settings["ld_alpha"]
         ctx.mark_non_differentiable(metrics_MB)
         return loss_B, metrics_MB
 
@@ -234,16 +213,16 @@ def pair_loss(
     loss_weights = loss_weights or (1.0,) * len(loss_type)
     if f_divergence_type == "alpha_divergence" and abs(f_alpha_divergence_coef - 1) < 1e-6:
         f_divergence_type = "reverse_kl"  # its limit
-    settings = _Settings(
-        loss_type=tuple(loss_type),
-        loss_weights=tuple(map(float, loss_weights)),
-        f_divergence_type=f_divergence_type,
-        beta=float(beta),  # Triton would compile an int 1 into the kernel
-        label_smoothing=float(label_smoothing),
-        f_alpha_divergence_coef=float(f_alpha_divergence_coef),
-        discopop_tau=float(discopop_tau),
-        ld_alpha=1.0 if ld_alpha is None else float(ld_alpha),
-    )
+    settings = {
+        "beta": float(beta),  # Triton would compile an int 1 into the kernel
+        "label_smoothing": float(label_smoothing),
+        "f_alpha_divergence_coef": float(f_alpha_divergence_coef),
+        "discopop_tau": float(discopop_tau),
+        "ld_alpha": 1.0 if ld_alpha is None else float(ld_alpha),
+        "LOSS_TYPES": tuple(loss_type),
+        "LOSS_WEIGHTS": tuple(map(float, loss_weights)),
+        "F_DIVERGENCE": f_divergence_type,
+    }
     return _PairLoss.apply(
         token_logps_C.contiguous(),
         cu_seqlens.contiguous(),

@@ -31,12 +31,12 @@ class Operand:
 
     def __init__(
         self,
-        of: Tensor | HeadRows,
+        source: Tensor | HeadRows,
         dtype: torch.dtype,
         rounded_to: torch.dtype | None,
         device: torch.device,
     ):
-        self._of, self._dtype, self._rounded_to = of, dtype, rounded_to
+        self._source, self._dtype, self._rounded_to = source, dtype, rounded_to
         self._device = device
         self._rows = self._piece = self._memory = None
 
@@ -47,16 +47,17 @@ class Operand:
 
     def at(self, rows: Tensor) -> Tensor:
         """The rows of these indices, with the values that the products have."""
-        return self._rounded(self._of[rows]).to(self._dtype)
+        return self._rounded(self._source[rows]).to(self._dtype)
 
     def _made(self, rows: slice) -> Tensor:
-        if isinstance(self._of, Tensor):
-            piece = self._rounded(self._of[rows])
+        if isinstance(self._source, Tensor):
+            piece = self._rounded(self._source[rows])
             return piece if piece.dtype == self._dtype else self._room_for(len(piece)).copy_(piece)
-        made, few = self._room_for(rows.stop - rows.start), self._rows_at_once()
-        for start in range(rows.start, rows.stop, few):
-            some = slice(start, min(start + few, rows.stop))
-            made[some.start - rows.start : some.stop - rows.start] = self._rounded(self._of[some])
+        made, step = self._room_for(rows.stop - rows.start), self._rows_at_once()
+        for first in range(0, len(made), step):
+            out = made[first : first + step]
+            start = rows.start + first
+            out.copy_(self._rounded(self._source[start : start + len(out)]))
         return made
 
     def _rounded(self, piece: Tensor) -> Tensor:
@@ -64,11 +65,11 @@ class Operand:
 
     def _rows_at_once(self) -> int:
         elements = MADE_AT_ONCE["cpu" if self._device.type == "cpu" else "cuda"]
-        return max(1, elements // self._of.shape[1])
+        return max(1, elements // self._source.shape[1])
 
     def _room_for(self, count: int) -> Tensor:
         if self._memory is None or len(self._memory) < count:
-            shape = (count, self._of.shape[1])
+            shape = (count, self._source.shape[1])
             self._memory = torch.empty(shape, dtype=self._dtype, device=self._device)
         return self._memory[:count]
 

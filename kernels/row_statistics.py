@@ -23,7 +23,6 @@ def statistics(
     tiles: Tiles, softmax: RunningSoftmax, lse_N: Tensor, u_of_terms: list[Tensor | None]
 ) -> list[Tensor]:
     """The statistics asked for, in order; each u is as the walk leaves it, its label left out."""
-    scale, num_tokens = tiles.settings.scale, tiles.terms[0].w_VK.shape[0]
     found = []
     for name in tiles.settings.stats:
         if name == "lse":
@@ -35,12 +34,17 @@ def statistics(
         elif name == "entropy":
             # a difference of two numbers of the size of the logits, rounded as they are
             found.append((lse_N - _mean_of_p(tiles, softmax, u_of_terms)).clamp_(min=0))
-        elif softmax.sum_N is not None:  # mean_logit
-            found.append(softmax.sum_N / num_tokens)
-        else:
-            dots = [_row_dots(tiles, term, _mean_w(tiles, term)) for term in tiles.terms]
-            found.append(scale * sum(dots))
+        elif name == "mean_logit":
+            found.append(_mean_logit(tiles, softmax))
     return found
+
+
+def _mean_logit(tiles: Tiles, softmax: RunningSoftmax) -> Tensor:
+    """sum_v z_v / V of each row."""
+    if softmax.sum_N is not None:
+        return softmax.sum_N / tiles.terms[0].w_VK.shape[0]
+    dots = [_row_dots(tiles, term, _mean_w(tiles, term)) for term in tiles.terms]
+    return tiles.settings.scale * sum(dots)
 
 
 def _mean_of_p(tiles: Tiles, softmax: RunningSoftmax, u_of_terms: list[Tensor | None]) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 from fastdpo.kernels.fold import RunningSoftmax
 from fastdpo.kernels.products import product
 
-# BLOCK_N, BLOCK_T, BLOCK_K by the bytes of an operand: the largest without spills; not timed
+# BLOCK_N, BLOCK_T, BLOCK_K by the bytes of an operand: none spills, and a larger BLOCK_T would
+# leave out less; not timed
 BLOCKS = {2: (128, 64, 128), 4: (64, 32, 128)}
 NUM_WARPS = 8  # of such a block
 RESCALED_AT_ONCE = 1024  # columns of u

@@ -18,9 +18,8 @@ from fastdpo.kernels.second_product import SECOND_PRODUCTS
 TILE_ROWS = {"cpu": 512, "cuda": 8192}
 TILE_COLUMNS = {"cpu": 1024, "cuda": 4096}
 LEAST_ROWS = 1024  # of a GPU's tile that is to fit the memory of a gradient
-# Rows of a tile start at multiples of this: cuBLAS wants them aligned, and on a CPU exp2, which may
-# round elements left over from whole vectors differently, then has the same columns of each row
-# left.
+# Rows of a tile start at multiples of this. cuBLAS wants them aligned; and on a CPU exp2 may round
+# elements left over from whole vectors differently: these are then the same columns in every row.
 ROW_MULTIPLE = 16
 
 

@@ -45,6 +45,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(params=["torch", "triton"])
+def backend(request) -> str:
+    """Each implementation of linear_logps."""
+    return request.param
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 4 rows by 2 blocks, so that a test's few rows are walked as thousands are."""

@@ -17,13 +17,13 @@ from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.products import has_fast_mkl, has_good_onednn
 from fastdpo.quantised import FourBitRows, Int8Rows
 
-PRODUCTS = {
-    "no-grad": ({"grad": False}, 1),
-    "frozen": ({"head": False}, 2),
-    "trained": ({"head": True}, 3),
-    "trained-kept-in-the-gradient": ({"head": True, "head_cache_bytes": 0}, 3),
-    "trained-in-part": ({"head": True, "head_cache_bytes": 0, "D": 8}, 3.5),
-    "trained-not-kept": ({"head": True, "head_cache_bytes": 0, "D": 3}, 4),
+PRODUCTS = {  # whether hidden states and head want gradients, D of 16 rows, bytes of cache
+    "no-grad": (False, False, 16, 1 << 30, 1),
+    "frozen": (True, False, 16, 1 << 30, 2),
+    "trained": (True, True, 3, 1 << 30, 3),
+    "trained-kept-in-the-gradient": (True, True, 16, 0, 3),
+    "trained-in-part": (True, True, 8, 0, 3.5),
+    "trained-not-kept": (True, True, 3, 0, 4),
 }
 
 
@@ -40,17 +40,19 @@ def counting_flops():
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(("kind", "wanted"), PRODUCTS.values(), ids=PRODUCTS)
-def test_products_are_as_few_as_promised(kind, wanted):
-    settings = {name: kind[name] for name in ("head_cache_bytes",) if name in kind}
-    N, D, V = shape = (16, kind.get("D", 16), 4 * BLOCK_T)
-    hidden_ND, head_VD, labels_N, _ = inputs(shape, torch.float32)
-    head_VD.requires_grad_(kind.get("head", False))
-    with counting_flops() as counter, torch.set_grad_enabled(kind.get("grad", True)):
+@pytest.mark.parametrize(
+    ("grad", "trained", "D", "cache", "wanted"), PRODUCTS.values(), ids=PRODUCTS
+)
+def test_products_are_as_few_as_promised(grad, trained, D, cache, wanted):
+    N, V = 16, 4 * BLOCK_T
+    hidden_ND, head_VD, labels_N, _ = inputs((N, D, V), torch.float32)
+    hidden_ND.requires_grad_(grad)
+    head_VD.requires_grad_(trained)
+    with counting_flops() as counter:
         logps_N = linear_logps(
-            hidden_ND.requires_grad_(), head_VD, labels_N, backend="torch", **settings
+            hidden_ND, head_VD, labels_N, backend="torch", head_cache_bytes=cache
         )
-        if logps_N.requires_grad:
+        if grad:
             logps_N.sum().backward()
     assert counter.get_total_flops() == wanted * 2 * N * V * D
 
@@ -243,21 +245,25 @@ def test_a_gradient_is_right_wherever_its_memory_had_tiles():
         assert error < (1e-5 if head_VD.dtype == torch.float32 else 1e-2)
 
 
-def test_a_row_keeps_its_bits_where_tiles_are_no_whole_number_of_vectors():
-    """The mass is in the last columns, which are not a whole number of vectors."""
+@pytest.fixture(params=[1, 2])
+def threads(request):
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        hidden_ND, head_VD, labels_N, _ = inputs((95, 32, 1057), torch.float32)
-        bias_V = torch.zeros(1057)
-        bias_V[-33:] = 20.0
-        together_N = linear_logps(hidden_ND, head_VD, labels_N, bias_V=bias_V, backend="torch")
-        for rows in range(17, 95):
-            args = hidden_ND[:rows], head_VD, labels_N[:rows]
-            alone_N = linear_logps(*args, bias_V=bias_V, backend="torch")
-            assert torch.equal(alone_N, together_N[:rows])
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1], indirect=True)
+def test_a_row_keeps_its_bits_where_tiles_are_no_whole_number_of_vectors(threads):
+    """The mass is in the last columns, which are not a whole number of vectors."""
+    hidden_ND, head_VD, labels_N, _ = inputs((95, 32, 1057), torch.float32)
+    bias_V = torch.zeros(1057)
+    bias_V[-33:] = 20.0
+    together_N = linear_logps(hidden_ND, head_VD, labels_N, bias_V=bias_V, backend="torch")
+    for rows in range(17, 95):
+        args = hidden_ND[:rows], head_VD, labels_N[:rows]
+        alone_N = linear_logps(*args, bias_V=bias_V, backend="torch")
+        assert torch.equal(alone_N, together_N[:rows])
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -272,14 +278,6 @@ def test_tiles_that_were_kept_go_with_the_backward():
     first = head_VD.grad.clone()
     loss.backward()
     torch.testing.assert_close(head_VD.grad, 2 * first)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")
@@ -298,8 +296,6 @@ def test_a_rows_answer_does_not_depend_on_the_others(dtype, D, V):
 @pytest.mark.parametrize("N", [513, 1030, 261_633])
 def test_no_block_of_rows_is_left_with_a_few(N):
     blocks = vocabulary_walk.even_slices(N, 512)
-    assert [n for block in blocks for n in (block.start, block.stop)][1:-1:2] == [
-        block.start for block in blocks[1:]
-    ]
+    assert [0, *(block.stop for block in blocks)] == [*(block.start for block in blocks), N]
     sizes = {block.stop - block.start for block in blocks}
-    assert blocks[-1].stop == N and max(sizes) <= 512 and max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= 512 and max(sizes) - min(sizes) <= 1

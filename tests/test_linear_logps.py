@@ -6,7 +6,7 @@ from tiny_heads import assert_all_as_accurate, inputs, run
 from torch.utils.checkpoint import checkpoint
 
 from fastdpo.kernels import reference
-from fastdpo.kernels.fold import BLOCK_T
+from fastdpo.kernels.fold import BLOCK_T, FOLDS
 from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.row_statistics import STATS
 
@@ -17,11 +17,9 @@ SHAPES = {
     "ragged-last-block": (5, 16, BLOCK_T + 7),
     "ragged-last-tile-and-rows": (11, 16, 5 * BLOCK_T + 1),
 }
-BACKENDS = ["torch", "triton"]
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_value_and_gradients_are_as_accurate_as_pytorch(backend, shape, trained, device):
@@ -33,7 +31,6 @@ def test_value_and_gradients_are_as_accurate_as_pytorch(backend, shape, trained,
     assert_all_as_accurate(ours, same, truth, times=4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "capped"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
@@ -46,7 +43,6 @@ def test_heads_of_every_kind_are_as_accurate(backend, softcap, bias, scale, devi
     assert_all_as_accurate(ours, same, truth, times=4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_inputs_keep_float32_logits(backend, dtype, device):
     shape = SHAPES["ragged-last-block"]
@@ -65,7 +61,6 @@ def test_half_inputs_keep_float32_logits(backend, dtype, device):
 
 
 @pytest.mark.usefixtures("narrow_operands")
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head_cache_bytes", [0, 1 << 30])
 def test_a_gpus_tiles_of_narrow_operands_are_as_accurate(backend, head_cache_bytes, device):
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.bfloat16, device, bias=True)
@@ -79,7 +74,6 @@ def test_a_gpus_tiles_of_narrow_operands_are_as_accurate(backend, head_cache_byt
 
 
 @pytest.mark.usefixtures("narrow_operands")
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "capped"])
 def test_a_sure_models_gradients_are_not_rounded_away(backend, softcap, device):
     """Where p of the label is 0.99, its part in the gradient is 1 - p: in 16 bits 0 or 1 / 128."""
@@ -96,7 +90,6 @@ def test_a_sure_models_gradients_are_not_rounded_away(backend, softcap, device):
         assert error < 0.01, f"{name} is off by {error:.1%}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_may_lie_any_way_in_memory(backend, device):
     args = inputs((17, 24, BLOCK_T + 7), torch.float32, device, bias=True)
     strided = [args[0].T.contiguous().T, args[1].T.contiguous().T]
@@ -111,7 +104,6 @@ def test_inputs_may_lie_any_way_in_memory(backend, device):
         torch.testing.assert_close(ours, straight[name], atol=1e-4, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_cache_changes_no_gradient(backend, device):
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.float32, device, bias=True)
     tile_bytes = 4 * 4 * 2 * BLOCK_T
@@ -132,7 +124,6 @@ def test_the_cache_changes_no_gradient(backend, device):
         assert (none[name] - all_of_it[name]).abs().max() <= bound, name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "capped"])
 @pytest.mark.parametrize("broken", ["label-below", "label-above", "nan", "inf"])
 def test_a_broken_row_is_nan_and_no_other(backend, softcap, broken, device):
@@ -160,7 +151,6 @@ def test_a_broken_row_is_nan_and_no_other(backend, softcap, broken, device):
     assert found["dhead"].isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head_cache_bytes", [0, 1 << 30])
 @pytest.mark.parametrize("head_grad", [False, True], ids=["frozen", "trained"])
 def test_a_low_rank_term_is_as_accurate(backend, head_cache_bytes, head_grad, device):
@@ -183,7 +173,6 @@ def test_a_low_rank_term_is_as_accurate(backend, head_cache_bytes, head_grad, de
     assert_all_as_accurate(ours, same, truth, times=4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "capped"])
 def test_a_low_rank_term_that_is_not_finite_breaks_its_row_alone(backend, softcap, device):
     hidden_ND, head_VD, labels_N, _ = inputs((5, 4, 40), torch.float32, device)
@@ -217,7 +206,6 @@ def test_skipping_unlikely_tokens_keeps_its_bound(backend, peakedness, likely, d
     assert (error_N <= bound_N + 1e-4).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_skipping_what_no_token_is_changes_nothing(backend, device):
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.float32, device, bias=True)
     some = run(linear_logps, *args, torch.float32, backend=backend, skip_below=1e-30)
@@ -226,7 +214,6 @@ def test_skipping_what_no_token_is_changes_nothing(backend, device):
     assert_all_as_accurate(some, same, truth, times=4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bias_trains_where_it_alone_does(backend, device):
     hidden_ND, head_VD, labels_N, bias_V = inputs((5, 8, 100), torch.float32, device, bias=True)
     grads = []
@@ -238,7 +225,6 @@ def test_a_bias_trains_where_it_alone_does(backend, device):
 
 
 @pytest.mark.parametrize("skip_below", [0.0, 2**-12])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_inputs_give_the_same_bits(backend, skip_below, device):
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.float32, device, bias=True)
     settings = {"backend": backend, "skip_below": skip_below}
@@ -248,7 +234,6 @@ def test_the_same_inputs_give_the_same_bits(backend, skip_below, device):
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits_neither_overflow_nor_vanish(backend, device):
     hidden_ND, head_VD, labels_N, _ = inputs((3, 4, 3 * BLOCK_T), torch.float32, device)
     ours = run(
@@ -281,7 +266,7 @@ def test_any_shape_agrees(N, D, V, seed):
     args = inputs((N, D, V), torch.float32, device, seed=seed)
     truth = run(reference.linear_logps, *args, torch.float64)
     same = run(reference.linear_logps, *args, torch.float32)
-    for backend in BACKENDS:
+    for backend in FOLDS:
         ours = run(linear_logps, *args, torch.float32, backend=backend)
         del ours["is_top1"]  # two logits may be closer than float32 can tell
         exact = {name: truth[name] for name in ours}
@@ -379,8 +364,6 @@ def test_a_gradient_of_the_gradient_is_an_error(trained):
         torch.autograd.grad(logps_N.sum(), hidden_ND, create_graph=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.usefixtures("small_tiles")
 def test_a_first_tile_that_is_masked_out_breaks_nothing(backend, device):
     hidden_ND, head_VD, labels_N, _ = inputs((6, 4, 5 * BLOCK_T), torch.float32, device)
     labels_N = labels_N % BLOCK_T + 3 * BLOCK_T

@@ -8,12 +8,10 @@ from fastdpo.kernels import reference
 from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.row_statistics import STATS
 
-BACKENDS = ["torch", "triton"]
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 @pytest.mark.usefixtures("narrow_operands")
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_of_narrow_operands_are_exact(backend, device):
     hidden_ND, head_VD, labels_N, _ = inputs((5, 16, 100), torch.bfloat16, device)
     hidden_ND.requires_grad_()
@@ -25,7 +23,6 @@ def test_statistics_of_narrow_operands_are_exact(backend, device):
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_statistics_need_no_gradient_and_no_wide_inputs(backend, dtype, device):
     hidden_ND, head_VD, labels_N, _ = inputs((5, 8, 100), dtype, device)
@@ -68,7 +65,6 @@ def test_entropy_loses_no_more_than_logits_do(needs_grad):
     assert (ours["entropy"] - truth["entropy"]).abs().max() < 8 * 3000 * torch.finfo().eps
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_column_that_is_never_taken_leaves_the_statistics_finite(backend, device):
     hidden_ND, head_VD, labels_N, bias_V = inputs((5, 16, 100), torch.float32, device, bias=True)
     labels_N %= 50

@@ -9,7 +9,6 @@ from fastdpo.kernels.fold import RunningSoftmax
 from fastdpo.kernels.second_product import BLOCKS, RESCALED_AT_ONCE, SECOND_PRODUCTS
 
 BLOCK_N, BLOCK_T, BLOCK_K = BLOCKS[4]
-WAYS = ["torch", "triton"]
 DTYPES = [
     torch.float32,
     torch.float16,
@@ -51,20 +50,19 @@ def kept_p(p_NT, softmax, skip_below, block_n, block_t):
     return kept_NT
 
 
-def assert_adds(way, args, skip_below, dtype=torch.float32, blocks=(BLOCK_N, BLOCK_T)):
+def assert_adds(backend, args, skip_below, dtype=torch.float32, blocks=(BLOCK_N, BLOCK_T)):
     p_NT, w_TK, u_NK, softmax = args
     p_NT, w_TK, before_NK = p_NT.to(dtype), w_TK.to(dtype), u_NK.clone()
-    SECOND_PRODUCTS[way](p_NT, w_TK, u_NK, softmax, skip_below)
+    SECOND_PRODUCTS[backend](p_NT, w_TK, u_NK, softmax, skip_below)
     kept_NT = kept_p(p_NT, softmax, skip_below, *blocks) if skip_below else p_NT.double()
     wanted_NK = before_NK * softmax.rescale_N[:, None].double() + kept_NT @ w_TK.double()
     torch.testing.assert_close(u_NK.double(), wanted_NK, rtol=1e-5, atol=1e-5)
     return kept_NT
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_tile_is_added_to_the_rescaled_sum(way, shape, device):
-    assert_adds(way, inputs(shape, device), 0.0)
+def test_a_tile_is_added_to_the_rescaled_sum(backend, shape, device):
+    assert_adds(backend, inputs(shape, device), 0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,32 +81,29 @@ def test_single_columns_are_left_out_in_torch(device):
     assert 0 < (kept_NT == 0).sum() < kept_NT.numel()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_where_no_row_reaches_any_block_the_sum_is_only_rescaled(way, device):
+def test_where_no_row_reaches_any_block_the_sum_is_only_rescaled(backend, device):
     p_NT, w_TK, u_NK, softmax = inputs(SHAPES["ragged-last-blocks"], device)
     rescaled_NK = u_NK * softmax.rescale_N[:, None]
-    SECOND_PRODUCTS[way](p_NT.clamp(max=1e-6), w_TK, u_NK, softmax, 2**-12)
+    SECOND_PRODUCTS[backend](p_NT.clamp(max=1e-6), w_TK, u_NK, softmax, 2**-12)
     assert torch.equal(u_NK, rescaled_NK)
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("skip_below", [0.0, 2**-12])
-def test_a_head_may_lie_any_way_in_memory(way, skip_below, device):
+def test_a_head_may_lie_any_way_in_memory(backend, skip_below, device):
     p_NT, w_TK, u_NK, softmax = inputs((5, 40, 20), device)
     turned_NK = u_NK.clone()
-    SECOND_PRODUCTS[way](p_NT, w_TK, u_NK, softmax, skip_below)
-    SECOND_PRODUCTS[way](p_NT, w_TK.T.contiguous().T, turned_NK, softmax, skip_below)
+    SECOND_PRODUCTS[backend](p_NT, w_TK, u_NK, softmax, skip_below)
+    SECOND_PRODUCTS[backend](p_NT, w_TK.T.contiguous().T, turned_NK, softmax, skip_below)
     torch.testing.assert_close(turned_NK, u_NK, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("skip_below", [0.0, 2**-12])
-def test_a_row_that_is_not_finite_breaks_no_other(way, skip_below, device):
+def test_a_row_that_is_not_finite_breaks_no_other(backend, skip_below, device):
     p_NT, w_TK, u_NK, softmax = inputs((5, 40, 20), device)
     whole_NK = u_NK.clone()
-    SECOND_PRODUCTS[way](p_NT, w_TK, whole_NK, softmax, skip_below)
+    SECOND_PRODUCTS[backend](p_NT, w_TK, whole_NK, softmax, skip_below)
     p_NT[2], softmax.total_N[2], softmax.rescale_N[2] = float("nan"), float("nan"), float("nan")
-    SECOND_PRODUCTS[way](p_NT, w_TK, u_NK, softmax, skip_below)
+    SECOND_PRODUCTS[backend](p_NT, w_TK, u_NK, softmax, skip_below)
     assert u_NK[2].isnan().all()
     others = torch.arange(5, device=device) != 2
     torch.testing.assert_close(u_NK[others], whole_NK[others], rtol=1e-5, atol=1e-6)
