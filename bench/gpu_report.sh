@@ -97,7 +97,7 @@ bench 80 train_step bench_train_step.py "chat and lora" test_train_step
 step 25 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/trace.json.gz"
 bench 50 layouts bench_layouts.py "long"
 bench 30 attention bench_attention.py "8B and (full or long)"
-bench 30 pair_loss bench_pair_loss.py "64 and not tiny"
+bench 30 pair_loss bench_pair_loss.py "64"
 bench 35 gradient_filter bench_gradient_filter.py "8B"
 bench 40 precomputed bench_train_step.py "chat and lora" test_precomputed
 bench 10 large_model bench_train_step.py "chat" test_large_model  # and what the others leave
