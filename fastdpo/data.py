@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS, Cut
 from fastdpo.messages import check_text, is_conversation
-from fastdpo.preferences import FIELDS, MALFORMED, ORIGIN, checked_row
+from fastdpo.preferences import FIELDS, MALFORMED, ORIGIN, checked_row, from_arrow
 from fastdpo.row_errors import FieldError, RowError
 from fastdpo.row_report import (
     BAD,
@@ -239,7 +239,7 @@ class _Tokenize:
         """Check the row's fields, and render the texts that are to be tokenised."""
         if row.given.get(MALFORMED) is not None:
             raise RowError(row.given[MALFORMED])  # which says where the row is from
-        row.checked = fields = checked_row(row.given)
+        row.checked = fields = checked_row(from_arrow(row.given))
         if self.with_reference and REFERENCE_COLUMNS[0] not in fields:
             wanted = "a number, as other rows have one"
             raise FieldError(REFERENCE_COLUMNS[0], wanted, said="no value")

@@ -61,9 +61,9 @@ def _check_content(where: str, message: dict[str, Any]) -> None:
         raise FieldError(where, "text", said="no content")  # nor tool_calls, reasoning_content, ...
 
 
-def as_sent(messages: list[Any]) -> list[Any]:
-    """The messages as they were before Arrow stored them: messages kept as JSON text (rows.py) are
-    decoded, and the None values are dropped that Arrow adds to give all the same keys."""
+def decoded(messages: list[Any]) -> list[Any]:
+    """The messages, of which some may be kept as JSON text (rows.py), without those of their keys
+    that are None."""
     return [
         {key: value for key, value in message.items() if value is not None}
         if isinstance(message, dict)
@@ -77,6 +77,13 @@ def _read(message: Any) -> Any:
         return json.loads(message) if isinstance(message, str) else message
     except (ValueError, RecursionError):
         return message
+
+
+def without_nulls(value: Any) -> Any:
+    """`value` without the None that Arrow adds to give all objects of a column the same keys."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return list(map(without_nulls, value)) if isinstance(value, list) else value
 
 
 def parsed(field: str, value: Any, kind: type) -> Any:

@@ -8,11 +8,12 @@ from typing import Any
 
 from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS
 from fastdpo.messages import (
-    as_sent,
     check_conversation,
     check_text,
+    decoded,
     is_conversation,
     parsed,
+    without_nulls,
 )
 from fastdpo.row_errors import FieldError, RowError
 
@@ -23,6 +24,12 @@ MALFORMED = "fastdpo_malformed"  # in place of all others: why a row could not b
 ORIGIN = "fastdpo_origin"  # which row of which source, where rows of several are mixed
 MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content)\1\s*:""")
 FIELDS = (*TEXT_FIELDS, *ID_COLUMNS, *REFERENCE_COLUMNS, *IMAGE_FIELDS, *OPTION_FIELDS, MALFORMED)
+
+
+def from_arrow(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` with its messages and options as they were before Arrow stored them."""
+    fields = (*TEXT_FIELDS, *OPTION_FIELDS)
+    return row | {field: without_nulls(row[field]) for field in fields if field in row}
 
 
 def checked_row(row: Any) -> dict[str, Any]:
@@ -68,7 +75,7 @@ def _checked_texts(row: dict[str, Any]) -> dict[str, Any]:
     texts = {field: row[field] for field in kinds}
     conversation = is_conversation(row["chosen"])
     if conversation:
-        texts = {field: as_sent(messages) for field, messages in texts.items()}
+        texts = {field: decoded(messages) for field, messages in texts.items()}
     else:
         for field, text in texts.items():
             check_text(field, text)
@@ -137,5 +144,26 @@ def malformed(reason: str, skip_bad: bool) -> dict[str, str | None]:
 
 
 def storable(row: dict[str, Any]) -> dict[str, Any]:
-    """`row` with its free-form options as JSON text: Arrow would ask them to be alike."""
-    return row | {name: json.dumps(row[name]) for name in OPTION_FIELDS if name in row}
+    """`row` with what Arrow would ask to be alike as JSON text: options, and messages that are more
+    than a role and a text."""
+    texts = {name: json.dumps(row[name]) for name in OPTION_FIELDS if name in row}
+    many = [name for name in TEXT_FIELDS if are_more_than_texts(row.get(name))]
+    return row | texts | {name: as_json_texts(row[name]) for name in many}
+
+
+def are_more_than_texts(value: Any) -> bool:
+    """Whether these are messages of which some have more than a role and a text."""
+    messages = value if isinstance(value, list) else ()
+    return not all(
+        message.keys() == {"role", "content"} and all(isinstance(x, str) for x in message.values())
+        if isinstance(message, dict)
+        else not isinstance(message, str)  # JSON text already
+        for message in messages
+    )
+
+
+def as_json_texts(value: Any) -> Any:
+    """Each of these messages as JSON text; a text stays as it is."""
+    if not isinstance(value, list):
+        return value
+    return [each if isinstance(each, str) else json.dumps(each) for each in value]

@@ -5,7 +5,6 @@ alike, so that an error names the file and the line (JSON, from 1) or the row (C
 `datasets` reads all else.
 """
 
-import json
 from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import count
@@ -19,7 +18,16 @@ from datasets.exceptions import DatasetGenerationError
 
 from fastdpo.csv_rows import csv_rows
 from fastdpo.json_rows import json_rows
-from fastdpo.preferences import MALFORMED, TEXT_FIELDS, checked_row, malformed, storable
+from fastdpo.preferences import (
+    MALFORMED,
+    TEXT_FIELDS,
+    are_more_than_texts,
+    as_json_texts,
+    checked_row,
+    from_arrow,
+    malformed,
+    storable,
+)
 from fastdpo.row_errors import FieldError, RowError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -105,7 +113,10 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def _from_disk(path: Path, split: str) -> Dataset:
-    rows = datasets.load_from_disk(str(path))
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:  # Arrow's own errors are ValueErrors
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(rows, DatasetDict):
         if split != "train":
             raise ValueError(f"{path}: want split 'train' of a single dataset, got {split!r}")
@@ -126,26 +137,14 @@ def as_dataset(rows: Iterable[dict[str, Any]], source: str = "rows") -> Dataset:
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
     for name in set(TEXT_FIELDS) & set(columns):
-        if any(map(_is_more_than_texts, columns[name])):
-            columns[name] = list(map(_as_json_texts, columns[name]))
+        if any(map(are_more_than_texts, columns[name])):
+            columns[name] = list(map(as_json_texts, columns[name]))
     try:
         return _in_pieces(columns, 0, len(rows))
     except UNLIKE:
         for name, values in columns.items():
             _check_one_kind(values, source, name)
         raise
-
-
-def _is_more_than_texts(value: Any) -> bool:
-    messages = [each for each in value if isinstance(each, dict)] if isinstance(value, list) else ()
-    return not all(
-        message.keys() == {"role", "content"} and all(isinstance(x, str) for x in message.values())
-        for message in messages
-    )
-
-
-def _as_json_texts(value: Any) -> Any:
-    return list(map(json.dumps, value)) if isinstance(value, list) else value
 
 
 def _in_pieces(columns: dict[str, list], start: int, stop: int) -> Dataset:
@@ -191,7 +190,8 @@ def _read_file(path: Path, columns: list[str] | None, *, streaming: bool, skip_b
         return _with_a_row(IterableDataset.from_generator(read, gen_kwargs=settings), path)
     rows = list(read(**settings))
     if all(MALFORMED in row for row in rows):
-        raise ValueError(f"{path}: want at least one row, got none ({len(rows)} malformed)")
+        first = f", the first: {rows[0][MALFORMED]}" if rows else ""
+        raise ValueError(f"{path}: want at least one row, got none ({len(rows)} malformed{first})")
     return as_dataset(rows, str(path))
 
 
@@ -218,10 +218,10 @@ def in_one_kind(rows: Rows, source: str, *, skip_bad: bool) -> Rows:
         if row.get(MALFORMED) is not None:
             return malformed(row[MALFORMED], skip_bad)
         try:
-            row = storable(checked_row(row))
+            row = storable(checked_row(from_arrow(row)))
         except FieldError as error:
             return malformed(f"{source}, row {index}, {error}", skip_bad)
-        return row | {field: _as_json_texts(row[field]) for field in TEXT_FIELDS if field in row}
+        return row | {field: as_json_texts(row[field]) for field in TEXT_FIELDS if field in row}
 
     if isinstance(rows, IterableDataset):
         return rows.map(checked, with_indices=True, remove_columns=rows.column_names)

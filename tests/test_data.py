@@ -193,6 +193,25 @@ def test_no_tools_and_none_are_told_apart_and_a_templates_own_arguments_win(toke
     assert texts == ["False[]", "TrueNone", "False[{'name': 'add'}]"]
 
 
+def test_arguments_of_other_rows_tools_are_in_no_rows_text(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    call = "{% for m in messages %}{{ m.tool_calls }}{% endfor %}"
+    other.chat_template = "{{ tools }}{{ manner }}" + call + "<s>" + tokenizer.chat_template
+    rows = []
+    for name, argument in (("look", "place"), ("find", "word")):
+        calls = [{"name": name, "arguments": {argument: "x"}}]
+        message = {"role": "assistant", "content": "", "tool_calls": calls}
+        own = {"tools": [{"name": name, "wants": {argument: "text"}}]}
+        own["chat_template_kwargs"] = {"manner": name, argument: "x"}
+        rows.append(CHAT | own | {"chosen": [message], "rejected": CHAT["rejected"]})
+    stored = Dataset.from_list(rows)  # each row now has the keys of both
+    assert stored[0]["tools"][0]["wants"] == {"place": "text", "word": None}
+    pairs, _ = prepare_pairs(stored, other, max_length=None)
+    for row, pair in zip(rows, pairs, strict=True):
+        text = "".join(decoded(other, pair)[:2]).replace("<s>", " ")
+        assert str(row["tools"]) in text and str(row["chosen"][0]["tool_calls"]) in text
+
+
 def test_a_transform_of_the_rows_is_kept(tokenizer):
     rows = Dataset.from_list([{"q": "Two and", "a": " two", "b": " 2"}] * 3)
 

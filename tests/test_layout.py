@@ -136,7 +136,7 @@ def test_adapters_with_tokens_of_their_own_train_padded(tmp_path, tokenizer, fam
     trainer.train()
     balance = logged(trainer, "aux_loss") or [0.0] * 4
     losses = [
-        a - trainer.aux_loss_weight * b for a, b in zip(logged(trainer), balance, strict=True)
+        a - trainer.router_aux_loss_coef * b for a, b in zip(logged(trainer), balance, strict=True)
     ]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < losses[0] - 1e-4
 
