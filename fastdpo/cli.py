@@ -131,7 +131,8 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
             trainer = _build_trainer(run)
         say(trainer.summary())
         if is_main:
-            mark_started(folder.path, identity)
+            with _bad_input():
+                mark_started(folder.path, identity)
         _train(trainer, folder.checkpoint)
         _save(trainer, folder.path, run.script.dataset_name, say)
         if is_main:

@@ -18,6 +18,11 @@ from transformers import (
     set_seed,
 )
 
+WITH_ADAPTERS = (
+    "want a model by its name, got {}, which has adapters (adapter_config.json): merge them into "
+    "it first (merge_and_unload), or load it with AutoPeftModelForCausalLM for DPOTrainer"
+)
+
 
 def make_policy(
     model: str | PreTrainedModel | PeftModel,
@@ -45,8 +50,10 @@ def load_policy(
     init_kwargs go to `from_pretrained`; dtype may be a torch.dtype, its name, or "auto". Attention
     with soft-capping is eager unless they say otherwise: sdpa would leave the cap out. A quantised
     model is placed on the current GPU, any other is left for the trainer to place. ValueError for
-    weights that cannot be read or are not all there.
+    weights that cannot be read or are not all there, and for adapters beside or in place of them.
     """
+    if Path(name, "adapter_config.json").is_file():
+        raise ValueError(WITH_ADAPTERS.format(name))
     dtype = init_kwargs.pop("dtype", None) or "float32"
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -76,6 +83,8 @@ def load_policy(
     except (SafetensorError, RuntimeError, TypeError) as error:
         # a torn file, weights of another shape, an argument it does not know
         raise ValueError(f"want a model that loads, got {name}: {error}") from error
+    if getattr(model, "peft_config", None):  # of a repository on the Hub
+        raise ValueError(WITH_ADAPTERS.format(name))
     missing = sorted(loaded["missing_keys"])
     if missing and not _is_quantized(model):
         raise ValueError(
@@ -116,14 +125,23 @@ def make_ready(
     without_dropout: bool,
     reentrant_checkpoints: bool,
 ) -> None:
-    """Before the models are moved to a device: pad token, dropout off, reentrant checkpoints."""
+    """Before the models are moved to a device: pad token, dropout off, reentrant checkpoints.
+
+    ValueError for a pad token beyond a model's vocabulary.
+    """
+    models = [policy] if ref_model is None else [policy, ref_model]
+    for model in models:
+        V = model.config.get_text_config().vocab_size
+        if pad_token_id >= V:
+            raise ValueError(
+                f"want a pad token in [0, {V}), the vocabulary of {type(model).__name__}, got "
+                f"{pad_token_id}: it is in the tokenizer, but the model was not resized"
+            )
     for config in (policy.config.get_text_config(), policy.generation_config):
         if config is not None:
             config.pad_token_id = pad_token_id
-    if without_dropout:
-        disable_dropout(policy)
-        if ref_model is not None:
-            disable_dropout(ref_model)
+    for model in models if without_dropout else ():
+        disable_dropout(model)
     if isinstance(policy, PeftModel) and reentrant_checkpoints:
         policy.enable_input_require_grads()  # or reentrant checkpoints have nothing to train
 

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.arguments import RunArguments
+from fastdpo.checkpoints import WEIGHTS, checkpoints_in, last_checkpoint, step_of, why_torn
 
 RUN_FILE = "run.json"
-STATE_FILE = "trainer_state.json"  # transformers writes it last, so a checkpoint with it is whole
 
 # Settings that cannot change what is trained. Any other one counts, a later transformers' too.
 NOT_IDENTITY = frozenset(
@@ -54,10 +53,12 @@ NOT_IDENTITY = frozenset(
 )
 # but where rows are streamed, whose order hangs on them
 OF_STREAMS = frozenset({"dataloader_num_workers"})
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+# Those that decide which weights there are, and which of them train.
+OF_WEIGHTS = frozenset(
+    "model_name_or_path model_revision use_peft lora_r lora_target_modules lora_target_parameters "
+    "lora_modules_to_save use_dora".split()
+)
 PATIENCE_S = 10  # a killed run's data loaders take a while to notice
-SHARDS = ("pytorch_model_fsdp*", "global_step*")  # of FSDP and DeepSpeed
-OPTIMIZER = ("optimizer*", "global_step*")  # the latter is DeepSpeed's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,8 +117,8 @@ def choose_run_folder(
     named = Path(resume_from) if resume_from and not resume_last else None
     if fresh and resume_last:
         raise ValueError("want --fresh or the last checkpoint to resume from, got both")
-    if named is not None and _torn(named):
-        raise ValueError(f"want a whole checkpoint to resume from, got {named}: {_torn(named)}")
+    if named is not None:
+        _check_named(named, identity)
     if fresh and not _is_free(path):
         path = _make_next_free(path)
     if path.is_dir():
@@ -127,11 +128,11 @@ def choose_run_folder(
     if _read(path).get("finished"):
         return RunFolder(path=path, finished=True, notes=(f"{path}: this run is complete",))
 
-    checkpoint, notes = (named, ()) if named else _last_checkpoint(path)
+    checkpoint, notes = (named, ()) if named else last_checkpoint(path)
     if resume_last and checkpoint is None:
         raise ValueError(f"want a whole checkpoint to resume from in {path}, got none")
     if checkpoint is not None:
-        notes += (f"resuming from {checkpoint}, step {_step(checkpoint)}",)
+        notes += (f"resuming from {checkpoint}, step {step_of(checkpoint)}",)
     elif fresh or notes or _read(path):
         notes += (f"starting at step 0 in {path}",)
     return RunFolder(path=path, checkpoint=checkpoint, notes=notes)
@@ -179,11 +180,30 @@ def mark_finished(path: Path) -> None:
     _write(path, {**_read(path), "finished": True})
 
 
+def _check_named(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """ValueError unless this run can go on from `checkpoint`, which may be another run's."""
+    if torn := why_torn(checkpoint):
+        raise ValueError(f"want a whole checkpoint to resume from, got {checkpoint}: {torn}")
+    there = _read(checkpoint.parent).get("identity")
+    of_weights = [
+        {name: value for name, value in each.items() if name.partition(".")[0] in OF_WEIGHTS}
+        for each in (there or {}, identity if there else {})
+    ]
+    if differences := _differences(*of_weights):
+        raise ValueError(
+            "want a checkpoint of the same model and adapters to resume from, got "
+            f"{checkpoint}: {'; '.join(differences)}"
+        )
+    step, last = step_of(checkpoint), identity.get("max_steps", 0)
+    if step is not None and 0 < last < step:
+        raise ValueError(f"want max_steps from {step} to resume from {checkpoint}, got {last}")
+
+
 def _check_ownership(
     path: Path, identity: dict[str, Any], *, named: Path | None, resume_last: bool
 ) -> None:
     elsewhere = "give another --output_dir, or --fresh to start over beside it"
-    holds_checkpoints = bool(_checkpoints(path))
+    holds_checkpoints = bool(checkpoints_in(path))
     holds_model = any(found for pattern in WEIGHTS for found in path.glob(pattern))
     run = _read(path)
     if not (holds_checkpoints or holds_model or run.get("finished")):
@@ -232,75 +252,6 @@ def _make_next_free(path: Path) -> Path:
         return candidate
 
 
-def _checkpoints(path: Path) -> list[Path]:
-    """The folders checkpoint-<step> in `path`, whole or not, the latest step first."""
-    found = [p for p in path.glob("checkpoint-*") if p.is_dir() and _step(p) is not None]
-    return sorted(found, key=_step, reverse=True)
-
-
-def _step(checkpoint: Path) -> int | None:
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdecimal() else None
-
-
-def _torn(checkpoint: Path) -> str | None:
-    """What `checkpoint` lacks for having been saved to the end; None if nothing."""
-    if not checkpoint.is_dir():
-        return "no such folder"
-    try:
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"no {STATE_FILE}, it was not saved to the end"
-    except ValueError:
-        return f"half a {STATE_FILE}, it was not saved to the end"
-    if not isinstance(state, dict) or "global_step" not in state:
-        return f"no global_step in {STATE_FILE}"
-    if not any(found for name in (*WEIGHTS, *SHARDS) for found in checkpoint.glob(name)):
-        return "no weights"
-    for file in sorted(checkpoint.iterdir()):
-        if not _is_whole(file):
-            return f"half a {file.name}"
-    return None
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a file of tensors has its end; any other file has."""
-    if file.suffix in (".pt", ".pth", ".bin"):
-        return zipfile.is_zipfile(file)  # what torch.save writes, with its directory at its end
-    if file.suffix != ".safetensors":
-        return True
-    with open(file, "rb") as opened:
-        start = 8 + int.from_bytes(opened.read(8), "little")
-        try:
-            header = json.loads(opened.read(start - 8)) if start <= file.stat().st_size else None
-        except ValueError:
-            return False
-    if not isinstance(header, dict):
-        return False
-    ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
-    return file.stat().st_size == start + max(ends, default=0)
-
-
-def _last_checkpoint(path: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """The latest whole checkpoint of `path`, and a note on each later one.
-
-    ValueError where it holds the model alone, and going on would start the optimizer anew.
-    """
-    notes = ()
-    for checkpoint in _checkpoints(path):
-        if torn := _torn(checkpoint):
-            notes += (f"skipping {checkpoint}: {torn}",)
-            continue
-        if not any(found for name in OPTIMIZER for found in checkpoint.glob(name)):
-            raise ValueError(
-                f"{checkpoint} holds no optimizer (save_only_model), so the run cannot go on as it "
-                "was: name it with --resume_from_checkpoint to go on with a new one, or give "
-                "another --output_dir, or --fresh to start over beside it"
-            )
-        return checkpoint, notes
-    return None, notes
-
-
 def _read(path: Path) -> dict[str, Any]:
     """The content of `path`'s run.json; {} where there is none."""
     file = path / RUN_FILE
@@ -319,11 +270,15 @@ def _write(path: Path, run: dict[str, Any]) -> None:
     """Replace run.json at once: whoever reads it, or kills this, finds the old one or the new."""
     path.mkdir(parents=True, exist_ok=True)
     unfinished = path / f".{RUN_FILE}.{os.getpid()}"
-    with open(unfinished, "w", encoding="utf-8") as file:
-        json.dump(run, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path / RUN_FILE)
+    try:
+        with open(unfinished, "w", encoding="utf-8") as file:
+            json.dump(run, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path / RUN_FILE)
+    except OSError:  # a full disk
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from fastdpo.adapter_trainer import AdapterTrainer
 from fastdpo.batch import PairBatch, TokensRun, count_pairs
 from fastdpo.batch_loss import PackLogps, PackLoss, with_pack_losses
 from fastdpo.collate import first_rows_longest_first
@@ -43,6 +42,7 @@ from fastdpo.reference_logps import (
     make_reference,
     with_reference_logps,
 )
+from fastdpo.resuming_trainer import ResumingTrainer
 from fastdpo.row_trainer import COLLATORS_LAYOUT, RowTrainer, by_name, prepare_named
 from fastdpo.rows import Rows
 from fastdpo.start_check import check_start
@@ -71,7 +71,7 @@ def _of_args(name: str) -> property:
     )
 
 
-class DPOTrainer(RowTrainer, AdapterTrainer):
+class DPOTrainer(RowTrainer, ResumingTrainer):
     """Direct Preference Optimization (arXiv:2305.18290) of a decoder-only language model.
 
     The arguments are TRL 1.16's:

@@ -4,6 +4,7 @@ import families
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -68,6 +69,22 @@ def test_weights_that_are_not_all_there_or_of_another_shape_are_refused(tmp_path
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"want a model that loads, got {tmp_path}"):
         load_policy(str(tmp_path))
+
+
+def test_adapters_beside_a_model_or_alone_are_refused(tmp_path):
+    adapted = get_peft_model(families.model("llama", torch.float32), LoraConfig(r=2))
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"want a model by its name, got {tmp_path}, which has ad"):
+        load_policy(str(tmp_path))
+
+
+def test_a_pad_token_beyond_the_model_is_refused():
+    model = families.model("llama", torch.float32)
+    V = model.config.vocab_size
+    settings = {"without_dropout": True, "reentrant_checkpoints": False}
+    for policy, ref_model in ((model, None), (families.model("llama", torch.float32), model)):
+        with pytest.raises(ValueError, match=rf"want a pad token in \[0, {V}\), .*got {V}"):
+            make_ready(policy, ref_model, pad_token_id=V, **settings)
 
 
 def test_arguments_that_no_model_takes_are_refused(tmp_path):

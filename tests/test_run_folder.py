@@ -8,9 +8,8 @@ from functools import partial
 
 import pytest
 import tiny
-import torch
 from datasets import Dataset
-from safetensors.torch import save_file
+from saved import save_checkpoint
 
 from fastdpo import run_folder
 from fastdpo.arguments import (
@@ -38,17 +37,6 @@ def started(tmp_path):
     """The folder of a run that has begun."""
     mark_started(tmp_path / "out", IDENTITY)
     return tmp_path / "out"
-
-
-def save_checkpoint(folder, step, *, state='{"global_step": 0}', optimizer=True):
-    checkpoint = folder / f"checkpoint-{step}"
-    checkpoint.mkdir(parents=True)
-    save_file({"weight": torch.zeros(2)}, checkpoint / "model.safetensors")
-    if optimizer:
-        torch.save({}, checkpoint / "optimizer.pt")
-    if state is not None:
-        (checkpoint / "trainer_state.json").write_text(state)
-    return checkpoint
 
 
 def content(folder):
@@ -119,39 +107,35 @@ def test_the_same_run_resumes_from_its_last_checkpoint(started):
     assert "resuming" in folder.notes[0] and "step 10" in folder.notes[0]
 
 
-@pytest.mark.parametrize("state", [None, "", '{"global_st', "{}", "null"])
-def test_a_torn_checkpoint_is_skipped_and_named(started, state):
+def test_a_torn_checkpoint_is_skipped_and_named_and_refused_by_name(started):
     save_checkpoint(started, 5)
-    save_checkpoint(started, 10, state=state)
+    torn = save_checkpoint(started, 10)
+    (torn / "model.safetensors").unlink()
     folder = choose_run_folder(started, IDENTITY)
     assert folder.checkpoint == started / "checkpoint-5"
-    assert "checkpoint-10" in folder.notes[0] and "checkpoint-5" in folder.notes[1]
+    assert folder.notes[0] == f"skipping {torn}: no weights" and "checkpoint-5" in folder.notes[1]
+    with pytest.raises(ValueError, match=f"got {torn}: no weights"):
+        choose_run_folder(started, IDENTITY, resume_from=str(torn))
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors"])
-@pytest.mark.parametrize("left", [0, 60, -1])
-def test_a_checkpoint_with_a_file_cut_short_is_skipped_and_named(started, name, left):
-    save_checkpoint(started, 5)
-    file = save_checkpoint(started, 10) / name
-    file.write_bytes(file.read_bytes()[:left])
-    folder = choose_run_folder(started, IDENTITY)
-    assert folder.checkpoint == started / "checkpoint-5"
-    assert f"skipping {file.parent}: half a {name}" == folder.notes[0]
-    with pytest.raises(ValueError, match=f"got {file.parent}: half a {name}"):
-        choose_run_folder(started, IDENTITY, resume_from=str(file.parent))
-
-
-def test_a_checkpoint_without_weights_is_skipped_and_named(started):
-    (save_checkpoint(started, 5) / "model.safetensors").unlink()
-    assert (
-        f"skipping {started / 'checkpoint-5'}: no weights"
-        in choose_run_folder(started, IDENTITY).notes
-    )
-
-
-def test_a_folder_that_no_number_ends_is_no_checkpoint(started):
-    (started / "checkpoint-\u00b2").mkdir()
-    assert choose_run_folder(started, IDENTITY).checkpoint is None
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"lora_r": 8}, "lora_r is 16 there, 8 here"),
+        ({"use_peft": False}, "use_peft is True there, False here"),
+        ({"lora_target_modules": ["q_proj"]}, "lora_target_modules"),
+        ({"max_steps": 4}, "want max_steps from 5 to resume"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_other_weights_is_refused_by_name(tmp_path, change, told):
+    identity = IDENTITY | {"use_peft": True, "lora_r": 16, "lora_target_modules": None}
+    mark_started(tmp_path / "out", identity)
+    how = {"resume_from": str(save_checkpoint(tmp_path / "out", 5))}
+    with pytest.raises(ValueError, match=told):
+        choose_run_folder(tmp_path / "new", identity | change, **how)
+    other = identity | {"learning_rate": 1.0, "max_steps": 5}
+    assert choose_run_folder(tmp_path / "new", other, **how).checkpoint
 
 
 def test_torn_checkpoints_alone_start_the_run_again_in_place(started):
@@ -264,6 +248,17 @@ def test_a_write_that_dies_leaves_the_old_run_json(started, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         mark_finished(started)
     assert (started / "run.json").read_text() == before
+
+
+def test_a_full_disk_leaves_no_half_file(started, monkeypatch):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    before = content(started)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        mark_finished(started)
+    assert content(started) == before
 
 
 @pytest.mark.parametrize("text", ['{"identity": ', "[]", '{"identity": 3}'])

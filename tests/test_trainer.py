@@ -148,6 +148,18 @@ def test_resume_continues_exactly(tmp_path, tokenizer, adapters, caplog):
         assert torch.equal(parameter, expected[name]), name
 
 
+def test_a_run_that_had_ended_within_an_epoch_resumes_to_no_update(tmp_path, tokenizer):
+    settings = {"max_steps": 3, "lr_scheduler_type": "constant", "save_strategy": "steps"}
+    whole, resumed = (
+        make_trainer(tmp_path / name, tokenizer, save_steps=3, **settings) for name in "ab"
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-3"))
+    assert resumed.state.global_step == 3 and logged(resumed) == logged(whole)
+    expected = weights(whole.model)
+    assert all(torch.equal(x, expected[name]) for name, x in weights(resumed.model).items())
+
+
 def test_what_is_saved_loads_again(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer)
     trainer.train()

@@ -1,4 +1,4 @@
-"""AdapterTrainer: transformers.Trainer that goes on with all adapters of a checkpoint."""
+"""ResumingTrainer: transformers.Trainer that goes on from a checkpoint as if it had not stopped."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import Trainer
 
 
-class AdapterTrainer(Trainer):
+class ResumingTrainer(Trainer):
     """A PEFT model's adapters are loaded whatever their names, to resume and as the best model."""
 
     @property
@@ -23,6 +23,13 @@ class AdapterTrainer(Trainer):
             _load_adapters(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _run_epoch(self, *args, **kwargs):
+        """None where the checkpoint is the last: transformers runs an update before it looks."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def _load_best_model(self):
         if self._has_whole_adapters:
