@@ -57,7 +57,7 @@ def balancing_loss(
     device = router_logits[0].device
     probs_NE = torch.cat([layer.to(device) for layer in router_logits]).float().softmax(-1)
     weights_N = token_uses.flatten().to(device, probs_NE.dtype).repeat(len(router_logits))
-    chosen_NK = probs_NE.detach().topk(top_k, dim=-1).indices
+    chosen_NK = probs_NE.topk(top_k, dim=-1).indices
     chosen_E = probs_NE.new_zeros(probs_NE.shape[1])
     chosen_E.index_add_(0, chosen_NK.flatten(), weights_N.repeat_interleave(top_k))
     own = ExpertCounts(chosen_E, weights_N.sum())

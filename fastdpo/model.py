@@ -234,7 +234,7 @@ def check_scorer(
         raise ValueError(
             f"{name}: want the model's own log-probabilities within {allowed:.1e} nats, got "
             f"{difference:.1e}: its logits are not hidden states times the output embedding, "
-            "scaled or capped in a way fastdpo knows"
+            "scaled or capped as its config says and in a way fastdpo knows"
         )
     moved = (token_logps_L[: len(beginning_L)] - beginning_L).abs().max().item()
     if not moved <= max(LEAST_MOVE, allowed):

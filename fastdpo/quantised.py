@@ -53,12 +53,12 @@ def quantised_rows(layer: nn.Module, dtype: torch.dtype) -> Int8Rows | FourBitRo
     ValueError for integer weights that are laid out in no way known here.
     """
     weight = layer.weight
-    if weight.is_floating_point():
-        return None
     state, largest_V = getattr(weight, "quant_state", None), getattr(weight, "SCB", None)
+    if state is None and weight.is_floating_point():
+        return None
     is_repacked = getattr(state, "packing_format_for_cpu", False)
-    if state is not None and weight.dtype == torch.uint8 and not is_repacked:
-        return FourBitRows(weight.data, state, dtype)
+    if state is not None and not is_repacked:
+        return FourBitRows(weight.data.view(torch.uint8), state, dtype)  # kept in any dtype
     if largest_V is None:  # moved there by the layer's first forward
         largest_V = getattr(getattr(layer, "state", None), "SCB", None)
     if largest_V is not None and weight.dtype == torch.int8:

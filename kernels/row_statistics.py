@@ -26,7 +26,7 @@ def statistics(
     found = []
     for name in tiles.settings.stats:
         if name == "lse":
-            found.append(lse_N.clone())
+            found.append(lse_N)
         elif name == "is_top1":
             found.append(softmax.label_logit_N >= softmax.peak_N)
         elif name == "log_sum_p2":

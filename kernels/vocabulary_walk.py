@@ -143,7 +143,7 @@ def slices(total: int, step: int) -> list[slice]:
 
 def even_slices(total: int, most: int) -> list[slice]:
     """The fewest slices of at most `most`, as equal as can be: none is left with a few rows."""
-    count = -(-total // most) if total else 0
+    count = -(-total // most)
     return [slice(i * total // count, (i + 1) * total // count) for i in range(count)]
 
 

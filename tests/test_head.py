@@ -7,7 +7,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
 from fastdpo.batch import PairBatch
 from fastdpo.collate import PaddedCollator
-from fastdpo.head import check_head_module, logit_scale
+from fastdpo.head import check_head_module, head_logps, logit_scale
 from fastdpo.model import attach_scorer, check_scorer, score
 
 VOCAB = 97
@@ -124,6 +124,16 @@ def test_an_adaptive_adapter_on_the_head_is_refused():
 
 class Config(dict):
     __getattr__ = dict.get
+
+
+def test_a_text_config_within_a_models_says_how_logits_are_scaled(monkeypatch):
+    model = tiny.model("llama", VOCAB)
+    text = Config(model_type="granite", logits_scaling=8.0)
+    monkeypatch.setattr(type(model.config), "get_text_config", lambda self, **_: text)
+    hidden_ND, labels_N = torch.randn(20, model.lm_head.in_features), torch.arange(20)
+    expected_NV = (model.lm_head(hidden_ND) / 8).log_softmax(1)
+    logps_N, _ = head_logps(model, hidden_ND, labels_N)
+    torch.testing.assert_close(logps_N, expected_NV[labels_N, labels_N])
 
 
 @pytest.mark.parametrize(

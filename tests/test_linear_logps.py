@@ -90,6 +90,15 @@ def test_a_sure_models_gradients_are_not_rounded_away(backend, softcap, device):
         assert error < 0.01, f"{name} is off by {error:.1%}"
 
 
+def test_logits_far_beyond_their_cap_are_at_it(backend, device):
+    hidden_ND, head_VD, labels_N, _ = inputs((3, 4, 40), torch.float32, device)
+    args = 100 * hidden_ND, 100 * head_VD, labels_N, None
+    ours = run(linear_logps, *args, torch.float32, backend=backend, softcap=5.0)
+    truth = run(reference.linear_logps, *args, torch.float64, softcap=5.0)
+    assert (ours["token_logps"] - truth["token_logps"]).abs().max() < 1e-5
+    assert ours["dhidden"].isfinite().all() and ours["dhead"].isfinite().all()
+
+
 def test_inputs_may_lie_any_way_in_memory(backend, device):
     args = inputs((17, 24, BLOCK_T + 7), torch.float32, device, bias=True)
     strided = [args[0].T.contiguous().T, args[1].T.contiguous().T]
@@ -212,16 +221,6 @@ def test_skipping_what_no_token_is_changes_nothing(backend, device):
     same = run(reference.linear_logps, *args, torch.float32)
     truth = run(reference.linear_logps, *args, torch.float64)
     assert_all_as_accurate(some, same, truth, times=4)
-
-
-def test_a_bias_trains_where_it_alone_does(backend, device):
-    hidden_ND, head_VD, labels_N, bias_V = inputs((5, 8, 100), torch.float32, device, bias=True)
-    grads = []
-    for function, more in ((linear_logps, {"backend": backend}), (reference.linear_logps, {})):
-        leaf = bias_V.clone().requires_grad_()
-        function(hidden_ND, head_VD, labels_N, bias_V=leaf, **more).sum().backward()
-        grads.append(leaf.grad)
-    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("skip_below", [0.0, 2**-12])

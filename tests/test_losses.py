@@ -176,8 +176,11 @@ def test_ranks_are_those_of_two_sorted_samples(logps, loss_type):
 
 def test_sft_weighs_every_chosen_token_alike():
     token_logps = torch.tensor(TOKEN_LOGPS, requires_grad=True)
-    loss_of(token_logps, "sft", ld_alpha=0.0).loss_B.mean().backward()
-    assert token_logps.grad.tolist() == pytest.approx([-1 / 3] * 3 + [0.0] * 4)
+    longer_chosen = torch.tensor([0, 3, 4, 6, 7], dtype=torch.int32)  # LD-DPO would weigh its rest
+    settings = {"beta": BETA, "loss_type": ("sft",), "ld_alpha": 0.0}
+    losses = pair_loss(token_logps, longer_chosen, REFERENCE_LOGPS, **settings)
+    losses.loss_B.mean().backward()
+    assert token_logps.grad.tolist() == pytest.approx([-1 / 4] * 4 + [0.0] * 3)
 
 
 def test_sft_without_a_chosen_token_costs_nothing():

@@ -11,7 +11,12 @@ from peft import LoraConfig, get_peft_model
 from fastdpo.attention import attend_along_trees
 from fastdpo.batch import PairBatch
 from fastdpo.collate import PackedCollator, PaddedCollator
-from fastdpo.experts import balancing_loss
+from fastdpo.experts import (
+    ExpertCounts,
+    balancing_loss,
+    experts_per_token,
+    with_batch_experts,
+)
 from fastdpo.model import (
     TOKEN_STATS,
     attach_scorer,
@@ -273,3 +278,24 @@ def test_rounded_logits_are_no_unknown_way_and_nan_is_no_agreement():
     model.lm_head.weight.data[3, 3] = torch.nan
     with pytest.raises(ValueError, match="want finite log-probabilities, got nan"):
         check_scorer(model, [5, 6, 7, 8])
+
+
+def test_experts_of_a_text_config_are_found():
+    """Where a vision-language model has them."""
+    text = types.SimpleNamespace(num_experts=8, num_experts_per_tok=2)
+    config = types.SimpleNamespace(get_text_config=lambda: text)
+    assert experts_per_token(types.SimpleNamespace(config=config)) == 2
+
+
+def test_a_filler_runs_and_its_tokens_count_once():
+    counts = [
+        ExpertCounts(torch.tensor(chosen), torch.tensor(2.0)) for chosen in ([1.0, 3.0], [4.0, 0.0])
+    ]
+    packs = [{"counts": each} for each in counts]
+    packs.append(packs[-1] | {"is_filler": True})
+    run = []
+    made = with_batch_experts(packs, lambda pack: run.append(pack) or pack["counts"], num_pairs=5)
+    assert len(run) == len(made) == 3  # a rank runs as many forwards as any
+    for pack in made:
+        assert pack["experts"].counts.chosen_E.tolist() == [5.0, 3.0]
+        assert pack["experts"].counts.tokens.item() == 4.0

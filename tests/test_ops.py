@@ -56,6 +56,7 @@ TWINS = [ops.pair_loss, kernel.pair_loss]
         ({"f_divergence_type": "nope"}, "want f_divergence_type in"),
         ({"loss_type": ("robust",), "label_smoothing": 0.5}, "from 0 and below 0.5"),
         ({"loss_type": ("exo_pair",), "label_smoothing": 0.0}, "above 0 and below 0.5"),
+        ({"label_smoothing": -0.1}, "from 0 and below 0.5"),
     ],
     ids=str,
 )

@@ -7,7 +7,7 @@ from torch import nn
 from fastdpo import ops
 from fastdpo.quantised import quantised_rows
 
-V, D, BLOCK = 40, 64, 32
+V, D, BLOCK, OUTER = 40, 64, 32, 32  # 80 blocks in three outer ones, the last one ragged
 
 
 def int8_layer(weight_VD):
@@ -18,20 +18,21 @@ def int8_layer(weight_VD):
     return SimpleNamespace(weight=weight), codes_VD * largest_V[:, None] / 127
 
 
-def four_bit_layer(weight_VD, nested=False):
+def four_bit_layer(weight_VD, nested=False, kept_in=torch.uint8):
     code = torch.linspace(-1, 1, 16)
     blocks = weight_VD.view(-1, BLOCK)
     largest, state2, offset = blocks.abs().amax(1), None, None
     absmax = largest
     if nested:
         code2, offset = torch.linspace(-1, 1, 256), largest.mean()
-        scale = (largest - offset).abs().max()
+        scales = torch.stack([block.abs().max() for block in (largest - offset).split(OUTER)])
+        scale = scales.repeat_interleave(OUTER)[: len(largest)]
         absmax = ((largest - offset) / scale + 1).mul(127.5).round().to(torch.uint8)
-        state2 = SimpleNamespace(code=code2, absmax=scale[None], blocksize=len(absmax) + 7)
+        state2 = SimpleNamespace(code=code2, absmax=scales, blocksize=OUTER)
         largest = code2[absmax.long()] * scale + offset
     bits = (blocks / largest[:, None] - code[:, None, None]).abs().argmin(0)
     packed = (bits.view(-1)[::2] << 4 | bits.view(-1)[1::2]).to(torch.uint8)[:, None]
-    weight = nn.Parameter(packed, requires_grad=False)
+    weight = nn.Parameter(packed.view(-1).view(kept_in)[:, None], requires_grad=False)
     weight.quant_state = SimpleNamespace(
         shape=torch.Size([V, D]),
         code=code,
@@ -48,6 +49,7 @@ LAYERS = {
     "int8": int8_layer,
     "4-bit": four_bit_layer,
     "4-bit-nested": lambda weight_VD: four_bit_layer(weight_VD, nested=True),
+    "4-bit-kept-as-bfloat16": lambda weight_VD: four_bit_layer(weight_VD, kept_in=torch.bfloat16),
 }
 
 
@@ -78,7 +80,30 @@ def test_a_quantised_head_answers_as_its_dequantised_self(make):
         torch.testing.assert_close(ours, own, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_autocast_narrows_a_quantised_head_as_it_does_any(make):
+    layer, head_VD = make(torch.randn(V, D))
+    hidden_ND, labels_N = torch.randn(20, D), torch.randint(0, V, (20,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps = [
+            ops.linear_logps(hidden_ND, head, labels_N)
+            for head in (quantised_rows(layer, torch.float32), head_VD)
+        ]
+    torch.testing.assert_close(*logps, atol=1e-4, rtol=1e-5)
+
+
+def test_an_int8_layers_largest_values_are_found_where_its_forward_puts_them():
+    layer, head_VD = int8_layer(torch.randn(V, D))
+    layer.state = SimpleNamespace(SCB=layer.weight.SCB)
+    layer.weight.SCB = None
+    torch.testing.assert_close(quantised_rows(layer, torch.float32)[:], head_VD)
+
+
 def test_what_cannot_be_read_is_refused():
+    layer, _ = four_bit_layer(torch.randn(V, D))
+    layer.weight.quant_state.packing_format_for_cpu = True  # bitsandbytes' own forward does that
+    with pytest.raises(ValueError, match="int8 or 4 bits"):
+        quantised_rows(layer, torch.float32)
     layer, _ = four_bit_layer(torch.randn(V, D))
     layer.weight.quant_state.blocksize = 128
     with pytest.raises(ValueError, match="whole blocks"):

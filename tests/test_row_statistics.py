@@ -78,3 +78,19 @@ def test_a_column_that_is_never_taken_leaves_the_statistics_finite(backend, devi
         wanted = truth[name].double()
         torch.testing.assert_close(ours[name].double(), wanted, atol=1e-4, rtol=1e-5, msg=name)
         torch.testing.assert_close(twin[name].double(), wanted, atol=1e-4, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("hidden_grad", [False, True])
+def test_one_of_two_terms_may_have_no_gradient(hidden_grad):
+    """As with an adapter on the head alone: the other term's rows are then not summed."""
+    hidden_ND, head_VD, labels_N, _ = inputs((20, 8, 100), torch.float32)
+    low_rank = torch.randn(20, 3), torch.randn(100, 3)
+    wide = hidden_ND.double(), head_VD.double(), labels_N
+    wide_low_rank = [x.double() for x in low_rank]
+    _, truth = reference.linear_logps(*wide, low_rank=wide_low_rank, stats=STATS)
+    (hidden_ND if hidden_grad else low_rank[0]).requires_grad_()
+    args = hidden_ND, head_VD, labels_N
+    _, ours = linear_logps(*args, low_rank=low_rank, stats=STATS, backend="torch")
+    for name in STATS:
+        wanted = truth[name].double()
+        torch.testing.assert_close(ours[name].double(), wanted, atol=1e-4, rtol=1e-5, msg=name)

@@ -1,0 +1,46 @@
+"""The gradient of a head's bias, summed over all rows."""
+
+import pytest
+import torch
+from tiny_heads import inputs
+
+from fastdpo.kernels import reference, vocabulary_walk
+from fastdpo.kernels.linear_logps import linear_logps
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+
+def dbias(function, hidden_ND, head_VD, labels_N, bias_V, **settings):
+    leaf = bias_V.clone().requires_grad_()
+    function(hidden_ND, head_VD, labels_N, bias_V=leaf, **settings).sum().backward()
+    return leaf.grad
+
+
+def exact_dbias(hidden_ND, head_VD, labels_N, bias_V):
+    wide = hidden_ND.double(), head_VD.double(), labels_N, bias_V.double()
+    return dbias(reference.linear_logps, *wide)
+
+
+def test_a_bias_trains_where_it_alone_does(backend, device):
+    args = inputs((5, 8, 100), torch.float32, device, bias=True)
+    ours, plain = dbias(linear_logps, *args, backend=backend), dbias(reference.linear_logps, *args)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_a_narrow_biass_gradient_is_summed_in_float32(device):
+    """Over many blocks of rows: in bfloat16 a sum stops growing at 256 times what is added."""
+    args = inputs((4000, 4, 8), torch.bfloat16, device, bias=True)
+    exact_V = exact_dbias(*args)
+    error = (dbias(linear_logps, *args, backend="torch") - exact_V).abs().max()
+    assert error <= torch.finfo(torch.bfloat16).eps * exact_V.abs().max()
+
+
+@pytest.mark.usefixtures("narrow_operands")
+def test_a_wide_biass_gradient_keeps_its_digits_on_a_gpu(monkeypatch, device):
+    """p is in bfloat16, and its roundings average out; a sum in bfloat16 would have its own."""
+    monkeypatch.setitem(vocabulary_walk.TILE_ROWS, device.type, 4096)
+    hidden_ND, head_VD, labels_N, _ = inputs((4000, 4, 8), torch.bfloat16, device)
+    args = hidden_ND, head_VD, labels_N, torch.zeros(8, device=device)
+    exact_V = exact_dbias(*args)
+    error = (dbias(linear_logps, *args, backend="torch") - exact_V).abs().max()
+    assert error < 2**-11 * exact_V.abs().max()
