@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import ArrayLike
@@ -143,4 +144,6 @@ def scored_positions(input_ids_SL: Tensor, completion_mask_SL: Tensor) -> dict[s
 
 def cu_seqlens_of(lengths_S: Tensor | ArrayLike) -> Tensor:
     """Where sequences of these lengths start when laid end to end, and where the last one ends."""
-    return torch.nn.functional.pad(torch.as_tensor(lengths_S).cumsum(0), (1, 0)).int()
+    if not isinstance(lengths_S, Tensor):
+        lengths_S = torch.from_numpy(np.asarray(lengths_S))  # on the CPU, whatever torch's default
+    return torch.nn.functional.pad(lengths_S.cumsum(0), (1, 0)).int()
