@@ -75,7 +75,7 @@ class RowTrainer(MeasuringTrainer):
         """With persistent workers, transformers keeps loaders by name, whatever they are of."""
         loaders = getattr(self, "_eval_dataloaders", {})
         name = eval_dataset if isinstance(eval_dataset, str) else "eval"
-        is_own = eval_dataset is None or isinstance(eval_dataset, str)
+        is_own = eval_dataset is self.eval_dataset or isinstance(eval_dataset, str | None)
         if name in loaders and not (is_own and loaders[name].collate_fn is self.data_collator):
             del loaders[name]
 

@@ -90,6 +90,23 @@ def test_workers_that_stay_serve_what_is_asked_for_now(tmp_path, tokenizer):
     assert trainer.evaluate(rows.select([1]))["eval_rows"] == 2
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one", "by-name"])
+def test_workers_that_stay_serve_every_evaluation(tmp_path, tokenizer, several):
+    rows = Dataset.from_list(tiny.rows(4))
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        eval_dataset={"a": rows} if several else rows,
+        dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+    )
+    loaders = []
+    for _ in range(2):
+        trainer.evaluate()
+        loaders += trainer._eval_dataloaders.values()
+    assert len(loaders) == 2 and loaders[0] is loaders[1]
+
+
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_a_streamed_evaluation_measures_what_a_kept_one_does(tmp_path, tokenizer, layout):
     rows = tiny.rows(7)
