@@ -72,6 +72,14 @@ def test_a_collators_mask_stays_as_it_was():
     assert mask.all() and batch.cu_seqlens.tolist() == [0, 4, 8, 12, 16]
 
 
+def test_a_model_is_given_what_it_takes_of_a_batch():
+    inputs = collate([row | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in ROWS])
+    assert set(PairBatch.from_inputs(inputs).model_inputs) == {"input_ids"}
+    of_ours_alone = ("scored_rows", "completion_labels", "cu_seqlens")
+    trl = {name: x for name, x in inputs.items() if name not in of_ours_alone}
+    assert set(PairBatch.from_inputs(trl).model_inputs) == {"input_ids", "attention_mask"}
+
+
 def test_keep_start_cuts_the_end_of_each_sequence():
     inputs = collate(max_length=4)
     assert inputs["input_ids"].tolist() == [

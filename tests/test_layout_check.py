@@ -44,24 +44,37 @@ def test_a_model_is_scored_in_eval_without_gradients_and_left_as_it_was(was_trai
     assert scored == 2 * [(False, False)] and policy.training is was_training
 
 
+def test_both_layouts_are_scored_under_the_runs_autocast():
+    seen, policy = [], model()
+    policy.model.layers[0].register_forward_hook(
+        lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    check(bfloat16).difference(policy, "packed")
+    assert seen == [True, True]
+
+
 @pytest.mark.parametrize(
-    ("autocast", "off_by", "differs"),
+    ("autocast", "dtype", "off_by", "differs"),
     [
-        (contextlib.nullcontext, 0.9e-3, False),
-        (contextlib.nullcontext, 1.1e-3, True),
-        (contextlib.nullcontext, float("nan"), True),
-        (bfloat16, 0.08, False),
-        (bfloat16, 0.12, True),
+        (contextlib.nullcontext, torch.float32, 0.9e-3, False),
+        (contextlib.nullcontext, torch.float32, 1.1e-3, True),
+        (contextlib.nullcontext, torch.float32, float("nan"), True),
+        (contextlib.nullcontext, torch.bfloat16, 0.08, False),
+        (contextlib.nullcontext, torch.bfloat16, 0.12, True),
+        (bfloat16, torch.float32, 0.08, False),
+        (bfloat16, torch.float32, 0.12, True),
     ],
 )
-def test_a_difference_is_more_than_rounding_on_average(monkeypatch, autocast, off_by, differs):
+def test_a_difference_is_more_than_rounding_on_average(
+    monkeypatch, autocast, dtype, off_by, differs
+):
     def score(policy, batch):
         sign_C = 1 - 2 * (torch.arange(7) % 2)  # as much too high as too low
         return SimpleNamespace(token_logps_C=off_by * sign_C * ("tree" in batch.model_inputs))
 
     monkeypatch.setattr(layout_check, "score", score)
     monkeypatch.setattr(LayoutCheck, "_where", lambda *_: "the head")
-    reason = check(autocast).difference(model(), "packed")
+    reason = check(autocast).difference(model().to(dtype), "packed")
     assert (reason is not None) == differs
 
 

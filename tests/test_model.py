@@ -105,6 +105,14 @@ def test_stats_come_with_the_scores(inputs):
     assert scored.is_top1_C.tolist() == (logits_CV.argmax(-1) == labels_N).tolist()
 
 
+def test_scoring_keeps_no_keys_and_values(inputs):
+    model, kept = tiny.model("llama", VOCAB), []
+    attach_scorer(model)
+    model.model.register_forward_hook(lambda *args: kept.append(args[-1].past_key_values))
+    score(model, PairBatch.from_inputs(inputs))
+    assert kept == [None]
+
+
 def test_the_models_own_forward_and_generate_still_work(inputs):
     model = tiny.model("llama", VOCAB)
     before = model(inputs["input_ids"], labels=inputs["input_ids"])

@@ -6,7 +6,14 @@ import tiny
 import torch
 from peft import LoraConfig
 from ranks import run_ranks
-from trainers import RunsOutOfMemory, logged, make_trainer, weights
+from trainers import (
+    TWO_BATCHES_IN_ORDER,
+    RunsOutOfMemory,
+    logged,
+    make_trainer,
+    rows_with_a_longer_one,
+    weights,
+)
 from transformers import TrainerCallback
 
 from fastdpo import pack_trainer
@@ -49,23 +56,29 @@ def test_packs_balance_experts_as_whole_batches_do(tmp_path, tokenizer, layout, 
         torch.testing.assert_close(weights(packed.model)[name], weight, rtol=0, atol=1e-6)
 
 
+def beside_another_rank(trainer, num_packs, monkeypatch):
+    """As under FSDP, a rank that has num_packs in each batch; the list of those told so far."""
+    gather, laid_out = trainer.accelerator.gather, []
+
+    def gather_both(of_this_rank):
+        is_counts = not of_this_rank.is_floating_point() and of_this_rank.ndim == 1
+        laid_out.extend([num_packs] * len(of_this_rank) if is_counts else [])
+        other = torch.full_like(of_this_rank, num_packs)
+        return torch.cat([of_this_rank, other]) if is_counts else gather(of_this_rank)
+
+    monkeypatch.setattr(trainer, "forwards_are_collective", lambda: True)
+    monkeypatch.setattr(trainer.accelerator, "gather", gather_both)
+    return laid_out
+
+
 def test_a_rank_with_fewer_packs_fills_up_and_trains_alike(tmp_path, tokenizer, monkeypatch):
-    """As under FSDP: another rank has a pack more than there are pairs in a batch here."""
+    """Another rank has a pack more than there are pairs in a batch here."""
     settings = {"max_tokens_per_forward": 120, "gradient_accumulation_steps": 2}
     plain, evened = (make_trainer(tmp_path, tokenizer, **settings) for _ in range(2))
     plain.train()
     most = 1 + evened.args.per_device_train_batch_size
-    gather, laid_out = evened.accelerator.gather, []
-
-    def with_another_rank(of_this_rank):
-        is_counts = not of_this_rank.is_floating_point() and of_this_rank.ndim == 1
-        laid_out.extend([most] * len(of_this_rank) if is_counts else [])
-        other = torch.full_like(of_this_rank, most)
-        return torch.cat([of_this_rank, other]) if is_counts else gather(of_this_rank)
-
+    laid_out = beside_another_rank(evened, most, monkeypatch)
     forwards, compute_loss = [], evened.compute_loss
-    monkeypatch.setattr(evened, "forwards_are_collective", lambda: True)
-    monkeypatch.setattr(evened.accelerator, "gather", with_another_rank)
     monkeypatch.setattr(
         evened,
         "compute_loss",
@@ -79,17 +92,26 @@ def test_a_rank_with_fewer_packs_fills_up_and_trains_alike(tmp_path, tokenizer, 
         torch.testing.assert_close(weights(evened.model)[name], weight, rtol=0, atol=1e-6)
 
 
-TWO_BATCHES_IN_ORDER = {
-    "train_sampling_strategy": "sequential",
-    "gradient_accumulation_steps": 2,
-}
+def test_fillers_balance_no_experts(tmp_path, tokenizer, monkeypatch):
+    settings = {"max_tokens_per_forward": 120, "max_steps": 1, "router_aux_loss_coef": 0.5}
+    plain, filled = (
+        make_trainer(tmp_path, tokenizer, model=tiny.model("mixtral", len(tokenizer)), **settings)
+        for _ in range(2)
+    )
+    beside_another_rank(filled, 5, monkeypatch)
+    for trainer in (plain, filled):
+        trainer.train()
+    for name in ("loss", "grad_norm", "aux_loss"):
+        assert logged(filled, name) == pytest.approx(logged(plain, name), rel=1e-4), name
 
 
-def rows_with_a_longer_one():
-    """Batches of 221 and 243 tokens: the first has run when memory runs out in the second."""
-    rows = tiny.rows()
-    rows[6]["chosen"] *= 8
-    return rows
+def test_flops_are_those_of_all_packs(tmp_path, tokenizer):
+    def flops(**settings):
+        trainer = make_trainer(tmp_path, tokenizer, layout="packed", **settings)
+        trainer.train()
+        return trainer.state.total_flos
+
+    assert flops(max_tokens_per_forward=120) == flops() > 0
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["forward", "backward"])
@@ -109,6 +131,20 @@ def test_an_update_that_runs_out_of_memory_is_run_again_in_smaller_packs(
         assert logged(trainer, name) == pytest.approx(logged(plain, name), rel=1e-4, abs=1e-5), name
     for name, weight in weights(plain.model).items():
         torch.testing.assert_close(weights(trainer.model)[name], weight, rtol=0, atol=1e-5)
+
+
+def test_an_update_that_runs_out_of_memory_twice_counts_its_first_batch_once(tmp_path, tokenizer):
+    short = [{"prompt": f"{i} is", "chosen": " one.", "rejected": " two."} for i in range(4)]
+    long = [row | {"prompt": 3 * row["prompt"]} for row in tiny.rows(4)]
+    common = {**TWO_BATCHES_IN_ORDER, "rows": short + long, "max_steps": 1}
+    plain = make_trainer(tmp_path, tokenizer, **common)
+    plain.train()
+    trainer = make_trainer(tmp_path, tokenizer, max_tokens_per_forward="auto", **common)
+    memory = RunsOutOfMemory(trainer.model, 130, in_backward=False)
+    trainer.train()
+    assert memory.raised == 2
+    for name in ("loss", "rewards/margins", "num_tokens", "logps/chosen", "entropy"):
+        assert logged(trainer, name) == pytest.approx(logged(plain, name), rel=1e-4, abs=1e-5), name
 
 
 def test_an_update_that_is_run_again_logs_the_loss_of_its_own_batches(tmp_path, tokenizer):
@@ -171,6 +207,16 @@ def test_auto_looks_at_training_steps_of_one_pair_and_of_two(
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     trainer._tokens_that_fit()
     assert found["kept_bytes"] == 16 * num_trained
+
+
+def test_auto_is_the_least_budget_of_all_ranks(tmp_path, tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tokenizer, max_tokens_per_forward="auto", max_steps=1)
+    monkeypatch.setattr(trainer, "_tokens_that_fit", lambda: 900)
+    monkeypatch.setattr(
+        pack_trainer, "least_of_ranks", lambda count, _: {900: 600}.get(count, count)
+    )
+    trainer.train()
+    assert trainer.budget.max_tokens == 600
 
 
 def test_an_update_that_starts_again_draws_the_dropout_of_its_first_start(tmp_path, tokenizer):
@@ -363,3 +409,14 @@ def test_a_probe_that_runs_out_of_memory_leaves_no_gradient(tmp_path, tokenizer)
     with pytest.raises(torch.OutOfMemoryError):
         trainer._run_once(inputs)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_a_probe_makes_the_statistics_that_a_step_makes(tmp_path, tokenizer):
+    trainer, made = make_trainer(tmp_path, tokenizer, use_weighting=True), []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: made.append(kwargs["stats"]), with_kwargs=True
+    )
+    inputs = next(iter(trainer.get_train_dataloader()))
+    trainer._run_once(inputs)
+    trainer.compute_loss(trainer.model, inputs)
+    assert len(made) == 2 and made[0] == made[1] != ()

@@ -81,6 +81,11 @@ def test_a_pack_is_measured_as_it_is_cut():
     assert packs_of(prompts, 15, "shared", max_length=8) == [1, 1]
 
 
+def test_keep_end_shares_the_prompts_of_sequences_that_it_does_not_cut():
+    rows, cut = [row(9, 2, 3), row(9, 4, 1)], {"max_length": 64, "truncation_mode": "keep_end"}
+    assert packs_of(rows, 9 + 2 + 3 + 4 + 1, "shared", **cut) == [2]
+
+
 def test_more_packs_are_made_where_another_rank_has_more():
     collate = PackCollator(PackedCollator(share=True), TokenBudget())
     rows = [row(n, 1, 1) for n in (2, 3, 4)]

@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdpo import DPOConfig, pair_check
 from fastdpo.data import prepare_pairs
@@ -27,6 +28,28 @@ def test_completions_without_a_token_have_none_to_embed(tmp_path):
     check_pairs(
         {"train": pairs}, [tiny.model("llama", 3)], DPOConfig(output_dir=tmp_path, use_cpu=True)
     )
+
+
+def test_a_pair_is_named_by_its_place_among_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(pair_check, "CHUNK", 2)
+    row = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]}
+    pairs = Dataset.from_list([row] * 3 + [row | {"rejected_ids": [2, 3]}])
+    args = DPOConfig(output_dir=tmp_path, use_cpu=True)
+    with pytest.raises(ValueError, match="train dataset, pair 3, rejected_ids"):
+        check_pairs({"train": pairs}, [tiny.model("llama", 3)], args)
+
+
+def test_the_smaller_of_two_tables_of_positions_bounds_a_pair(tmp_path):
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    models = [
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("gpt2", max_position_embeddings=positions, **sizes)
+        )
+        for positions in (64, 8)
+    ]
+    pairs = Dataset.from_list([{"prompt_ids": [1] * 8, "chosen_ids": [2], "rejected_ids": [3]}])
+    with pytest.raises(ValueError, match="want at most 8 tokens"):
+        check_pairs({"train": pairs}, models, DPOConfig(output_dir=tmp_path, use_cpu=True))
 
 
 LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 4.0}
@@ -57,3 +80,13 @@ def test_pairs_that_change_rotary_frequencies_go_without_packs_and_precomputing(
     for setting in ({"max_tokens_per_forward": 20}, {"precompute_ref_log_probs": True}):
         with pytest.raises(ValueError, match=f"pair 1: 7 tokens.*{next(iter(setting))}"):
             check(**setting)
+
+
+def test_rotary_frequencies_are_looked_at_by_layer_type_and_in_the_reference(tmp_path):
+    model, reference = (families.model("llama", torch.float32) for _ in range(2))
+    scaled = {"rope_type": "dynamic", "rope_theta": 10000.0, **SCALED["dynamic"]}
+    reference.config.rope_parameters = {"full_attention": scaled}
+    row = {"prompt_ids": [1, 2, 3], "chosen_ids": [4], "rejected_ids": [5, 6, 7, 8]}
+    args = DPOConfig(output_dir=tmp_path, use_cpu=True, max_tokens_per_forward=20)
+    with pytest.raises(ValueError, match="pair 0: 7 tokens.*max_tokens_per_forward"):
+        check_pairs({"train": Dataset.from_list([row])}, [model, reference], args)

@@ -14,7 +14,13 @@ from transformers import (
 )
 
 from fastdpo.layout import why_padded
-from fastdpo.policy import disable_dropout, load_policy, load_tokenizer, make_ready
+from fastdpo.policy import (
+    disable_dropout,
+    load_policy,
+    load_tokenizer,
+    make_ready,
+    with_adapters,
+)
 
 DROPPING = {  # where each keeps its rates
     "llama": {"attention_dropout": 0.3},  # on the attention modules
@@ -52,6 +58,15 @@ def test_a_pad_token_that_the_tokenizer_lacks_is_refused_and_left_out():
         load_tokenizer(tokenizer, "model", pad_token="<no>")
     assert tokenizer.pad_token == "<pad>"
     assert load_tokenizer(tokenizer, "model", pad_token="</s>").pad_token_id == 2
+
+
+def test_a_tokenizer_pads_with_its_end_token_or_is_refused():
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = None
+    assert load_tokenizer(tokenizer, "model").pad_token == "</s>"
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="want a tokenizer with a pad_token or an eos_token"):
+        load_tokenizer(tokenizer, "model")
 
 
 def test_weights_that_are_not_all_there_or_of_another_shape_are_refused(tmp_path):
@@ -126,6 +141,19 @@ def test_a_dtype_that_torch_lacks_is_refused(dtype):
         load_policy("a-name", dtype=dtype)
 
 
+def test_a_config_is_read_of_the_models_revision(monkeypatch):
+    asked = {}
+
+    def read(reader, wanted, name, **settings):
+        asked.update(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr("fastdpo.policy._read", read)
+    with pytest.raises(InterruptedError):
+        load_policy("some/model", revision="v1", trust_remote_code=True, device_map="auto")
+    assert asked == {"revision": "v1", "trust_remote_code": True}
+
+
 def test_an_encoder_decoder_is_refused(tmp_path):
     AutoConfig.for_model("t5", d_model=8, num_layers=1, vocab_size=40).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"want a decoder-only .* got .* \(t5\)"):
@@ -147,3 +175,13 @@ def test_both_configs_learn_the_pad_token_and_a_reference_drops_nothing():
     make_ready(*models, pad_token_id=7, without_dropout=True, reentrant_checkpoints=False)
     assert models[0].config.pad_token_id == models[0].generation_config.pad_token_id == 7
     assert not any(rates(module) for model in models for module in model.modules())
+
+
+def test_adapters_on_a_quantised_model_train_in_bfloat16_but_for_doras_magnitudes():
+    model = tiny.model("llama", 300)
+    model.is_loaded_in_4bit = True  # as transformers says of bitsandbytes' layers
+    adapted = with_adapters(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            is_magnitude = "lora_magnitude_vector" in name
+            assert parameter.dtype == (torch.float32 if is_magnitude else torch.bfloat16), name

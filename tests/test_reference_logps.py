@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 import fastdpo
 from fastdpo import DPOTrainer
 from fastdpo.batch import PairBatch
-from fastdpo.reference_logps import FrozenModel, frozen_copy, make_reference
+from fastdpo.reference_logps import AdaptersOff, FrozenModel, frozen_copy, make_reference
 
 SCORED = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -30.0}
 
@@ -172,6 +172,25 @@ def test_adapters_that_change_their_base_start_at_their_reference(tmp_path, toke
     assert isinstance(trainer.reference, FrozenModel)
     trainer.train()
     assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
+def test_adapters_that_leave_their_base_as_it_is_are_switched_off(tmp_path, tokenizer, start):
+    lora = LoraConfig(**LORA, init_lora_weights=start)
+    assert isinstance(make_trainer(tmp_path, tokenizer, peft_config=lora).reference, AdaptersOff)
+
+
+def test_adapters_are_on_again_after_a_reference_that_failed(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
+    layer = trainer.model.base_model.model.model.layers[0]
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("pretended")
+
+    layer.register_forward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError, match="pretended"):
+        trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    assert not layer.self_attn.q_proj.disable_adapters
 
 
 def test_a_copy_has_in_common_with_the_policy_what_does_not_train(tokenizer):

@@ -4,9 +4,17 @@ import pytest
 import tiny
 from datasets import Dataset
 from peft import LoraConfig
-from trainers import logged, make_trainer, weights
+from trainers import (
+    TWO_BATCHES_IN_ORDER,
+    RunsOutOfMemory,
+    logged,
+    make_trainer,
+    rows_with_a_longer_one,
+    weights,
+)
 
 from fastdpo import DPOTrainer
+from fastdpo.token_budget import UNBOUNDED
 
 
 def build(kind, tmp_path, tokenizer, **settings):
@@ -52,6 +60,45 @@ def test_numbers_of_ones_own_are_logged_as_under_trl(tmp_path, tokenizer):
     trainer.train()
     assert logged(trainer, "mine") == [25.0, 25.0]  # of 10, 20, 30 and 40
     assert trainer.evaluate()["eval_mine"] == 10.0 and trainer.evaluate()["eval_mine"] == 10.0
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "mean"),
+    [("train", "mine", 25.0), ("evaluate", "eval_mine", 20.0)],  # of 4 batches, and of 3
+)
+def test_numbers_of_what_failed_are_in_no_later_log(tmp_path, tokenizer, run, name, mean):
+    settings = {"max_steps": 1, "per_device_eval_batch_size": 1}
+    rows = Dataset.from_list(tiny.rows(3))
+    trainer, forwards = build(Counting, tmp_path, tokenizer, eval_dataset=rows, **settings), []
+
+    def fail_in_the_second(*_):
+        forwards.append(1)
+        if len(forwards) == 2:
+            raise RuntimeError("pretended")
+
+    trainer.model.register_forward_hook(fail_in_the_second)
+    with pytest.raises(RuntimeError, match="pretended"):
+        getattr(trainer, run)()
+    getattr(trainer, run)()
+    assert logged(trainer, name) == [mean]
+
+
+class CountingPacks(Counting):
+    loss_is_scaled_for_ga = True
+
+
+def test_numbers_of_ones_own_are_counted_once_where_an_update_is_run_again(tmp_path, tokenizer):
+    def train(most, budget):
+        settings = {"rows": rows_with_a_longer_one(), "max_steps": 1, **TWO_BATCHES_IN_ORDER}
+        settings |= {"layout": "shared", "max_tokens_per_forward": budget}
+        trainer = make_trainer(tmp_path, tokenizer, kind=CountingPacks, **settings)
+        memory = RunsOutOfMemory(trainer.model, most, in_backward=False)
+        trainer.train()
+        return trainer, memory
+
+    again, memory = train(230, "auto")
+    once, _ = train(UNBOUNDED, again.budget.max_tokens)
+    assert memory.raised and logged(again, "mine") == logged(once, "mine")
 
 
 @pytest.mark.parametrize("kind", [Plain, Dividing])
@@ -119,6 +166,16 @@ def test_a_subclass_that_may_run_the_model_itself_gets_sequences(tmp_path, token
     assert build(Watching, tmp_path, tokenizer, layout="shared").layout.name == "shared"
 
 
+class Stepping(DPOTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize("kind", [Stepping, OneMore])
+def test_any_step_of_ones_own_gets_sequences(kind, tmp_path, tokenizer):
+    assert build(kind, tmp_path, tokenizer).layout.name == "padded"
+
+
 def test_columns_of_ones_own_reach_ones_own_collator(tmp_path, tokenizer):
     rows = [row | {"weight": i, "status": "new"} for i, row in enumerate(tiny.rows())]
     padded = build(DPOTrainer, tmp_path, tokenizer, layout="padded").data_collator
@@ -153,6 +210,15 @@ def test_a_collator_set_later_gets_lists_as_one_given_at_the_start(tmp_path, tok
     trainer.train()
     ids = [row["prompt_ids"] + row["chosen_ids"] for row in trainer.train_dataset]
     assert seen and all(each in ids for each in seen)
+
+
+def test_a_collator_of_ones_own_makes_the_batches_of_evaluations_too(tmp_path, tokenizer):
+    padded = build(DPOTrainer, tmp_path, tokenizer, layout="padded").data_collator
+    settings = {"data_collator": lambda rows: padded(rows), "compute_metrics": lambda _: {}}
+    rows = Dataset.from_list(tiny.rows(3))
+    trainer = build(DPOTrainer, tmp_path, tokenizer, eval_dataset=rows, **settings)
+    for loader in (trainer.get_eval_dataloader(), trainer.get_test_dataloader(rows)):
+        assert loader.collate_fn is settings["data_collator"]
 
 
 def test_all_that_a_collator_written_for_trl_gives_reaches_the_model(tmp_path, tokenizer):

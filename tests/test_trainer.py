@@ -319,22 +319,16 @@ def test_a_weight_may_change_between_steps_where_none_was_given(tmp_path, tokeni
     assert logged(trainer)[0] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_sampler_grouped_by_length_resumes_in_its_order(tmp_path, tokenizer):
-    def trainer(folder):
-        return make_trainer(
-            tmp_path / folder,
-            tokenizer,
-            rows=tiny.rows(24),
-            train_sampling_strategy="group_by_length",
-            num_train_epochs=2,
-            max_steps=-1,
-            save_strategy="steps",
-            save_steps=8,
-        )
+def test_the_reference_is_scored_before_the_policys_activations_are_there(tmp_path, tokenizer):
+    trainer, order = make_trainer(tmp_path, tokenizer), []
+    for name, model in trainer.models().items():
+        model.model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    assert order == ["ref_model", "model"]
 
-    whole, resumed = trainer("whole"), trainer("resumed")
-    whole.train()
-    torch.manual_seed(5)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-8"))
-    assert whole.state.global_step == 12
-    assert logged(resumed, "logps/chosen") == logged(whole, "logps/chosen")
+
+def test_rows_of_a_later_evaluation_are_counted(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    trainer.evaluate(Dataset.from_list(tiny.rows(3)), metric_key_prefix="held")
+    assert trainer.pair_counts.keys() == {"train", "held"}
+    assert trainer.pair_counts["held"].pairs == 3

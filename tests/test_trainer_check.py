@@ -173,6 +173,13 @@ def test_a_model_that_lies_on_several_gpus_is_let_by(tokenizer, monkeypatch):
     trainer_check.check_arguments(args(), model, rows, None, None)
 
 
+def test_a_model_that_will_lie_on_several_gpus_is_let_by(monkeypatch):
+    monkeypatch.setattr(DPOConfig, "n_gpu", 2)
+    placed = args(model_init_kwargs={"device_map": "auto"})
+    rows = Dataset.from_list(tiny.rows())
+    trainer_check.check_arguments(placed, "some/model", rows, None, None)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -192,6 +199,12 @@ def test_a_report_to_a_package_that_is_not_there_is_refused(tokenizer, nothing_s
     monkeypatch.setattr(trainer_check, "get_available_reporting_integrations", lambda: ["mlflow"])
     with pytest.raises(ValueError, match=r"want report_to of .* installed, got \['wandb'\]"):
         build(tokenizer, settings={"report_to": ["mlflow", "wandb"]})
+
+
+@pytest.mark.parametrize("service", ["azure_ml", "flyte"])
+def test_a_service_that_transformers_does_not_list_is_let_by(monkeypatch, service):
+    monkeypatch.setattr(trainer_check, "get_available_reporting_integrations", lambda: [])
+    trainer_check._check_report_to([service])
 
 
 @pytest.mark.parametrize(
@@ -234,6 +247,11 @@ def test_too_few_rows_for_a_batch_are_refused_where_it_is_dropped(tokenizer, not
         build(tokenizer, settings)
 
 
+def test_rows_for_just_one_batch_are_enough():
+    settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 8}
+    trainer_check.check_enough_rows(args(**settings), 8)
+
+
 @pytest.mark.parametrize("which", ["model", "ref_model"])
 def test_a_token_outside_a_models_vocabulary_is_refused(tokenizer, which):
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}] * 3
@@ -253,6 +271,16 @@ def test_the_best_metric_is_one_that_every_evaluation_has(tokenizer, tmp_path):
     build(tokenizer, args=args, eval_dataset={"a": rows}, compute_metrics=lambda _: {})
     with pytest.raises(ValueError, match="want .* of .*'eval_a_rewards/margins'.*got 'rewards/m"):
         build(tokenizer, args=args, eval_dataset={"a": rows})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "eval_strategy"),
+    [("eval_loss", "steps"), ("wins", "no")],
+    ids=["with-its-prefix", "without-evaluations"],
+)
+def test_a_best_metric_that_leads_to_no_error_is_let_by(wanted, eval_strategy):
+    best = args(metric_for_best_model=wanted, eval_strategy=eval_strategy)
+    trainer_check.check_best_metric(best, Dataset.from_list(tiny.rows()), None)
 
 
 def test_a_token_outside_the_vocabulary_is_refused_in_an_evaluation_too(tokenizer):

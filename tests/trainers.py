@@ -21,6 +21,17 @@ TRL_ARGUMENTS = [
     "peft_config",
 ]
 LORA = {"r": 4, "lora_dropout": 0.0, "target_modules": "all-linear"}
+TWO_BATCHES_IN_ORDER = {
+    "train_sampling_strategy": "sequential",
+    "gradient_accumulation_steps": 2,
+}
+
+
+def rows_with_a_longer_one():
+    """Batches of 221 and 243 tokens: the first has run when memory runs out in the second."""
+    rows = tiny.rows()
+    rows[6]["chosen"] *= 8
+    return rows
 
 
 def make_trainer(tmp_path, tokenizer, model=None, rows=None, kind=DPOTrainer, **settings):

@@ -1,0 +1,40 @@
+"""The order of rows that are grouped by length."""
+
+import tiny
+import torch
+from trainers import logged, make_trainer
+
+
+def test_rows_grouped_by_length_are_ordered_each_epoch_anew_by_the_datas_seed(tmp_path, tokenizer):
+    def orders(**settings):
+        settings |= {"rows": tiny.rows(24), "train_sampling_strategy": "group_by_length"}
+        sampler = make_trainer(tmp_path, tokenizer, **settings)._get_train_sampler()
+        for epoch in (0, 1):
+            sampler.set_epoch(epoch)
+            yield list(sampler)
+
+    first, second = orders()
+    assert first != second
+    assert [*orders(data_seed=42)] == [first, second]  # the seed that a run has by default
+    assert next(orders(data_seed=7)) != first
+
+
+def test_a_sampler_grouped_by_length_resumes_in_its_order(tmp_path, tokenizer):
+    def trainer(folder):
+        return make_trainer(
+            tmp_path / folder,
+            tokenizer,
+            rows=tiny.rows(24),
+            train_sampling_strategy="group_by_length",
+            num_train_epochs=2,
+            max_steps=-1,
+            save_strategy="steps",
+            save_steps=8,
+        )
+
+    whole, resumed = trainer("whole"), trainer("resumed")
+    whole.train()
+    torch.manual_seed(5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-8"))
+    assert whole.state.global_step == 12
+    assert logged(resumed, "logps/chosen") == logged(whole, "logps/chosen")
