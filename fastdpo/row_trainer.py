@@ -34,6 +34,10 @@ class RowTrainer(MeasuringTrainer):
     layout: Layout
     pair_counts: dict[str, PairCounts | None]
 
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self._rows_of_loaders: dict[str, Rows] = {}  # of evaluations' loaders, by their names
+
     def models(self) -> dict[str, nn.Module]:
         """What scores pairs, by its argument's name."""
         return {"model": self.model}
@@ -75,9 +79,12 @@ class RowTrainer(MeasuringTrainer):
         """With persistent workers, transformers keeps loaders by name, whatever they are of."""
         loaders = getattr(self, "_eval_dataloaders", {})
         name = eval_dataset if isinstance(eval_dataset, str) else "eval"
-        is_own = eval_dataset is self.eval_dataset or isinstance(eval_dataset, str | None)
-        if name in loaders and not (is_own and loaders[name].collate_fn is self.data_collator):
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[name] if isinstance(rows, str) else rows
+        is_its = self._rows_of_loaders.get(name) is rows
+        if name in loaders and not (is_its and loaders[name].collate_fn is self.data_collator):
             del loaders[name]
+        self._rows_of_loaders[name] = rows
 
     def get_test_dataloader(self, test_dataset: Rows) -> DataLoader:
         """As transformers.Trainer's, of preference rows; padded, as predictions are logits."""

@@ -65,7 +65,9 @@ def test_the_report_ends_in_time_though_no_step_heeds_its_limit(tmp_path):
     began = time.monotonic()
     _, summary = report(tmp_path, script, TOTAL_S="12")
     assert time.monotonic() - began < 40  # on a busy machine, and without its end 120
-    assert fates(summary) == {**dict.fromkeys(STEPS, "left out"), "tests": "cut off at 2 s"}
+    found = fates(summary)
+    assert re.fullmatch("cut off at [0-2] s", found["tests"])  # 2, on a machine that is not busy
+    assert found == dict.fromkeys(STEPS, "left out") | {"tests": found["tests"]}
 
 
 def test_without_a_gpu_there_is_no_report(tmp_path):

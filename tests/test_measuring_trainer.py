@@ -91,7 +91,7 @@ def test_workers_that_stay_serve_what_is_asked_for_now(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one", "by-name"])
-def test_workers_that_stay_serve_every_evaluation(tmp_path, tokenizer, several):
+def test_workers_that_stay_serve_every_evaluation_of_the_same_rows(tmp_path, tokenizer, several):
     rows = Dataset.from_list(tiny.rows(4))
     trainer = make_trainer(
         tmp_path,
@@ -105,6 +105,10 @@ def test_workers_that_stay_serve_every_evaluation(tmp_path, tokenizer, several):
         trainer.evaluate()
         loaders += trainer._eval_dataloaders.values()
     assert len(loaders) == 2 and loaders[0] is loaders[1]
+    pairs = trainer.eval_dataset["a"] if several else trainer.eval_dataset
+    trainer.eval_dataset = {"a": pairs.select([1])} if several else pairs.select([1])
+    trainer.evaluate()
+    assert [len(loader.dataset) for loader in trainer._eval_dataloaders.values()] == [1]
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
