@@ -6,8 +6,8 @@ attends along it; any other attends as the model did before.
     by segments     scaled_dot_product_attention for each trunk and each branch; any device
     varlen          one launch of variable-length flash attention; CUDA, 16 bits or autocast to 16
 
-A branch's queries see gathered keys, its trunk's beginning and then itself, aligned at the bottom
-right; autograd of the gather adds the beginning's gradients up.
+In both, a branch's queries see the keys of its trunk's beginning and then its own, aligned at the
+bottom right; autograd adds the beginning's gradients up.
 """
 
 import functools

@@ -49,7 +49,7 @@ def why_torn(checkpoint: Path) -> str | None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a file of JSON or of tensors has its end; any other file has."""
+    """Whether a file of JSON or of tensors has its end; True for any other file."""
     if file.suffix in (".pt", ".pth", ".bin"):
         return zipfile.is_zipfile(file)  # what torch.save writes, with its directory at its end
     if file.suffix == ".json":

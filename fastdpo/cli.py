@@ -126,7 +126,7 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
         with _bad_input():
             if is_main:
                 stack.enter_context(held(folder.path))
-            if is_made:  # for a run that may never be
+            if is_made:  # to be taken away again if the run never starts
                 stack.callback(_remove_if_empty, folder.path)
             trainer = _build_trainer(run)
         say(trainer.summary())

@@ -184,7 +184,7 @@ class PackedCollator:
         }
 
     def size(self, rows: Sequence[Row]) -> Size:
-        """The size of rows with one prompt, or more: what else completions share is not counted."""
+        """An upper bound for rows of one prompt: what else their completions share is not known."""
         lengths = [n for row in rows for n in self.cut.lengths(row)]
         longest, tokens = max(lengths), sum(lengths)
         if self.share and not self.cut.may_split_prompt(longest):

@@ -16,7 +16,12 @@ BETWEEN_ROWS = re.compile(r"[ \t\r\n,]*")
 def json_rows(
     path: str, skip_bad: bool, columns: tuple[str, ...] | None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON file, checked, of the kind of the first, with options as JSON text."""
+    """The rows of a JSON file, checked, as preferences.storable makes them.
+
+    columns: those to read, None for all. A malformed row, or one of another kind than the first, is
+    RowError, or with skip_bad what preferences.malformed makes of it. ValueError where the rows up
+    to the first good one lack some of `columns`.
+    """
     kinds: dict[str, str] = {}  # of the first row's texts
     unseen = set(columns or ()).difference(OPTION_FIELDS)  # of the columns, until a row is good
     for line, row in _values(Path(path)):

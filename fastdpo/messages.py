@@ -1,4 +1,4 @@
-"""Is this a conversation that a chat template can render? Checks of message lists."""
+"""Messages and options: read back from JSON text and Arrow, and checked for a chat template."""
 
 import json
 from typing import Any
@@ -62,8 +62,8 @@ def _check_content(where: str, message: dict[str, Any]) -> None:
 
 
 def decoded(messages: list[Any]) -> list[Any]:
-    """The messages, of which some may be kept as JSON text (rows.py), without those of their keys
-    that are None."""
+    """The messages, those kept as JSON text (preferences.as_json_texts) parsed, without keys that
+    are None; one that is no message stays."""
     return [
         {key: value for key, value in message.items() if value is not None}
         if isinstance(message, dict)
@@ -80,7 +80,10 @@ def _read(message: Any) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """`value` without the None that Arrow adds to give all objects of a column the same keys."""
+    """`value` without keys that are None: Arrow adds such to give all objects of a column the same.
+
+    (One that was None before goes too: nothing tells them apart.)
+    """
     if isinstance(value, dict):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
     return list(map(without_nulls, value)) if isinstance(value, list) else value

@@ -1,4 +1,7 @@
-"""One preference row, checked: texts, conversations or token ids, with its prompt apart."""
+"""One preference row: checked, with its prompt apart, and as Arrow can store it.
+
+It is of texts, conversations or token ids.
+"""
 
 import json
 import re
@@ -27,7 +30,7 @@ FIELDS = (*TEXT_FIELDS, *ID_COLUMNS, *REFERENCE_COLUMNS, *IMAGE_FIELDS, *OPTION_
 
 
 def from_arrow(row: dict[str, Any]) -> dict[str, Any]:
-    """`row` with its messages and options as they were before Arrow stored them."""
+    """`row` with its messages and options as without_nulls leaves them."""
     fields = (*TEXT_FIELDS, *OPTION_FIELDS)
     return row | {field: without_nulls(row[field]) for field in fields if field in row}
 

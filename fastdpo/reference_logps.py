@@ -5,8 +5,8 @@
     FrozenModel     a second model, or a copy of what trains in the policy
 
 `make_reference` picks one. Each has `logps(policy, batch, ld_alpha) -> (S,)` and a `source`, which
-describes it. ld_alpha weighs tokens as kernels.reference.completion_sums does, None weighs
-all alike; log-probabilities in the rows are taken as they are.
+describes it. ld_alpha weighs tokens as kernels.reference.completion_sums does, None weighs all
+alike; log-probabilities in the rows are taken as they are.
 """
 
 import contextlib

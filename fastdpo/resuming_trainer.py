@@ -7,7 +7,8 @@ from transformers import Trainer
 
 
 class ResumingTrainer(Trainer):
-    """A PEFT model's adapters are loaded whatever their names, to resume and as the best model."""
+    """A PEFT model's adapters are loaded whatever their names, to resume and as the best model; a
+    run that had all its updates resumes to none."""
 
     @property
     def is_sharded(self) -> bool:
@@ -25,7 +26,7 @@ class ResumingTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _run_epoch(self, *args, **kwargs):
-        """None where the checkpoint is the last: transformers runs an update before it looks."""
+        """Nothing where max_steps are done: transformers would run an update before it looks."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:

@@ -53,7 +53,7 @@ NOT_IDENTITY = frozenset(
 )
 # but where rows are streamed, whose order hangs on them
 OF_STREAMS = frozenset({"dataloader_num_workers"})
-# Those that decide which weights there are, and which of them train.
+# Settings that decide which weights there are, and which of them train.
 OF_WEIGHTS = frozenset(
     "model_name_or_path model_revision use_peft lora_r lora_target_modules lora_target_parameters "
     "lora_modules_to_save use_dora".split()
@@ -108,8 +108,10 @@ def choose_run_folder(
 
     Writes nothing but that next folder, empty. resume_from: a checkpoint to go on from instead of
     the last one; true for the last one, which then has to be there.
+
     ValueError where the folder holds other work, or no checkpoint to go on from as asked, or where
-    it cannot be written to, or another run is writing to it.
+    it cannot be written to, or another run is writing to it; where the checkpoint named is torn, of
+    other weights, or beyond max_steps.
     """
     path = Path(path)
     _check_writable(path)

@@ -76,7 +76,7 @@ def test_both_losses_refuse_the_same_tensors(twin):
             twin(*arguments, beta=0.1)
 
 
-def test_on_a_cpu_lengths_fit_the_tokens():
+def test_on_a_cpu_lengths_that_do_not_fit_the_tokens_are_refused():
     ops.pair_loss(torch.zeros(5), LENGTHS, torch.zeros(2), beta=0.1)
     for wrong in ([0, 2, 4], [0, 2, 6], [1, 2, 5], [0, 6, 5]):
         lengths = torch.tensor(wrong, dtype=torch.int32)

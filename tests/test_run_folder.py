@@ -128,7 +128,7 @@ def test_a_torn_checkpoint_is_skipped_and_named_and_refused_by_name(started):
     ],
     ids=str,
 )
-def test_a_checkpoint_of_other_weights_is_refused_by_name(tmp_path, change, told):
+def test_a_named_checkpoint_that_does_not_fit_the_run_is_refused(tmp_path, change, told):
     identity = IDENTITY | {"use_peft": True, "lora_r": 16, "lora_target_modules": None}
     mark_started(tmp_path / "out", identity)
     how = {"resume_from": str(save_checkpoint(tmp_path / "out", 5))}

@@ -308,7 +308,7 @@ def test_a_loss_setting_may_change_between_steps_by_the_name_that_trl_has(tmp_pa
     assert logged(trainers[0]) == logged(trainers[1])
 
 
-def test_a_weight_may_change_between_steps_where_none_was_given(tmp_path, tokenizer):
+def test_a_weight_set_after_the_start_counts_where_none_was_given(tmp_path, tokenizer):
     model = tiny.model("mixtral", len(tokenizer))
     trainer = make_trainer(tmp_path, tokenizer, model=model, loss_type=["sigmoid", "hinge"])
     assert trainer.loss_weights == [1.0, 1.0]
