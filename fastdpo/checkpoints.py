@@ -7,6 +7,8 @@ from pathlib import Path
 STATE_FILE = "trainer_state.json"  # transformers writes it last
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 SHARDS = ("pytorch_model_fsdp*", "global_step*")  # of FSDP and DeepSpeed
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+READ_JSON = ("*config.json", "tokenizer*.json", *INDEXES)  # to resume; others may be anyone's
 OPTIMIZER = ("optimizer*", "global_step*")  # the latter is DeepSpeed's
 
 
@@ -42,9 +44,13 @@ def why_torn(checkpoint: Path) -> str | None:
     if (checkpoint / "optimizer.pt").exists():  # which transformers would leave out without these
         wanted += "scheduler.pt", "rng_state*.pth"
     if any(checkpoint.glob("model-*-of-*.safetensors")):
-        wanted.append("model.safetensors.index.json")
-    for index in checkpoint.glob("*.index.json"):
-        wanted += sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        wanted.append(INDEXES[0])
+    for name in INDEXES:
+        if (index := checkpoint / name).exists():
+            read = json.loads(index.read_text(encoding="utf-8"))
+            if not isinstance(read, dict) or not isinstance(read.get("weight_map"), dict):
+                return f"no weight_map in {name}"
+            wanted += sorted({*read["weight_map"].values()})
     return next((f"no {name}" for name in wanted if not any(checkpoint.glob(name))), None)
 
 
@@ -52,7 +58,7 @@ def _is_whole(file: Path) -> bool:
     """Whether a file of JSON or of tensors has its end; True for any other file."""
     if file.suffix in (".pt", ".pth", ".bin"):
         return zipfile.is_zipfile(file)  # what torch.save writes, with its directory at its end
-    if file.suffix == ".json":
+    if any(map(file.match, READ_JSON)):
         return _is_json(file.read_bytes())
     if file.suffix != ".safetensors":
         return True

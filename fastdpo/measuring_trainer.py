@@ -130,7 +130,7 @@ class MeasuringTrainer(PackTrainer):
         finally:
             self.gather_function = own_gather
         metrics = counts.take(counts.eval, self.accelerator) | self._take_own("eval")
-        if self.has_own_loss:
+        if self.has_own_loss and f"{metric_key_prefix}_loss" in output.metrics:
             metrics.pop("loss", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": metrics[name] for name in metrics})
         num_evaluated = torch.tensor(counts.num_evaluated, device=self.args.device)

@@ -55,8 +55,8 @@ NOT_IDENTITY = frozenset(
 OF_STREAMS = frozenset({"dataloader_num_workers"})
 # Settings that decide which weights there are, and which of them train.
 OF_WEIGHTS = frozenset(
-    "model_name_or_path model_revision use_peft lora_r lora_target_modules lora_target_parameters "
-    "lora_modules_to_save use_dora".split()
+    "use_peft lora_r lora_target_modules lora_target_parameters lora_modules_to_save "
+    "use_dora".split()
 )
 PATIENCE_S = 10  # a killed run's data loaders take a while to notice
 
@@ -186,19 +186,26 @@ def _check_named(checkpoint: Path, identity: dict[str, Any]) -> None:
     """ValueError unless this run can go on from `checkpoint`, which may be another run's."""
     if torn := why_torn(checkpoint):
         raise ValueError(f"want a whole checkpoint to resume from, got {checkpoint}: {torn}")
-    there = _read(checkpoint.parent).get("identity")
+    if there := _read(checkpoint.parent).get("identity"):
+        _check_same_weights(checkpoint, there, identity)
+    step, last = step_of(checkpoint), identity.get("max_steps", 0)
+    if step is not None and 0 < last < step:
+        raise ValueError(f"want max_steps from {step} to resume from {checkpoint}, got {last}")
+
+
+def _check_same_weights(checkpoint: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
     of_weights = [
         {name: value for name, value in each.items() if name.partition(".")[0] in OF_WEIGHTS}
-        for each in (there or {}, identity if there else {})
+        for each in (there, now)
     ]
+    hashes = [str(each.get("model_name_or_path")).rpartition(" ")[2] for each in (there, now)]
+    if all(each.endswith(")") for each in hashes):  # of folders, whatever their names
+        of_weights = [a | {"model": b} for a, b in zip(of_weights, hashes, strict=True)]
     if differences := _differences(*of_weights):
         raise ValueError(
             "want a checkpoint of the same model and adapters to resume from, got "
             f"{checkpoint}: {'; '.join(differences)}"
         )
-    step, last = step_of(checkpoint), identity.get("max_steps", 0)
-    if step is not None and 0 < last < step:
-        raise ValueError(f"want max_steps from {step} to resume from {checkpoint}, got {last}")
 
 
 def _check_ownership(

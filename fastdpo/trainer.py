@@ -98,13 +98,23 @@ class DPOTrainer(RowTrainer, ResumingTrainer):
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
 
     # TRL's trainer has these, and callbacks change them between steps
-    loss_types = _of_args("loss_type")
     beta = _of_args("beta")
     label_smoothing = _of_args("label_smoothing")
     ld_alpha = _of_args("ld_alpha")
     f_divergence_type = _of_args("f_divergence_type")
     f_alpha_divergence_coef = _of_args("f_alpha_divergence_coef")
     use_weighting = _of_args("use_weighting")
+
+    @property
+    def loss_types(self) -> list[str]:
+        """args.loss_type; other losses than before weigh 1 each, as those did, or need weights."""
+        return self.args.loss_type
+
+    @loss_types.setter
+    def loss_types(self, names: list[str]) -> None:
+        if self.args.loss_weights == [1.0] * len(self.args.loss_type):
+            self.args.loss_weights = None
+        self.args.loss_type = names
 
     @property
     def loss_weights(self) -> list[float]:

@@ -33,6 +33,8 @@ def test_a_file_cut_short_is_named(tmp_path, name, left):
 
 def test_a_configuration_cut_short_is_named(tmp_path):
     checkpoint = save_checkpoint(tmp_path, 10)
+    (checkpoint / "notes.json").write_text("")  # somebody's, who knows
+    assert why_torn(checkpoint) is None
     (checkpoint / "config.json").write_text('{"model_ty')
     assert why_torn(checkpoint) == "half a config.json"
 
@@ -53,6 +55,8 @@ def test_a_shard_or_the_index_that_is_not_there_is_named(tmp_path):
     for shard in shards:
         save_file({shard: torch.zeros(2)}, checkpoint / shard)
     assert why_torn(checkpoint) == "no model.safetensors.index.json"
+    (checkpoint / "model.safetensors.index.json").write_text("[]")
+    assert why_torn(checkpoint) == "no weight_map in model.safetensors.index.json"
     index = {"weight_map": {shard: shard for shard in shards}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     assert why_torn(checkpoint) is None

@@ -124,18 +124,22 @@ def test_a_torn_checkpoint_is_skipped_and_named_and_refused_by_name(started):
         ({"lora_r": 8}, "lora_r is 16 there, 8 here"),
         ({"use_peft": False}, "use_peft is True there, False here"),
         ({"lora_target_modules": ["q_proj"]}, "lora_target_modules"),
+        ({"model_name_or_path": "m (b1)"}, r"model is \(a0\) there, \(b1\) here"),
         ({"max_steps": 4}, "want max_steps from 5 to resume"),
     ],
     ids=str,
 )
 def test_a_named_checkpoint_that_does_not_fit_the_run_is_refused(tmp_path, change, told):
     identity = IDENTITY | {"use_peft": True, "lora_r": 16, "lora_target_modules": None}
+    identity |= {"model_name_or_path": "m (a0)"}
     mark_started(tmp_path / "out", identity)
     how = {"resume_from": str(save_checkpoint(tmp_path / "out", 5))}
     with pytest.raises(ValueError, match=told):
         choose_run_folder(tmp_path / "new", identity | change, **how)
     other = identity | {"learning_rate": 1.0, "max_steps": 5}
-    assert choose_run_folder(tmp_path / "new", other, **how).checkpoint
+    for model in ("m (a0)", "moved (a0)", "org/m"):
+        other["model_name_or_path"] = model
+        assert choose_run_folder(tmp_path / "new", other, **how).checkpoint
 
 
 def test_torn_checkpoints_alone_start_the_run_again_in_place(started):

@@ -129,8 +129,16 @@ class OneMore(DPOTrainer):
         return loss + 1.0, *others
 
 
+class Silent(DPOTrainer):
+    def prediction_step(self, *args, **kwargs):
+        super().prediction_step(*args, **kwargs)
+        return None, None, None
+
+
 @pytest.mark.parametrize("layout", ["padded", "shared"])
-@pytest.mark.parametrize(("kind", "times", "plus"), [(Doubled, 2.0, 0.0), (OneMore, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "times", "plus"), [(Doubled, 2, 0), (OneMore, 1, 1), (Silent, 1, 0)]
+)
 def test_an_evaluation_has_the_loss_of_ones_own(tmp_path, tokenizer, layout, kind, times, plus):
     rows = Dataset.from_list(tiny.rows(7))
     settings = {"eval_dataset": rows, "per_device_eval_batch_size": 3, "layout": layout}

@@ -312,6 +312,9 @@ def test_a_weight_set_after_the_start_counts_where_none_was_given(tmp_path, toke
     model = tiny.model("mixtral", len(tokenizer))
     trainer = make_trainer(tmp_path, tokenizer, model=model, loss_type=["sigmoid", "hinge"])
     assert trainer.loss_weights == [1.0, 1.0]
+    trainer.loss_types = ["sigmoid", "hinge", "ipo"]  # of 1 each, as before
+    assert trainer.loss_weights == [1.0, 1.0, 1.0]
+    trainer.loss_types = ["sigmoid", "hinge"]
     trainer.loss_weights[1] = 3.0
     trainer.router_aux_loss_coef = 10.0
     trainer.train()
