@@ -139,7 +139,9 @@ class Silent(DPOTrainer):
 @pytest.mark.parametrize(
     ("kind", "times", "plus"), [(Doubled, 2, 0), (OneMore, 1, 1), (Silent, 1, 0)]
 )
-def test_an_evaluation_has_the_loss_of_ones_own(tmp_path, tokenizer, layout, kind, times, plus):
+def test_an_evaluation_has_the_loss_of_ones_own_where_there_is_one(
+    tmp_path, tokenizer, layout, kind, times, plus
+):
     rows = Dataset.from_list(tiny.rows(7))
     settings = {"eval_dataset": rows, "per_device_eval_batch_size": 3, "layout": layout}
     settings |= {"ref_model": tiny.model("llama", len(tokenizer), seed=1)}
