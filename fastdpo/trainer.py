@@ -22,6 +22,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.experts import ExpertCounts, with_batch_experts
 from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck
+from fastdpo.loss_attributes import LossAttributes
 from fastdpo.losses import PairLoss, pair_loss
 from fastdpo.model import (
     ScoredOutput,
@@ -63,15 +64,7 @@ NOISY = (
 )
 
 
-def _of_args(name: str) -> property:
-    return property(
-        lambda self: getattr(self.args, name),
-        lambda self, value: setattr(self.args, name, value),
-        doc=f"args.{name}",
-    )
-
-
-class DPOTrainer(RowTrainer, ResumingTrainer):
+class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
     """Direct Preference Optimization (arXiv:2305.18290) of a decoder-only language model.
 
     The arguments are TRL 1.16's:
@@ -96,36 +89,6 @@ class DPOTrainer(RowTrainer, ResumingTrainer):
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
-
-    # TRL's trainer has these, and callbacks change them between steps
-    beta = _of_args("beta")
-    label_smoothing = _of_args("label_smoothing")
-    ld_alpha = _of_args("ld_alpha")
-    f_divergence_type = _of_args("f_divergence_type")
-    f_alpha_divergence_coef = _of_args("f_alpha_divergence_coef")
-    use_weighting = _of_args("use_weighting")
-
-    @property
-    def loss_types(self) -> list[str]:
-        """args.loss_type; other losses than before weigh 1 each, as those did, or need weights."""
-        return self.args.loss_type
-
-    @loss_types.setter
-    def loss_types(self, names: list[str]) -> None:
-        if self.args.loss_weights == [1.0] * len(self.args.loss_type):
-            self.args.loss_weights = None
-        self.args.loss_type = names
-
-    @property
-    def loss_weights(self) -> list[float]:
-        """args.loss_weights, a number for each loss even where none was given."""
-        if self.args.loss_weights is None:
-            self.args.loss_weights = [1.0] * len(self.args.loss_type)
-        return self.args.loss_weights
-
-    @loss_weights.setter
-    def loss_weights(self, weights: list[float] | None) -> None:
-        self.args.loss_weights = weights
 
     def __init__(
         self,

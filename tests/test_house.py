@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[1]
 # each module may import those after it
 ORDER = (
     "demo cli parser verify subject run_folder checkpoints mixture arguments trainer trainer_check "
-    "row_trainer pair_check measuring_trainer pack_trainer resuming_trainer sampler ranks packs "
-    "summary token_budget layout_check layout start_check rows csv_rows json_rows data "
-    "row_report preferences messages row_errors demo_task metrics policy reference_logps config "
-    "batch_loss losses model experts attention collate columns tree batch head quantised ops"
+    "row_trainer pair_check measuring_trainer pack_trainer resuming_trainer loss_attributes "
+    "sampler ranks packs summary token_budget layout_check layout start_check rows csv_rows "
+    "json_rows data row_report preferences messages row_errors demo_task metrics policy "
+    "reference_logps config batch_loss losses model experts attention collate "
+    "columns tree batch head quantised ops"
 ).split()
 KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "functools", "math", "typing"}
 KERNELS_MAY_IMPORT |= {"pathlib"}  # to tell one maker's CPUs from another's

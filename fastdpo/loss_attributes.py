@@ -1,0 +1,46 @@
+"""LossAttributes: a trainer's loss settings by the names that TRL's trainer has for them."""
+
+from fastdpo.config import DPOConfig
+
+
+def _of_args(name: str) -> property:
+    return property(
+        lambda self: getattr(self.args, name),
+        lambda self, value: setattr(self.args, name, value),
+        doc=f"args.{name}",
+    )
+
+
+class LossAttributes:
+    """Each reads and sets what `args` holds; callbacks change them between steps."""
+
+    args: DPOConfig
+
+    beta = _of_args("beta")
+    label_smoothing = _of_args("label_smoothing")
+    ld_alpha = _of_args("ld_alpha")
+    f_divergence_type = _of_args("f_divergence_type")
+    f_alpha_divergence_coef = _of_args("f_alpha_divergence_coef")
+    use_weighting = _of_args("use_weighting")
+
+    @property
+    def loss_types(self) -> list[str]:
+        """args.loss_type; other losses than before weigh 1 each, as those did, or need weights."""
+        return self.args.loss_type
+
+    @loss_types.setter
+    def loss_types(self, names: list[str]) -> None:
+        if self.args.loss_weights == [1.0] * len(self.args.loss_type):
+            self.args.loss_weights = None
+        self.args.loss_type = names
+
+    @property
+    def loss_weights(self) -> list[float]:
+        """args.loss_weights, a number for each loss even where none was given."""
+        if self.args.loss_weights is None:
+            self.args.loss_weights = [1.0] * len(self.args.loss_type)
+        return self.args.loss_weights
+
+    @loss_weights.setter
+    def loss_weights(self, weights: list[float] | None) -> None:
+        self.args.loss_weights = weights
