@@ -130,7 +130,7 @@ def score(
 def inference(model: nn.Module) -> Iterator[None]:
     """Within, `model` has no gradient, dropout or checkpointing, whatever mode it is in.
 
-    In one walk over its modules: eval() and train() took twice as long, 24 ms on a slow core for
+    In one walk over its modules: eval() and train() took twice as long, 24 ms beside other work for
     the 2001 modules of 24 layers with LoRA.
     """
     training = [module for module in model.modules() if module.training]
