@@ -15,7 +15,7 @@ import pytest
 from bench.tables import table
 from fastdpo.collate import make_collator
 from fastdpo.columns import Cut
-from fastdpo.packs import split
+from fastdpo.packs import into_packs
 
 PAIRS, TURNS = 512, 7
 
@@ -39,14 +39,17 @@ def test_split(benchmark, rows, layout, max_tokens):
     def lay_out(packs):
         return [collator(pack) for pack in packs]
 
-    packs = split(rows, max_tokens, collator)
+    packs = into_packs(rows, max_tokens, collator)
     assert sum(map(len, packs)) == PAIRS
     for pack, inputs in zip(packs, lay_out(packs), strict=True):
         assert inputs["tokens"].run <= max_tokens or len(pack) == 1
 
-    taken = {split: [], lay_out: []}
+    taken = {into_packs: [], lay_out: []}
     for _ in range(TURNS):
-        for function, arguments in ((split, (rows, max_tokens, collator)), (lay_out, (packs,))):
+        for function, arguments in (
+            (into_packs, (rows, max_tokens, collator)),
+            (lay_out, (packs,)),
+        ):
             start = time.process_time()
             function(*arguments)
             taken[function].append(1e3 * (time.process_time() - start))
@@ -55,4 +58,4 @@ def test_split(benchmark, rows, layout, max_tokens):
     for column, value in measured.items():
         table(f"{PAIRS} pairs in packs").put(f"{layout}, {max_tokens:,} tokens", column, value)
     benchmark.extra_info |= measured
-    benchmark.pedantic(split, args=(rows, max_tokens, collator), rounds=1)
+    benchmark.pedantic(into_packs, args=(rows, max_tokens, collator), rounds=1)

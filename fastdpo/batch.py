@@ -1,7 +1,20 @@
 """PairBatch: what one forward takes of a batch of pairs, whatever its layout.
 
 A layout is a collator (collate.py, or a user's own): it may lay tokens out as it likes, as long as
-it says which rows of the hidden states predict which completion tokens.
+it says which rows of the hidden states predict which completion tokens. What its dictionary holds:
+
+    input_ids            (S, L) padded, (1, T) packed
+    attention_mask       as input_ids: PairBatch's token_uses, by the name that transformers counts
+                         tokens by; of the padded layout and of collators written for TRL, 0 or 1
+    scored_rows, completion_labels, cu_seqlens, completion_rows    as PairBatch has them
+    completion_mask      (S, L), 1 where a token is scored; padded and TRL's, whose stands for those
+    position_ids, tree   packed
+    ref_chosen_logps, ref_rejected_logps    (B,), where the pairs have them
+    tokens               TokensRun
+
+With a token budget (packs.py) it holds `packs`, such a dictionary each, and `pairs`, what they were
+made of. A pack may have three keys more: is_filler (pack_trainer.py), pack_loss (batch_loss.py) and
+experts (experts.py).
 """
 
 from collections.abc import Mapping

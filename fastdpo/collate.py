@@ -4,7 +4,7 @@
     PackedCollator(share=False)     sequences end to end in one row, no padding
     PackedCollator(share=True)      the same, with common beginnings of sequences there once
 
-Rows have the columns of columns.py. B rows become S = 2B sequences, prompt + completion, chosen
+Pairs have the columns of columns.py. B of them become S = 2B sequences, prompt + completion, chosen
 0..B-1, then rejected, each cut to max_length.
 """
 
@@ -20,16 +20,16 @@ import torch
 from numpy import ndarray
 
 from fastdpo.batch import TokensRun, cu_seqlens_of, scored_positions
-from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS, Cut, Row
+from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS, Cut, Pair
 from fastdpo.tree import Branch, Tree, Trunk, ranges
 
-SAMPLED_ROWS = 32  # start-up checks take the longest of the first: it reaches past most windows
+SAMPLED_PAIRS = 32  # start-up checks take the longest of the first: it reaches past most windows
 
 
-def first_rows_longest_first(rows: Iterable[Row]) -> list[Row]:
-    """The first SAMPLED_ROWS rows, the longest first."""
-    few = itertools.islice(rows, SAMPLED_ROWS)
-    return sorted(few, key=lambda row: sum(len(row[name]) for name in ID_COLUMNS), reverse=True)
+def first_pairs_longest_first(pairs: Iterable[Pair]) -> list[Pair]:
+    """The first SAMPLED_PAIRS pairs, the longest first."""
+    few = itertools.islice(pairs, SAMPLED_PAIRS)
+    return sorted(few, key=lambda pair: sum(len(pair[name]) for name in ID_COLUMNS), reverse=True)
 
 
 class Size(NamedTuple):
@@ -48,21 +48,21 @@ class Size(NamedTuple):
         )
 
 
-def _sequences(rows: Sequence[Row], cut: Cut) -> list[tuple[ndarray, ndarray]]:
+def _sequences(pairs: Sequence[Pair], cut: Cut) -> list[tuple[ndarray, ndarray]]:
     """(prompt, completion) of S sequences."""
-    prompts = [np.asarray(row["prompt_ids"], np.int64) for row in rows]
+    prompts = [np.asarray(pair["prompt_ids"], np.int64) for pair in pairs]
     return [
-        cut(prompt, np.asarray(row[side], np.int64))
+        cut(prompt, np.asarray(pair[side], np.int64))
         for side in ("chosen_ids", "rejected_ids")
-        for prompt, row in zip(prompts, rows, strict=True)
+        for prompt, pair in zip(prompts, pairs, strict=True)
     ]
 
 
-def _reference(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+def _reference(pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
     return {
-        name: torch.tensor([float(row[name]) for row in rows])
+        name: torch.tensor([float(pair[name]) for pair in pairs])
         for name in REFERENCE_COLUMNS
-        if name in rows[0]
+        if name in pairs[0]
     }
 
 
@@ -74,8 +74,8 @@ class PaddedCollator:
     cut: Cut = field(default_factory=Cut)
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        sequences = _sequences(rows, self.cut)
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+        sequences = _sequences(pairs, self.cut)
         width = self._width(max(len(prompt) + len(rest) for prompt, rest in sequences))
         input_ids_SL = np.full((len(sequences), width), self.pad_token_id)
         attention_mask_SL = np.zeros_like(input_ids_SL)
@@ -92,13 +92,13 @@ class PaddedCollator:
             "attention_mask": torch.from_numpy(attention_mask_SL),
             "completion_mask": completion_mask,
             **scored_positions(input_ids, completion_mask),
-            **_reference(rows),
+            **_reference(pairs),
             "tokens": TokensRun(input_ids_SL.size),
         }
 
-    def size(self, rows: Sequence[Row]) -> Size:
-        """The size of a forward of these rows."""
-        lengths = [n for row in rows for n in self.cut.lengths(row)]
+    def size(self, pairs: Sequence[Pair]) -> Size:
+        """The size of a forward of these pairs."""
+        lengths = [n for pair in pairs for n in self.cut.lengths(pair)]
         return Size(len(lengths), max(lengths), sum(lengths))
 
     def tokens(self, size: Size) -> int | ndarray:
@@ -167,15 +167,15 @@ class PackedCollator:
     share: bool
     cut: Cut = field(default_factory=Cut)
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        sequences = _sequences(rows, self.cut)
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+        sequences = _sequences(pairs, self.cut)
         groups, members = self._groups(sequences)
         packed = _PackedRow(groups)
         lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
         return {
             **packed.inputs(),
             **packed.scored(members),
-            **_reference(rows),
+            **_reference(pairs),
             "tokens": TokensRun(
                 run=packed.size,
                 shared=sum(lengths) - packed.size,
@@ -183,12 +183,12 @@ class PackedCollator:
             ),
         }
 
-    def size(self, rows: Sequence[Row]) -> Size:
-        """An upper bound for rows of one prompt: what else their completions share is not known."""
-        lengths = [n for row in rows for n in self.cut.lengths(row)]
+    def size(self, pairs: Sequence[Pair]) -> Size:
+        """At most this, for pairs of one prompt: what else their completions share is not known."""
+        lengths = [n for pair in pairs for n in self.cut.lengths(pair)]
         longest, tokens = max(lengths), sum(lengths)
         if self.share and not self.cut.may_split_prompt(longest):
-            prompt = min(len(rows[0]["prompt_ids"]), self.cut.max_length or sys.maxsize)
+            prompt = min(len(pairs[0]["prompt_ids"]), self.cut.max_length or sys.maxsize)
             tokens -= prompt * (len(lengths) - 1)
         return Size(len(lengths), longest, tokens)
 
@@ -261,26 +261,31 @@ class _PackedRow:
         }
 
     def scored(self, members: list[tuple[int, int]]) -> dict[str, Any]:
-        """Scored rows and labels, each once, and where each completion's tokens are among them."""
-        rows, labels, places = [], [], {}
-        used = []
-        for g, c in members:
-            for piece in ((g, None), (g, c)):  # what the group's completions share, and the rest
-                if piece not in places:
-                    places[piece] = len(places)
-                    piece_rows, piece_labels = self._scored_piece(*piece)
-                    rows += piece_rows
-                    labels.append(piece_labels)
-                used.append(places[piece])
-        counts = np.array([len(piece) for piece in labels])
+        """Scored rows and labels, each once, and where each completion's tokens are among them.
+
+        A completion is two pieces: (its group, None), what all of the group begin with, and (its
+        group, its place), the rest. A piece that several completions have is scored once.
+        """
+        numbers: dict[tuple, int] = {}  # of each piece, in the order they are met
+        row_ranges, labels = [], []  # of each, in that order
+        pieces = []  # both of each completion, by their numbers
+        for group, place in members:
+            for piece in ((group, None), (group, place)):
+                if piece not in numbers:
+                    numbers[piece] = len(numbers)
+                    its_ranges, its_labels = self._scored_piece(*piece)
+                    row_ranges += its_ranges
+                    labels.append(its_labels)
+                pieces.append(numbers[piece])
+        counts = np.array([len(its_labels) for its_labels in labels])
         inputs = {
-            "scored_rows": torch.from_numpy(ranges(*np.array(rows).T)),
+            "scored_rows": torch.from_numpy(ranges(*np.array(row_ranges).T)),
             "completion_labels": torch.from_numpy(np.concatenate(labels)),
-            "cu_seqlens": cu_seqlens_of(counts[used].reshape(-1, 2).sum(1)),
+            "cu_seqlens": cu_seqlens_of(counts[pieces].reshape(-1, 2).sum(1)),
         }
-        if counts[used].sum() != counts.sum():  # else every row is read once, in this very order
+        if counts[pieces].sum() != counts.sum():  # else every row is read once, in this very order
             starts = np.cumsum(counts) - counts
-            inputs["completion_rows"] = torch.from_numpy(ranges(starts[used], counts[used]))
+            inputs["completion_rows"] = torch.from_numpy(ranges(starts[pieces], counts[pieces]))
         return inputs
 
     def _scored_piece(self, g: int, c: int | None) -> tuple[list[tuple[int, int]], ndarray]:

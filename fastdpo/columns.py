@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Row = Mapping[str, Any]
+Pair = Mapping[str, Any]  # tokenised: ID_COLUMNS, and REFERENCE_COLUMNS where it was scored
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # ints, a list or an array
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
@@ -30,13 +30,13 @@ class Cut:
         completion = completion[max(0, len(completion) - self.max_length) :]
         return prompt[max(0, len(prompt) + len(completion) - self.max_length) :], completion
 
-    def lengths(self, row: Row) -> tuple[int, int]:
-        """The lengths of `row`'s chosen and rejected sequences, once cut."""
+    def lengths(self, pair: Pair) -> tuple[int, int]:
+        """The lengths of `pair`'s chosen and rejected sequences, once cut."""
         limit = self.max_length or sys.maxsize
-        prompt = len(row["prompt_ids"])
+        prompt = len(pair["prompt_ids"])
         return (
-            min(limit, prompt + len(row["chosen_ids"])),
-            min(limit, prompt + len(row["rejected_ids"])),
+            min(limit, prompt + len(pair["chosen_ids"])),
+            min(limit, prompt + len(pair["rejected_ids"])),
         )
 
     def may_split_prompt(self, length: int) -> bool:

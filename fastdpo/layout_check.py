@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from fastdpo.batch import PairBatch
-from fastdpo.columns import Row
+from fastdpo.columns import Pair
 from fastdpo.model import causal_lm_of, inference, score
 
 # rms over tokens, in nats: this many roundings of the dtype that the layers compute in
@@ -21,8 +21,8 @@ ROUNDINGS, LEAST_TOLERANCE = 12, 1e-3
 class LayoutCheck:
     """One pair, the collator of each layout by its name, and the autocast that the run has."""
 
-    row: Row
-    collator: Callable[[str], Callable[[list[Row]], dict[str, Any]]]
+    pair: Pair
+    collator: Callable[[str], Callable[[list[Pair]], dict[str, Any]]]
     device: torch.device
     autocast: Callable[[], AbstractContextManager]
 
@@ -54,7 +54,7 @@ class LayoutCheck:
         )
 
     def _batch(self, layout: str) -> PairBatch:
-        inputs = self.collator(layout)([self.row])
+        inputs = self.collator(layout)([self.pair])
         return PairBatch.from_inputs(send_to_device(inputs, self.device))
 
     def _tolerance(self, model: nn.Module) -> float:

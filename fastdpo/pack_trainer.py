@@ -26,7 +26,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from fastdpo.batch import PairBatch, count_pairs
-from fastdpo.collate import first_rows_longest_first
+from fastdpo.collate import first_pairs_longest_first
 from fastdpo.config import DPOConfig
 from fastdpo.model import score
 from fastdpo.packs import PackCollator
@@ -98,8 +98,8 @@ class PackTrainer(Trainer):
 
     def _tokens_that_fit(self) -> int:
         """Estimated from a forward and a backward of the longest pairs."""
-        rows = first_rows_longest_first(self.train_dataset)
-        one, two = (self.to_device(self.data_collator(each)) for each in (rows[:1], rows[:2]))
+        pairs = first_pairs_longest_first(self.train_dataset)
+        one, two = (self.to_device(self.data_collator(each)) for each in (pairs[:1], pairs[:2]))
         gradients = 1 if self.accelerator.num_processes == 1 else 2  # DDP's buckets are as large
         kept_bytes = sum(
             parameter.numel() * (gradients * parameter.element_size() + 8)  # and Adam's moments
@@ -168,7 +168,7 @@ class PackTrainer(Trainer):
             inputs["packs"] += [filler] * (count - len(inputs["packs"]))
 
     def _lay_out_anew(self, inputs: Batch, at_least: int = 1) -> None:
-        inputs |= self.to_device(self._pack_collator(inputs["rows"].rows, at_least))
+        inputs |= self.to_device(self._pack_collator(inputs["pairs"].pairs, at_least))
 
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: int | None = None

@@ -20,7 +20,7 @@ from fastdpo.arguments import (
     peft_config,
     quantization_config,
 )
-from fastdpo.columns import Row
+from fastdpo.columns import Pair
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
 from fastdpo.head import check_head_module
@@ -38,7 +38,7 @@ class Subject:
 
     policy: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    pairs: list[Row]
+    pairs: list[Pair]
     num_rows: int
     args: DPOConfig
 

@@ -3,6 +3,10 @@
     rows --prepare_pairs--> pairs --collator--> PairBatch --score--> token logps --\\
                                     reference.logps --> reference logps ------------> loss
 
+A step: training_step (pack_trainer) -> before_packs (here) -> compute_loss (here), once a pack:
+    PairBatch.from_inputs (batch) -> reference.logps (reference_logps) -> score (model, head)
+    -> pair_loss (losses, ops) -> count_training (measuring_trainer)
+
 The loop, checkpoints, mixed precision and distribution are transformers' and accelerate's.
 """
 
@@ -16,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from fastdpo.batch import PairBatch, TokensRun, count_pairs
 from fastdpo.batch_loss import PackLogps, PackLoss, with_pack_losses
-from fastdpo.collate import first_rows_longest_first
-from fastdpo.columns import Row
+from fastdpo.collate import first_pairs_longest_first
+from fastdpo.columns import Pair
 from fastdpo.config import DPOConfig
 from fastdpo.experts import ExpertCounts, with_batch_experts
 from fastdpo.layout import Layout, choose_layout
@@ -156,11 +160,11 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         )
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga  # its name before 5.18
         self._start_checked = False
-        row = first_rows_longest_first(train_dataset)[0]
-        self._set_up_models(ref_model, row, has_new_adapters=peft_config is not None)
+        pair = first_pairs_longest_first(train_dataset)[0]
+        self._set_up_models(ref_model, pair, has_new_adapters=peft_config is not None)
         self.layout = COLLATORS_LAYOUT
         if data_collator is None:
-            self.layout = self._choose_layout(row)
+            self.layout = self._choose_layout(pair)
             self.data_collator = self._collator(self.layout.name)
         if args.precompute_ref_log_probs and not isinstance(self.reference, RowLogps):
             self._precompute_reference()
@@ -170,9 +174,9 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         return redefines(type(self), DPOTrainer, *names)
 
     def _set_up_models(
-        self, ref_model: PreTrainedModel | None, row: Row, *, has_new_adapters: bool
+        self, ref_model: PreTrainedModel | None, pair: Pair, *, has_new_adapters: bool
     ) -> None:
-        """Attach the scorer to policy and reference, and check both against the data and `row`.
+        """Attach the scorer to policy and reference, and check both against the data and `pair`.
 
         ValueError for token ids beyond a model's vocabulary, or logits that are not hidden @ headᵀ.
         """
@@ -191,7 +195,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         )
         check_pairs(datasets, self.models().values(), args)
         if not self.is_sharded:
-            ids = (row["prompt_ids"] + row["chosen_ids"])[:32]
+            ids = (pair["prompt_ids"] + pair["chosen_ids"])[:32]
             for name, model in self.models().items():
                 is_balanced = name == "model" and self.router_aux_loss_coef > 0
                 check_scorer(model, ids, name=name, aux_loss=is_balanced)
@@ -219,10 +223,10 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             reference=self.reference.source,
         )
 
-    def _choose_layout(self, row: Row) -> Layout:
+    def _choose_layout(self, pair: Pair) -> Layout:
         """Settle how pairs are laid out, once the models are where they will run."""
         check = LayoutCheck(
-            row=row,
+            pair=pair,
             collator=self._collator,
             device=self.args.device,
             autocast=self.accelerator.autocast,
@@ -314,16 +318,16 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             model,
             batch,
             stats=self.args.token_stats,
-            aux_loss=self.router_aux_loss_coef > 0,
+            aux_loss=bool(self.router_aux_loss_coef),
             batch_counts=experts and experts.counts,
         )
-        aux_loss = scored.aux_loss
-        if experts:
-            # the pack's part times N / B: its B pairs, divided by the update's, then carry exactly
-            # that part of the batch's N pairs
-            aux_loss = aux_loss * experts.num_pairs / batch.num_pairs
         losses = self._pair_losses(batch, scored, reference_logps_S, pack_loss)
-        if self.router_aux_loss_coef:
+        aux_loss = scored.aux_loss
+        if aux_loss is not None:
+            if experts:
+                # the pack's part times N / B: its B pairs, divided by the update's, then carry
+                # exactly that part of the batch's N pairs
+                aux_loss = aux_loss * experts.num_pairs / batch.num_pairs
             losses = losses._replace(loss_B=losses.loss_B + self.router_aux_loss_coef * aux_loss)
         num_pairs = num_items_in_batch if self.loss_is_scaled_for_ga else None
         loss = losses.loss_B.sum() / (num_pairs or batch.num_pairs)

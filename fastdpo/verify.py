@@ -28,7 +28,7 @@ from torch import Tensor
 from fastdpo.attention import attend_along_trees, attend_as_before
 from fastdpo.batch import PairBatch, cu_seqlens_of
 from fastdpo.collate import LAYOUTS, make_collator
-from fastdpo.columns import ID_COLUMNS, Row
+from fastdpo.columns import ID_COLUMNS, Pair
 from fastdpo.kernels import reference
 from fastdpo.layout import why_padded
 from fastdpo.losses import pair_loss
@@ -262,7 +262,7 @@ def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Ans
     return Answer(token_logps, torch.cat(losses), _take_gradients(subject))
 
 
-def _without_reference(pair: Row) -> dict[str, Any]:
+def _without_reference(pair: Pair) -> dict[str, Any]:
     return {name: pair[name] for name in ID_COLUMNS}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdpo.batch import PairBatch, TokensRun, count_pairs
-from fastdpo.collate import LAYOUTS, SAMPLED_ROWS, first_rows_longest_first, make_collator
+from fastdpo.collate import LAYOUTS, SAMPLED_PAIRS, first_pairs_longest_first, make_collator
 from fastdpo.columns import Cut
 
 PAD = 99
@@ -165,7 +165,7 @@ def test_num_tokens_is_the_sum_of_all_sequences_lengths(layout, max_length, want
 def test_the_longest_of_the_first_rows_is_looked_at_and_a_stream_not_read_on():
     def stream():
         for i in itertools.count():
-            assert i < SAMPLED_ROWS, "read too far"
+            assert i < SAMPLED_PAIRS, "read too far"
             is_long = i == 7  # as a whole: others have longer prompts
             yield {
                 "prompt_ids": [i] * (2 if is_long else 9),
@@ -173,5 +173,5 @@ def test_the_longest_of_the_first_rows_is_looked_at_and_a_stream_not_read_on():
                 "rejected_ids": [i],
             }
 
-    rows = first_rows_longest_first(stream())
-    assert len(rows) == SAMPLED_ROWS and rows[0]["prompt_ids"] == [7, 7]
+    pairs = first_pairs_longest_first(stream())
+    assert len(pairs) == SAMPLED_PAIRS and pairs[0]["prompt_ids"] == [7, 7]

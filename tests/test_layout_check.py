@@ -20,7 +20,7 @@ ROW = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 10, 11], "rejected_ids": [1
 
 def check(autocast=contextlib.nullcontext):
     collator = partial(make_collator, cut=Cut(), pad_token_id=0, pad_to_multiple_of=None)
-    return LayoutCheck(row=ROW, collator=collator, device=torch.device("cpu"), autocast=autocast)
+    return LayoutCheck(pair=ROW, collator=collator, device=torch.device("cpu"), autocast=autocast)
 
 
 def model():

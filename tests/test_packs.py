@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from fastdpo.collate import PackedCollator, make_collator
 from fastdpo.columns import Cut
-from fastdpo.packs import PackCollator, into_more, split
+from fastdpo.packs import PackCollator, into_more, into_packs
 from fastdpo.token_budget import UNBOUNDED, TokenBudget
 
 
@@ -20,7 +20,7 @@ def row(prompt, chosen, rejected):
 def packs_of(rows, max_tokens, layout, **cut):
     """How many pairs each pack has."""
     collator = make_collator(layout, Cut(**cut), pad_token_id=0, pad_to_multiple_of=None)
-    packs = split(rows, max_tokens, collator)
+    packs = into_packs(rows, max_tokens, collator)
     assert all(collator(pack)["tokens"].run <= max_tokens for pack in packs)
     return [len(pack) for pack in packs]
 
@@ -41,7 +41,7 @@ lengths = st.integers(1, 12)
 )
 def test_packs_hold_every_pair_once_and_keep_to_the_budget(rows, max_tokens, layout, cut):
     collator = make_collator(layout, cut, pad_token_id=0, pad_to_multiple_of=None)
-    packs = split(rows, max_tokens, collator)
+    packs = into_packs(rows, max_tokens, collator)
     assert sorted(map(str, rows)) == sorted(str(r) for pack in packs for r in pack)
     for pack in packs:
         assert collator(pack)["tokens"].run <= max_tokens or len(pack) == 1
@@ -49,7 +49,7 @@ def test_packs_hold_every_pair_once_and_keep_to_the_budget(rows, max_tokens, lay
 
 def test_pairs_of_one_prompt_stay_together_while_they_fit():
     rows = [row(9, 2, 3), row(5, 2, 2), row(9, 4, 1), row(5, 1, 3)]
-    packs = split(rows, 20, PackedCollator(share=True))
+    packs = into_packs(rows, 20, PackedCollator(share=True))
     assert [[len(r["prompt_ids"]) for r in pack] for pack in packs] == [[9, 9], [5, 5]]
     just_fits = [row(9, 2, 3), row(9, 4, 1)]
     just_fits[1]["prompt_ids"] = np.array(just_fits[1]["prompt_ids"], np.int32)
@@ -58,7 +58,7 @@ def test_pairs_of_one_prompt_stay_together_while_they_fit():
 
 def test_a_small_group_fills_the_first_pack_that_has_room_for_it():
     rows = [row(3, 1, 1), row(6, 5, 5), row(5, 5, 5), row(1, 1, 1)]
-    packs = split(rows, 20, PackedCollator(share=True))
+    packs = into_packs(rows, 20, PackedCollator(share=True))
     assert [[len(r["prompt_ids"]) for r in pack] for pack in packs] == [[6, 1], [5, 3]]
 
 
