@@ -43,6 +43,34 @@ def experts_per_token(causal_lm: PreTrainedModel) -> int | None:
     return None
 
 
+def aux_loss_weight(causal_lm: PreTrainedModel, router_aux_loss_coef: float | None) -> float:
+    """Weight of a mixture-of-experts model's load-balancing loss; 0 for any other model.
+
+    router_aux_loss_coef: None for the model's own. ValueError where it asks for a loss that the
+    model does not have, or that fastdpo cannot make for it.
+    """
+    config = causal_lm.config.get_text_config()
+    if not hasattr(config, "output_router_logits"):
+        if router_aux_loss_coef:
+            raise ValueError(
+                "want router_aux_loss_coef unset for a model without experts, got "
+                f"{router_aux_loss_coef} for {config.model_type}"
+            )
+        return 0.0
+    weight = router_aux_loss_coef
+    if weight is None:
+        weight = getattr(config, "router_aux_loss_coef", None) or 0.0
+    top_k = experts_per_token(causal_lm)
+    if top_k == 0:  # a dense model of a family that may have experts
+        return 0.0
+    if weight and top_k is None:
+        raise ValueError(
+            f"want router_aux_loss_coef=0 for {type(causal_lm).__name__}, whose experts fastdpo "
+            f"cannot count, got {weight}"
+        )
+    return weight
+
+
 def balancing_loss(
     router_logits: tuple[Tensor, ...],
     top_k: int,

@@ -3,11 +3,8 @@
     rows --prepare_pairs--> pairs --collator--> PairBatch --score--> token logps --\\
                                     reference.logps --> reference logps ------------> loss
 
-A step: training_step (pack_trainer) -> before_packs (here) -> compute_loss (here), once a pack:
-    PairBatch.from_inputs (batch) -> reference.logps (reference_logps) -> score (model, head)
-    -> pair_loss (losses, ops) -> count_training (measuring_trainer)
-
 The loop, checkpoints, mixed precision and distribution are transformers' and accelerate's.
+README.md has a step in the order of its calls.
 """
 
 import functools
@@ -23,7 +20,7 @@ from fastdpo.batch_loss import PackLogps, PackLoss, with_pack_losses
 from fastdpo.collate import first_pairs_longest_first
 from fastdpo.columns import Pair
 from fastdpo.config import DPOConfig
-from fastdpo.experts import ExpertCounts, with_batch_experts
+from fastdpo.experts import ExpertCounts, aux_loss_weight, with_batch_experts
 from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck
 from fastdpo.loss_attributes import LossAttributes
@@ -31,8 +28,7 @@ from fastdpo.losses import PairLoss, pair_loss
 from fastdpo.model import (
     ScoredOutput,
     attach_scorer,
-    aux_loss_weight,
-    check_scorer,
+    causal_lm_of,
     inference,
     score,
     token_logps_without_grad,
@@ -50,6 +46,7 @@ from fastdpo.reference_logps import (
 from fastdpo.resuming_trainer import ResumingTrainer
 from fastdpo.row_trainer import COLLATORS_LAYOUT, RowTrainer, by_name, prepare_named
 from fastdpo.rows import Rows
+from fastdpo.scorer_check import check_scorer
 from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
 from fastdpo.trainer_check import (
@@ -182,7 +179,9 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         """
         args = self.args
         attach_scorer(self.model, **args.head_settings)
-        self.router_aux_loss_coef = aux_loss_weight(self.model, args.router_aux_loss_coef)
+        self.router_aux_loss_coef = aux_loss_weight(
+            causal_lm_of(self.model), args.router_aux_loss_coef
+        )
         datasets = {"train": self.train_dataset, **by_name(self.eval_dataset, "eval")}
         self.reference = make_reference(
             self.model,

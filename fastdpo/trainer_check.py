@@ -12,9 +12,10 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from fastdpo.collate import PackedCollator
 from fastdpo.config import DPOConfig
+from fastdpo.experts import aux_loss_weight
 from fastdpo.losses import PAIR_METRICS
 from fastdpo.metrics import TOKEN_METRICS
-from fastdpo.model import aux_loss_weight
+from fastdpo.model import causal_lm_of
 
 PROMPT_LEARNING = (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 OF_MODELS = ("galore", "apollo", "lomo")  # optimizers that are made of a model
@@ -115,7 +116,8 @@ def check_arguments(
         _check_checkpointing(args.gradient_checkpointing_kwargs)
     if isinstance(model, str):
         return
-    aux_loss_weight(model, args.router_aux_loss_coef)  # raises where the coefficient does not fit
+    # raises where the coefficient does not fit
+    aux_loss_weight(causal_lm_of(model), args.router_aux_loss_coef)
     if args.model_init_kwargs is not None or quantization_config is not None:
         raise ValueError(
             "want model as a name with model_init_kwargs or quantization_config, got a "

@@ -8,24 +8,19 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from fastdpo.batch import PairBatch
 from fastdpo.collate import PaddedCollator
 from fastdpo.head import check_head_module, head_logps, logit_scale
-from fastdpo.model import attach_scorer, check_scorer, score
-
-VOCAB = 97
-ROWS = [
-    {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9, 10, 2], "rejected_ids": [11, 2]},
-    {"prompt_ids": [12, 13], "chosen_ids": [14, 2], "rejected_ids": [15, 16, 17, 18, 2]},
-]
+from fastdpo.model import attach_scorer, score
+from fastdpo.scorer_check import check_scorer
 
 
 def with_head_adapter(family="llama", **settings):
     settings = {"target_modules": ["lm_head", "q_proj"], "init_lora_weights": False} | settings
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, **settings)
-    return get_peft_model(tiny.model(family, VOCAB), lora)
+    return get_peft_model(tiny.model(family, tiny.VOCAB), lora)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2: tied and soft-capped
 def test_an_adapter_on_the_head_scores_and_learns_as_pefts_own_logits(family):
-    model, inputs = with_head_adapter(family), PaddedCollator(pad_token_id=0)(ROWS)
+    model, inputs = with_head_adapter(family), PaddedCollator(pad_token_id=0)(tiny.ID_PAIRS)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     expected = own_logps(model, inputs)
     grads = torch.autograd.grad(expected.sum(), trained)
@@ -45,7 +40,7 @@ def test_an_adapter_on_the_head_scores_and_learns_as_pefts_own_logits(family):
 
 
 def assert_scored_as_by_its_own_logits(model):
-    inputs = PaddedCollator(pad_token_id=0)(ROWS)
+    inputs = PaddedCollator(pad_token_id=0)(tiny.ID_PAIRS)
     attach_scorer(model)
     with torch.no_grad():
         scored = score(model, PairBatch.from_inputs(inputs)).token_logps_C
@@ -63,7 +58,7 @@ def test_a_merged_adapter_that_is_switched_off_counts_no_more():
     model.merge_adapter()
     with model.disable_adapter():
         assert_scored_as_by_its_own_logits(model)
-    inputs = PaddedCollator(pad_token_id=0)(ROWS)
+    inputs = PaddedCollator(pad_token_id=0)(tiny.ID_PAIRS)
     score(model, PairBatch.from_inputs(inputs)).token_logps_C.sum().backward()
     assert model.get_output_embeddings().lora_B["default"].weight.grad.abs().max() > 0
 
@@ -79,27 +74,29 @@ def test_of_several_adapters_the_active_ones_count():
 
 def test_a_float32_adapter_scores_on_a_bfloat16_head():
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
-    model = get_peft_model(tiny.model("llama", VOCAB, dtype=torch.bfloat16), lora)
+    model = get_peft_model(tiny.model("llama", tiny.VOCAB, dtype=torch.bfloat16), lora)
     assert model.get_output_embeddings().lora_A["default"].weight.dtype == torch.float32
     attach_scorer(model)
-    batch = PairBatch.from_inputs(PaddedCollator(pad_token_id=0)(ROWS))
+    batch = PairBatch.from_inputs(PaddedCollator(pad_token_id=0)(tiny.ID_PAIRS))
     scored = score(model, batch).token_logps_C
     exact = score(model.float(), batch).token_logps_C
     assert (scored - exact).abs().max() < 0.2  # a layer in bfloat16
 
 
 def test_models_without_a_body_and_a_linear_head_are_refused():
-    no_body, two_layers = tiny.model("llama", VOCAB), tiny.model("llama", VOCAB)
+    no_body, two_layers = tiny.model("llama", tiny.VOCAB), tiny.model("llama", tiny.VOCAB)
     no_body.base_model_prefix = ""  # base_model is then the model itself
-    two_layers.lm_head = torch.nn.Sequential(two_layers.lm_head, torch.nn.Linear(VOCAB, VOCAB))
-    for model in (tiny.model("llama", VOCAB).model, no_body, two_layers):
+    two_layers.lm_head = torch.nn.Sequential(
+        two_layers.lm_head, torch.nn.Linear(tiny.VOCAB, tiny.VOCAB)
+    )
+    for model in (tiny.model("llama", tiny.VOCAB).model, no_body, two_layers):
         with pytest.raises(ValueError, match="want a body and a linear output embedding"):
             attach_scorer(model)
 
 
 def test_a_head_adapters_dropout_is_its_own():
     model = with_head_adapter(lora_dropout=0.5, target_modules=["lm_head"])
-    inputs = PaddedCollator(pad_token_id=0)(ROWS)
+    inputs = PaddedCollator(pad_token_id=0)(tiny.ID_PAIRS)
     attach_scorer(model)
     batch = PairBatch.from_inputs(inputs)
     first, second = (score(model.train(), batch).token_logps_C for _ in range(2))
@@ -117,7 +114,7 @@ def test_other_head_adapters_are_refused(settings):
 
 def test_an_adaptive_adapter_on_the_head_is_refused():
     settings = {"target_modules": ["lm_head"], "total_step": 10}
-    model = get_peft_model(tiny.model("llama", VOCAB), AdaLoraConfig(**settings))
+    model = get_peft_model(tiny.model("llama", tiny.VOCAB), AdaLoraConfig(**settings))
     with pytest.raises(ValueError, match="no adapter on the output embedding but LoRA"):
         check_head_module(model.get_base_model())
 
@@ -127,7 +124,7 @@ class Config(dict):
 
 
 def test_a_text_config_within_a_models_says_how_logits_are_scaled(monkeypatch):
-    model = tiny.model("llama", VOCAB)
+    model = tiny.model("llama", tiny.VOCAB)
     text = Config(model_type="granite", logits_scaling=8.0)
     monkeypatch.setattr(type(model.config), "get_text_config", lambda self, **_: text)
     hidden_ND, labels_N = torch.randn(20, model.lm_head.in_features), torch.arange(20)
@@ -158,6 +155,6 @@ def test_logit_scale_of_each_family(settings, scale):
 def test_a_cap_by_another_name_counts(family):
     settings = {"recurrent_gemma": {"num_hidden_layers": 3, "logits_soft_cap": 1.0}}
     settings |= {"xlstm": {"output_logit_soft_cap": 1.0, "num_heads": 4}}
-    model = families.model(family, torch.float32, vocab_size=VOCAB, **settings[family])
+    model = families.model(family, torch.float32, vocab_size=tiny.VOCAB, **settings[family])
     attach_scorer(model)
     check_scorer(model, [5, 6, 7, 8])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,18 @@ import pytest
 import fastdpo
 
 ROOT = Path(__file__).parents[1]
-# each module may import those after it
-ORDER = (
-    "demo cli parser verify subject run_folder checkpoints mixture arguments trainer trainer_check "
-    "row_trainer pair_check measuring_trainer pack_trainer resuming_trainer loss_attributes "
-    "sampler ranks packs summary token_budget layout_check layout start_check rows csv_rows "
-    "json_rows data row_report preferences messages row_errors demo_task metrics policy "
-    "reference_logps config batch_loss losses model experts attention collate "
-    "columns tree batch head quantised ops"
-).split()
+# as fastdpo/README.md has them, from top to bottom: a module imports of its group and those below
+GROUPS = {
+    "commands": "cli parser run_folder checkpoints mixture verify subject demo demo_task",
+    "training": "trainer row_trainer measuring_trainer pack_trainer resuming_trainer "
+    "loss_attributes metrics ranks sampler summary trainer_check pair_check start_check",
+    "settings": "config arguments",
+    "model": "policy model head quantised experts scorer_check attention layout layout_check "
+    "reference_logps",
+    "loss": "losses batch_loss ops",
+    "batches": "collate tree packs token_budget batch",
+    "rows": "rows csv_rows json_rows columns preferences messages row_errors data row_report",
+}
 KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "functools", "math", "typing"}
 KERNELS_MAY_IMPORT |= {"pathlib"}  # to tell one maker's CPUs from another's
 # what kernel files share or are made of
@@ -87,15 +91,16 @@ def test_the_kernels_stand_alone():
 
 
 def test_imports_point_downwards():
-    modules = {path.stem for path in (ROOT / "fastdpo").glob("*.py")} - {"__init__"}
-    assert modules == set(ORDER)
-    for place, module in enumerate(ORDER):
-        if module == "cli":
-            continue  # calls all of them
-        for name in imported(ROOT / f"fastdpo/{module}.py"):
-            parts = name.split(".")
-            if parts[0] == "fastdpo" and len(parts) > 1 and parts[1] in modules:
-                assert ORDER.index(parts[1]) > place, f"{module} imports {parts[1]}"
+    group_of = {name: g for g, group in enumerate(GROUPS.values()) for name in group.split()}
+    assert group_of.keys() == {path.stem for path in (ROOT / "fastdpo").glob("*.py")} - {"__init__"}
+    graph = {}
+    for module, group in group_of.items():
+        names = [name.split(".") for name in imported(ROOT / f"fastdpo/{module}.py")]
+        of_fastdpo = {name[1] for name in names if name[0] == "fastdpo" and len(name) > 1}
+        graph[module] = of_fastdpo & group_of.keys()
+        for other in graph[module]:
+            assert group_of[other] >= group, f"{module} imports {other}"
+    TopologicalSorter(graph).prepare()  # CycleError where modules import each other
 
 
 def test_every_lower_bound_is_a_version_that_the_tests_ran_with():
