@@ -53,7 +53,7 @@ def fold_cases():
     """The fold of a tile: each head's full and last tile, alone and with every statistic."""
     pointers = ("z", "peak", "total", "label_logit", "rescale")
     integers = ("width", "start", "z_stride", "p_stride")
-    optional = ("bias_ptr", "weighted_ptr", "sum_ptr", "squares_ptr")
+    optional = ("bias_ptr", "exp_z_sum_ptr", "z_sum_ptr", "exp_square_sum_ptr")
     kinds = itertools.product(HEADS.items(), ("*bf16", "*fp32"), (False, True))
     for (head, (V, _, capped)), p_type, full in kinds:
         types = {f"{name}_ptr": "*fp32" for name in pointers}

@@ -1,7 +1,7 @@
 """Pairs of token ids whose lengths are like those of real preference data.
 
 Prompt and completion lengths are log-normal about their medians. Prompts and completions are
-random tokens, so no two begin alike unless `shared_beginning` asks for it.
+random tokens, so no two begin alike.
 """
 
 import json
@@ -51,9 +51,8 @@ def random_pairs(
     *,
     vocab_size: int,
     seed: int = 0,
-    shared_beginning: float = 0.0,
 ) -> list[Pair]:
-    """`count` pairs of `profile`; chosen and rejected share this part of the shorter of them."""
+    """`count` pairs of `profile`."""
     draw = random.Random(seed)
 
     def tokens(median: int, longest: int) -> list[int]:
@@ -66,8 +65,6 @@ def random_pairs(
         prompt_ids = tokens(profile.prompt_median, MAX_PROMPT)
         chosen_ids = tokens(profile.completion_median, MAX_COMPLETION)
         rejected_ids = tokens(profile.completion_median, MAX_COMPLETION)
-        shared = int(shared_beginning * min(len(chosen_ids), len(rejected_ids)))
-        rejected_ids[:shared] = chosen_ids[:shared]
         pairs.append(
             {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
         )

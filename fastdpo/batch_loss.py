@@ -5,8 +5,8 @@
     each pack, with gradient --> token logps --PackLoss.with_gradient--> PairLoss
 
 Every pack is run twice: for its log-probabilities alone, then, once the loss of all of them and
-its slope in each token are known, for the gradient. That of sum(slope * token_logp) is the loss's
-own, so long as both forwards score a token the same.
+its slope in each token are known, for the gradient: that of sum(slope * token_logp), which is the
+loss's as long as both forwards score a token the same.
 """
 
 from collections.abc import Callable

@@ -160,8 +160,8 @@ def _train(trainer: "DPOTrainer", checkpoint: Path | None) -> None:
 def verify(argv: Sequence[str]) -> int:
     """Hold the engine against plain PyTorch as `argv` says: 0 where they agree, 1 where not.
 
-    An error that is no bad input is 3, and 141 that nobody reads on, as in a shell: 1 would say
-    that they differ.
+    3 for an error that is not bad input; 141, as in a shell, where the reader of the output has
+    gone. 1 is kept for a difference.
     """
     try:
         return _verify(argv)
@@ -197,23 +197,22 @@ def _verify(argv: Sequence[str]) -> int:
 
 def _check_flags(run: "RunArguments") -> None:
     """ValueError for flags that are missing, or that would have no effect."""
-    script_args, training_args, model_args, dataset_args = run
+    script_args, training_args, model_args, mixture_args = run
     if model_args.model_name_or_path is None:
         raise ValueError("want --model_name_or_path, got none")
-    if script_args.dataset_name is None and not dataset_args.datasets:
+    if script_args.dataset_name is None and not mixture_args.datasets:
         raise ValueError("want --dataset_name, or datasets in a YAML file, got neither")
-    if script_args.dataset_name is not None and dataset_args.datasets:
+    if script_args.dataset_name is not None and mixture_args.datasets:
         raise ValueError("want --dataset_name, or datasets in a YAML file, got both")
-    if dataset_args.datasets:
+    if mixture_args.datasets:
         names = [name for name in vars(script_args) if name.startswith("dataset_")]
         _want_defaults(script_args, names, "with datasets, which say it themselves")
     else:
         names = ("test_split_size", "streaming")
-        _want_defaults(dataset_args, names, "with dataset_name, without datasets")
+        _want_defaults(mixture_args, names, "with dataset_name, without datasets")
     if not model_args.use_peft:
-        names = [
-            name for name in vars(model_args) if name.startswith(("lora_", "use_rs", "use_do"))
-        ]
+        lora = ("lora_", "use_rslora", "use_dora")
+        names = [name for name in vars(model_args) if name.startswith(lora)]
         _want_defaults(model_args, names, "without use_peft")
     if training_args.eval_on_start and training_args.eval_strategy == "no":
         raise ValueError("want an eval_strategy with eval_on_start, got no")
@@ -253,11 +252,11 @@ def _build_trainer(run: "RunArguments") -> "DPOTrainer":
     from fastdpo.trainer import DPOTrainer
     from fastdpo.trainer_check import check_enough_rows, check_optimizer_and_schedule
 
-    script_args, training_args, model_args, dataset_args = run
+    script_args, training_args, model_args, mixture_args = run
     check_optimizer_and_schedule(training_args)
     train_rows, eval_rows = load_datasets(
         script_args,
-        dataset_args,
+        mixture_args,
         with_eval=training_args.eval_strategy != "no",
         on_bad_rows=training_args.on_bad_rows,
         seed=training_args.seed,

@@ -191,8 +191,9 @@ class DPOConfig(TrainingArguments):
             self.activation_checkpointing = self.gradient_checkpointing
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        self.pad_to_multiple_of = _pad_multiple(self.pad_to_multiple_of)
-        self.max_tokens_per_forward = _max_tokens(self.max_tokens_per_forward)
+        multiple = _count("pad_to_multiple_of", self.pad_to_multiple_of)
+        self.pad_to_multiple_of = None if multiple == "auto" else multiple
+        self.max_tokens_per_forward = _count("max_tokens_per_forward", self.max_tokens_per_forward)
         self._check_objects()
         has_own_accelerator_config = self.accelerator_config is not None
         super().__post_init__()
@@ -284,8 +285,8 @@ class DPOConfig(TrainingArguments):
 
     def _check_loop(self):
         """Values that transformers would refuse late, or train no step with."""
-        counts = ("per_device_train_batch_size", "per_device_eval_batch_size")
-        for name in (*counts, "gradient_accumulation_steps"):
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
+        for name in (*sizes, "gradient_accumulation_steps"):
             _want(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
         counts = ("num_train_epochs", "dataloader_num_workers")
         for name in ("learning_rate", "weight_decay", "warmup_steps", *counts):
@@ -383,20 +384,10 @@ def _are_finite(values: Any) -> bool:
     return is_list and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
 
 
-def _pad_multiple(value: int | str | None) -> int | None:
-    """The number in `value`, which the command line hands over as text; None for no multiple."""
-    if value is None or str(value).lower() in ("auto", "none", "null"):
-        return None
-    _want(str(value).isdecimal() and int(value) > 0, "pad_to_multiple_of auto or a count", value)
-    return int(value)
-
-
-def _max_tokens(value: int | str | None) -> int | str | None:
-    """The number in `value`, which the command line hands over as text, "auto" or None."""
-    if value is None or str(value).lower() in ("none", "null"):
-        return None
-    if value == "auto":
-        return value
-    wanted = "max_tokens_per_forward auto or a count"
-    _want(str(value).isdecimal() and int(value) > 0, wanted, value)
-    return int(value)
+def _count(name: str, value: int | str | None) -> int | str | None:
+    """The number in `value`, which the command line hands over as text; "auto"; or None."""
+    text = str(value).lower()
+    if text in ("none", "null", "auto"):
+        return "auto" if text == "auto" else None
+    _want(text.isdecimal() and int(text) > 0, f"{name} auto or a count", value)
+    return int(text)

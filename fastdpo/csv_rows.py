@@ -10,7 +10,7 @@ from typing import Any
 
 from fastdpo.columns import REFERENCE_COLUMNS
 from fastdpo.messages import parsed
-from fastdpo.preferences import TEXT_FIELDS, malformed
+from fastdpo.preferences import TEXT_FIELDS, raise_or_mark
 from fastdpo.row_errors import FieldError, RowError
 
 MESSAGES = re.compile(r'\s*\[\s*\{\s*"role"\s*:')
@@ -31,14 +31,14 @@ def csv_rows(
     for index, cells in enumerate(lines):
         if len(cells) != len(header):
             wanted = f"want {len(header)} fields, as in the header, got {len(cells)}"
-            yield malformed(f"{path}, row {index}: {wanted}", skip_bad)
+            yield raise_or_mark(f"{path}, row {index}: {wanted}", skip_bad)
             continue
         row = {name: cell or None for name, cell in zip(header, cells, strict=True)}
         row = {name: row[name] for name in columns or header}
         try:
             yield row | _numbers(row) | _messages(row)
         except FieldError as error:
-            yield malformed(f"{path}, row {index}, {error}", skip_bad)
+            yield raise_or_mark(f"{path}, row {index}, {error}", skip_bad)
 
 
 def _csv_lines(path: str) -> Iterator[list[str]]:

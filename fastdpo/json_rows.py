@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdpo.preferences import OPTION_FIELDS, TEXT_FIELDS, checked_row, malformed, storable
+from fastdpo.preferences import OPTION_FIELDS, TEXT_FIELDS, checked_row, raise_or_mark, storable
 from fastdpo.row_errors import FieldError, RowError
 
 BETWEEN_ROWS = re.compile(r"[ \t\r\n,]*")
@@ -19,8 +19,8 @@ def json_rows(
     """The rows of a JSON file, checked, as preferences.storable makes them.
 
     columns: those to read, None for all. A malformed row, or one of another kind than the first, is
-    RowError, or with skip_bad what preferences.malformed makes of it. ValueError where the rows up
-    to the first good one lack some of `columns`.
+    RowError, or with skip_bad what preferences.raise_or_mark makes of it. ValueError where the rows
+    up to the first good one lack some of `columns`.
     """
     kinds: dict[str, str] = {}  # of the first row's texts
     unseen = set(columns or ()).difference(OPTION_FIELDS)  # of the columns, until a row is good
@@ -40,7 +40,7 @@ def json_rows(
             _check_alike(row, kinds)
             yield storable(checked)
         except FieldError as error:
-            yield malformed(f"{path}, line {line}, {error}", skip_bad)
+            yield raise_or_mark(f"{path}, line {line}, {error}", skip_bad)
 
 
 def _kinds(row: dict[str, Any]) -> dict[str, str]:

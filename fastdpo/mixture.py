@@ -16,7 +16,7 @@ KINDS = ("conversations", "texts")
 
 def load_datasets(
     script_args: ScriptArguments,
-    dataset_args: DatasetMixtureConfig,
+    mixture_args: DatasetMixtureConfig,
     *,
     with_eval: bool,
     on_bad_rows: str,
@@ -27,8 +27,8 @@ def load_datasets(
     `seed` decides which rows of a mixture are held out. RowError for a malformed row, ValueError
     or OSError for a dataset that is not there or does not fit the others.
     """
-    if dataset_args.datasets:
-        return _load_mixture(dataset_args, with_eval=with_eval, on_bad_rows=on_bad_rows, seed=seed)
+    if mixture_args.datasets:
+        return _load_mixture(mixture_args, with_eval=with_eval, on_bad_rows=on_bad_rows, seed=seed)
 
     def load(split: str) -> Rows:
         return load_rows(
@@ -44,12 +44,12 @@ def load_datasets(
 
 
 def _load_mixture(
-    dataset_args: DatasetMixtureConfig, *, with_eval: bool, on_bad_rows: str, seed: int
+    mixture_args: DatasetMixtureConfig, *, with_eval: bool, on_bad_rows: str, seed: int
 ) -> tuple[Rows, Rows | None]:
-    held_out = dataset_args.test_split_size
+    held_out = mixture_args.test_split_size
     if with_eval and held_out is None:
         raise ValueError("want test_split_size with `datasets` and an eval_strategy, got none")
-    if held_out is not None and dataset_args.streaming:
+    if held_out is not None and mixture_args.streaming:
         raise ValueError("want test_split_size or streaming, got both: a stream cannot be split")
     if held_out is not None:
         if not 0 < held_out < math.inf or (held_out > 1 and held_out % 1):
@@ -57,24 +57,24 @@ def _load_mixture(
         held_out = int(held_out) if held_out >= 1 else held_out  # a flag's count is a float
 
     parts = []
-    for each in dataset_args.datasets:
+    for each in mixture_args.datasets:
         rows = load_rows(
             each.path,
             config_name=each.name,
             split=each.split,
-            streaming=dataset_args.streaming,
+            streaming=mixture_args.streaming,
             data_files=each.data_files,
             data_dir=each.data_dir,
             columns=each.columns,
             on_bad_rows=on_bad_rows,
         )
         parts.append(rows)
-    names = [each.path for each in dataset_args.datasets]
+    names = [each.path for each in mixture_args.datasets]
     parts = _in_one_kind(parts, names, skip_bad=on_bad_rows == "skip")
     parts = [_with_origin(part, name) for part, name in zip(parts, names, strict=True)]
-    fractions = [each.fraction for each in dataset_args.datasets]
+    fractions = [each.fraction for each in mixture_args.datasets]
     if any(fraction is not None for fraction in fractions):
-        if dataset_args.streaming:
+        if mixture_args.streaming:
             raise ValueError("want fraction or streaming, got both: a stream has no length")
         parts = _in_proportion(parts, fractions, names)
     rows = concatenate_datasets(parts)

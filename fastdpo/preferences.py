@@ -139,8 +139,8 @@ def _checked_reference(row: dict[str, Any]) -> dict[str, float]:
     return {field: float(row[field]) for field in given}
 
 
-def malformed(reason: str, skip_bad: bool) -> dict[str, str | None]:
-    """What stands for a row that could not be read, if it may be skipped."""
+def raise_or_mark(reason: str, skip_bad: bool) -> dict[str, str | None]:
+    """RowError, or what stands for a row that could not be read, if it may be skipped."""
     if not skip_bad:
         raise RowError(reason)
     return dict.fromkeys(TEXT_FIELDS) | {MALFORMED: reason}

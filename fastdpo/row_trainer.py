@@ -1,4 +1,5 @@
-"""RowTrainer: transformers.Trainer of preference rows, whenever they come, and of one layout."""
+"""RowTrainer: transformers.Trainer that takes preference rows, at the start and in evaluate() and
+predict(), and lays all of them out alike."""
 
 from contextlib import AbstractContextManager
 from typing import Any

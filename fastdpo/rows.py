@@ -25,7 +25,7 @@ from fastdpo.preferences import (
     as_json_texts,
     checked_row,
     from_arrow,
-    malformed,
+    raise_or_mark,
     storable,
 )
 from fastdpo.row_errors import FieldError, RowError
@@ -53,11 +53,11 @@ def load_rows(
     IterableDataset, which reads as it goes (an array in a .json file whole). columns: those to
     read, None for all.
 
-    RowError names file, line and field of a malformed row in JSON, one of another kind than the
-    file's first among them, and of one in CSV with other fields than the header or a cell that is
-    no JSON; with on_bad_rows="skip" the row stays, with that message as `fastdpo_malformed`, for
-    prepare_pairs to count and leave out. ValueError for a path or a split that is not there, and
-    what `datasets` cannot read.
+    RowError at the first malformed row, with file, line and field. Malformed too: in JSON a row of
+    another kind than the first; in CSV one with other fields than the header, or a cell that should
+    be JSON and is not. With on_bad_rows="skip" the row stays, with that message as
+    `fastdpo_malformed`, for prepare_pairs to count and leave out. ValueError for a path or split
+    that is not there, and for what `datasets` cannot read.
     """
     path, skip_bad = Path(path_or_name).expanduser(), on_bad_rows == "skip"
     is_saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
@@ -216,11 +216,11 @@ def in_one_kind(rows: Rows, source: str, *, skip_bad: bool) -> Rows:
 
     def checked(row: dict[str, Any], index: int) -> dict[str, Any]:
         if row.get(MALFORMED) is not None:
-            return malformed(row[MALFORMED], skip_bad)
+            return raise_or_mark(row[MALFORMED], skip_bad)
         try:
             row = storable(checked_row(from_arrow(row)))
         except FieldError as error:
-            return malformed(f"{source}, row {index}, {error}", skip_bad)
+            return raise_or_mark(f"{source}, row {index}, {error}", skip_bad)
         return row | {field: as_json_texts(row[field]) for field in TEXT_FIELDS if field in row}
 
     if isinstance(rows, IterableDataset):

@@ -5,7 +5,8 @@
     engine      what a training step runs: collator, score, pair_loss, in each layout
 
 Compared are the log-probability of every completion token, the loss of every pair and the gradient
-of every trained parameter. Both ways run in the precision of the run.
+of every trained parameter. Both ways run in the precision of the run. On a CPU pair_loss is the
+same function both ways: a mistake of its own shows on a GPU alone.
 
 The reference's log-probabilities are the policy's own plus offsets: equal ones would give every
 pair the same loss. They are of up to 1 / beta, and of no more than 5 nats where the f-divergence is
@@ -166,7 +167,7 @@ def plain_way(subject: Subject) -> Plain:
 
 
 def _plain_pairs(subject: Subject, few: list[int], offsets_B2: Tensor) -> PlainPairs:
-    """offsets_B2: how far off the policy's log-probabilities the reference's are to be."""
+    """offsets_B2: the policy's log-probability minus the reference's, of chosen and rejected."""
     args = subject.args
     chosen, rejected = ([_own_tokens(subject, b, side) for b in few] for side in SIDES)
     completions = chosen + rejected

@@ -13,6 +13,8 @@ Papers and equations are in reference.py, with each twin.
 import triton
 import triton.language as tl
 
+# libdevice has the first two, but Triton's interpreter does not run it
+
 
 @triton.jit
 def _log1p(x):

@@ -31,9 +31,9 @@ class RunningSoftmax:
     total_N: Tensor  # sum of exp(z - peak)
     label_logit_N: Tensor  # logit of the label; NaN while none was found
     rescale_N: Tensor  # exp(peak before the last tile - peak after it)
-    weighted_N: Tensor | None  # sum of exp(z - peak) * z, for the entropy
-    sum_N: Tensor | None  # sum of z, for the mean logit
-    squares_N: Tensor | None  # sum of exp(z - peak)², for log_sum_p2
+    exp_z_sum_N: Tensor | None  # sum of exp(z - peak) * z, for the entropy
+    z_sum_N: Tensor | None  # sum of z, for the mean logit
+    exp_square_sum_N: Tensor | None  # sum of exp(z - peak)², for log_sum_p2
 
     @classmethod
     def start(cls, N: int, dtype: torch.dtype, device: torch.device, stats=()) -> "RunningSoftmax":
@@ -83,24 +83,23 @@ def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):
     torch.exp(softmax.peak_N - peak_N, out=softmax.rescale_N)
     softmax.peak_N.copy_(peak_N)
     c_NT = None if softcap is None else (z_NT / softcap).square_().neg_().add_(1.0)
-    if softmax.sum_N is not None:
-        softmax.sum_N.add_(z_NT.sum(1))
-    # from here on z_NT holds exp(z - peak)
-    if softmax.weighted_N is None:
-        _exp_(z_NT.sub_(peak_N[:, None]))
+    if softmax.z_sum_N is not None:
+        softmax.z_sum_N.add_(z_NT.sum(1))
+    if softmax.exp_z_sum_N is None:
+        exp_NT = _exp_(z_NT.sub_(peak_N[:, None]))  # in z's memory
     else:
         exp_NT = _exp_(z_NT - peak_N[:, None])
         z_NT.clamp_(min=torch.finfo(z_NT.dtype).min)  # 0 times a logit of -inf is 0
-        softmax.weighted_N.mul_(softmax.rescale_N).add_(torch.linalg.vecdot(exp_NT, z_NT))
-        z_NT.copy_(exp_NT)
-    if softmax.squares_N is not None:
-        softmax.squares_N.mul_(softmax.rescale_N.square()).add_(torch.linalg.vecdot(z_NT, z_NT))
-    softmax.total_N.mul_(softmax.rescale_N).add_(z_NT.sum(1))
-    if c_NT is not None:  # and from here on p
-        z_NT.mul_(c_NT)
-    z_NT.scatter_(1, column_N1, z_NT.gather(1, column_N1).masked_fill_(is_here_N[:, None], 0.0))
-    if p_NT is not z_NT:
-        p_NT.copy_(z_NT)
+        softmax.exp_z_sum_N.mul_(softmax.rescale_N).add_(torch.linalg.vecdot(exp_NT, z_NT))
+    if softmax.exp_square_sum_N is not None:
+        squares_N = torch.linalg.vecdot(exp_NT, exp_NT)
+        softmax.exp_square_sum_N.mul_(softmax.rescale_N.square()).add_(squares_N)
+    softmax.total_N.mul_(softmax.rescale_N).add_(exp_NT.sum(1))
+    made_NT = exp_NT if c_NT is None else exp_NT.mul_(c_NT)
+    label_N1 = made_NT.gather(1, column_N1).masked_fill_(is_here_N[:, None], 0.0)
+    made_NT.scatter_(1, column_N1, label_N1)
+    if made_NT is not p_NT:
+        p_NT.copy_(made_NT)
 
 
 @triton.jit
@@ -127,9 +126,9 @@ def _fold_kernel(
     total_ptr,
     label_logit_ptr,
     rescale_ptr,
-    weighted_ptr,
-    sum_ptr,
-    squares_ptr,
+    exp_z_sum_ptr,
+    z_sum_ptr,
+    exp_square_sum_ptr,
     start,
     width,
     z_stride,
@@ -153,21 +152,21 @@ def _fold_kernel(
     column = tl.load(labels_ptr + n) - start
     label_logit_T = tl.zeros((BLOCK_T,), tl.float32)
     total_T = tl.zeros((BLOCK_T,), tl.float32)
-    weighted_T = tl.zeros((BLOCK_T,), tl.float32)
-    sum_T = tl.zeros((BLOCK_T,), tl.float32)
-    squares_T = tl.zeros((BLOCK_T,), tl.float32)
+    exp_z_sum_T = tl.zeros((BLOCK_T,), tl.float32)
+    z_sum_T = tl.zeros((BLOCK_T,), tl.float32)
+    exp_square_sum_T = tl.zeros((BLOCK_T,), tl.float32)
     for first in range(0, width, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         z_T = _logit(z_ptr, bias_ptr, t, t < width, scale, softcap)
         label_logit_T += tl.where(t == column, z_T, 0.0)
         exp_T = tl.where(t < width, tl.exp(z_T - peak), 0.0)
         total_T += exp_T
-        if weighted_ptr is not None:
-            weighted_T += tl.where(exp_T == 0.0, 0.0, exp_T * z_T)
-        if sum_ptr is not None:
-            sum_T += z_T  # 0 from width on
-        if squares_ptr is not None:
-            squares_T += exp_T * exp_T
+        if exp_z_sum_ptr is not None:
+            exp_z_sum_T += tl.where(exp_T == 0.0, 0.0, exp_T * z_T)
+        if z_sum_ptr is not None:
+            z_sum_T += z_T  # 0 from width on
+        if exp_square_sum_ptr is not None:
+            exp_square_sum_T += exp_T * exp_T
         if softcap is not None:
             capped_T = z_T * (1.0 / softcap)
             exp_T *= 1.0 - capped_T * capped_T
@@ -178,18 +177,19 @@ def _fold_kernel(
     tl.store(peak_ptr + n, peak)
     tl.store(rescale_ptr + n, rescale)
     tl.store(total_ptr + n, tl.load(total_ptr + n) * rescale + tl.sum(total_T))
-    if weighted_ptr is not None:
-        tl.store(weighted_ptr + n, tl.load(weighted_ptr + n) * rescale + tl.sum(weighted_T))
-    if sum_ptr is not None:
-        tl.store(sum_ptr + n, tl.load(sum_ptr + n) + tl.sum(sum_T))
-    if squares_ptr is not None:
-        squares = tl.load(squares_ptr + n) * rescale * rescale
-        tl.store(squares_ptr + n, squares + tl.sum(squares_T))
+    if exp_z_sum_ptr is not None:
+        so_far = tl.load(exp_z_sum_ptr + n) * rescale
+        tl.store(exp_z_sum_ptr + n, so_far + tl.sum(exp_z_sum_T))
+    if z_sum_ptr is not None:
+        tl.store(z_sum_ptr + n, tl.load(z_sum_ptr + n) + tl.sum(z_sum_T))
+    if exp_square_sum_ptr is not None:
+        so_far = tl.load(exp_square_sum_ptr + n) * rescale * rescale
+        tl.store(exp_square_sum_ptr + n, so_far + tl.sum(exp_square_sum_T))
 
 
 def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):
     """As _torch_fold, in one launch: a program a row."""
-    sums = (softmax.weighted_N, softmax.sum_N, softmax.squares_N)
+    sums = (softmax.exp_z_sum_N, softmax.z_sum_N, softmax.exp_square_sum_N)
     with torch.cuda.device_of(z_NT):  # Triton launches on the current GPU, wherever tensors are
         _fold_kernel[(z_NT.shape[0],)](
             z_NT,

@@ -150,13 +150,13 @@ def linear_logps(
     backend: "triton" (a GPU, or Triton's interpreter) or "torch"; products of whole tiles are
         torch's in both.
 
-    Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles: on a
-    CPU the larger of 4 MiB and 2 MiB + 2048 D bytes, for operands of another dtype than float32
-    also 4 D (512 + 1024) bytes, with skip_below 2 MiB + 4096 D bytes more, with statistics or
-    softcap up to 4 MiB more; on a GPU at most 256 MiB for a frozen head in hidden_ND's dtype, 280
-    for another one, 448 for a head that trains, 520 if autocast narrows it. A trained weight keeps
-    its inputs, the memory of its gradient and the cache until the backward has used them, and under
-    a checkpoint with use_reentrant=False those of both forwards.
+    Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles. On a
+    CPU these are the larger of 4 MiB and 2 MiB + 2048 D bytes; more for operands that are not in
+    float32 (6144 D bytes), skip_below (2 MiB + 4096 D), statistics or softcap (up to 4 MiB). On a
+    GPU at most 256 MiB; 280 for a head of another dtype than hidden_ND's, 448 for one that trains,
+    520 if autocast narrows it. A trained weight also keeps its inputs, its gradient's memory and
+    the cache until the backward; under a checkpoint with use_reentrant=False, those of both
+    forwards.
 
     Deterministic: the same inputs give the same bits. On a CPU a row's log-probability, and its
     statistics but the entropy, are also batch-invariant: the same bits whatever rows are scored

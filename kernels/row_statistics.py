@@ -30,7 +30,7 @@ def statistics(
         elif name == "is_top1":
             found.append(softmax.label_logit_N >= softmax.peak_N)
         elif name == "log_sum_p2":
-            found.append(softmax.squares_N.log() - 2 * softmax.total_N.log())
+            found.append(softmax.exp_square_sum_N.log() - 2 * softmax.total_N.log())
         elif name == "entropy":
             # a difference of two numbers of the size of the logits, rounded as they are
             found.append((lse_N - _mean_of_p(tiles, softmax, u_of_terms)).clamp_(min=0))
@@ -41,16 +41,16 @@ def statistics(
 
 def _mean_logit(tiles: Tiles, softmax: RunningSoftmax) -> Tensor:
     """sum_v z_v / V of each row."""
-    if softmax.sum_N is not None:
-        return softmax.sum_N / tiles.terms[0].w_VK.shape[0]
+    if softmax.z_sum_N is not None:
+        return softmax.z_sum_N / tiles.terms[0].w_VK.shape[0]
     dots = [_row_dots(tiles, term, _mean_w(tiles, term)) for term in tiles.terms]
     return tiles.settings.scale * sum(dots)
 
 
 def _mean_of_p(tiles: Tiles, softmax: RunningSoftmax, u_of_terms: list[Tensor | None]) -> Tensor:
     """sum_v p_v z_v of each row."""
-    if softmax.weighted_N is not None:
-        return softmax.weighted_N / softmax.total_N
+    if softmax.exp_z_sum_N is not None:
+        return softmax.exp_z_sum_N / softmax.total_N
     pairs = zip(tiles.terms, u_of_terms, strict=True)
     dots = [_row_dots(tiles, term, u_NK) for term, u_NK in pairs]
     # as logp is made: lse has the rounding of a logit, and would be multiplied by one

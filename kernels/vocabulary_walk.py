@@ -67,14 +67,17 @@ class Tiles:
         self.columns = slices(terms[0].w_VK.shape[0], width)
         self.terms, self.settings, self.labels_N = terms, settings, labels_N
         self.bias_V = None if bias_V is None else bias_V.contiguous()
-        self.z = torch.empty(most_rows * self._stride(width), dtype=settings.wide, device=device)
-        is_wide = settings.operand_dtype == settings.wide
-        self.p = self.z if is_wide else torch.empty_like(self.z, dtype=settings.operand_dtype)
+        # of one tile each; one memory for both where their dtypes are one
+        size, dtype = most_rows * self._stride(width), settings.operand_dtype
+        self.z_memory = torch.empty(size, dtype=settings.wide, device=device)
+        is_wide = dtype == settings.wide
+        self.p_memory = self.z_memory if is_wide else torch.empty_like(self.z_memory, dtype=dtype)
 
     def fold(self, block: slice, columns: slice, softmax: RunningSoftmax, memory: Tensor) -> Tensor:
         """Fold one tile into its rows' `softmax`; returns p, at the beginning of `memory`."""
         p_NT = self._tile(memory, block, columns)
-        z_NT = p_NT if self.z.dtype == self.p.dtype else self._tile(self.z, block, columns)
+        is_wide = p_NT.dtype == self.z_memory.dtype
+        z_NT = p_NT if is_wide else self._tile(self.z_memory, block, columns)
         for k, term in enumerate(self.terms):
             x_NK, w_TK = term.x_pieces[block], term.w_pieces[columns]
             product(x_NK, w_TK.T, z_NT, accumulate=k > 0, batch_invariant=True)
@@ -88,7 +91,7 @@ class Tiles:
         self, p_NT: Tensor, row_scale_N: Tensor, dlabel_N: Tensor, block: slice, columns: slice
     ) -> Tensor:
         """row_scale_N p_NT, plus dlabel_N in the column of each row's label where it is here."""
-        out_NT = self._tile(self.p, block, columns)
+        out_NT = self._tile(self.p_memory, block, columns)
         torch.mul(p_NT, row_scale_N[:, None], out=out_NT)
         width = columns.stop - columns.start
         is_here_N, column_N1 = label_columns(self.labels_N[block], columns.start, width)
@@ -97,7 +100,7 @@ class Tiles:
 
     def row_chunks(self, term: Term) -> list[slice]:
         """All rows, in chunks whose float32 copy takes a quarter of a tile's memory."""
-        return slices(len(self.labels_N), max(1, len(self.z) // (4 * term.x_NK.shape[1])))
+        return slices(len(self.labels_N), max(1, len(self.z_memory) // (4 * term.x_NK.shape[1])))
 
     def size(self, block: slice, columns: slice) -> int:
         """Elements of the memory of one tile's p."""
@@ -163,15 +166,15 @@ class KeptTiles:
     def _find_rooms(self, tiles: Tiles) -> dict[tuple[int, int], Tensor]:
         rooms, elsewhere = {}, {}
         for columns in tiles.columns:
-            free = self._memory_of_gradient(columns, tiles.p.dtype)
+            free = self._memory_of_gradient(columns, tiles.p_memory.dtype)
             for block in tiles.blocks:
                 tile, size = (block.start, columns.start), tiles.size(block, columns)
                 if size <= len(free):
                     rooms[tile], free = free[:size], free[size:]
                 else:
                     elsewhere[tile] = size
-        budget = tiles.settings.head_cache_bytes // tiles.p.element_size()
-        free = tiles.p.new_empty(min(budget, sum(elsewhere.values())))
+        budget = tiles.settings.head_cache_bytes // tiles.p_memory.element_size()
+        free = tiles.p_memory.new_empty(min(budget, sum(elsewhere.values())))
         for tile, size in elsewhere.items():
             if size <= len(free):
                 rooms[tile], free = free[:size], free[size:]
@@ -185,8 +188,8 @@ class KeptTiles:
         whole = memory.nbytes // dtype.itemsize * dtype.itemsize
         return memory[: whole // memory.element_size()].view(dtype)
 
-    def room(self, block: slice, columns: slice) -> Tensor | None:
-        """Memory for the p of a tile, if there is any."""
+    def take_room(self, block: slice, columns: slice) -> Tensor | None:
+        """Memory for the p of a tile, handed out once; None if there is none."""
         return self._rooms.pop((block.start, columns.start), None)
 
     def keep(self, block: slice, columns: slice, p_NT: Tensor, peak_N: Tensor) -> None:
@@ -211,14 +214,14 @@ def walk(tiles: Tiles, softmax: RunningSoftmax, kept: KeptTiles) -> list[Tensor 
     """Fold every tile into `softmax`. Returns u_NK of each term, None where x needs no gradient."""
     settings = tiles.settings
     second_product = SECOND_PRODUCTS[settings.backend]
-    wide = {"dtype": settings.wide, "device": tiles.z.device}
+    wide = {"dtype": settings.wide, "device": tiles.z_memory.device}
     u_of_terms = [
         torch.zeros(term.x_NK.shape, **wide) if term.x_needs_grad else None for term in tiles.terms
     ]
     for columns in tiles.columns:
         for block in tiles.blocks:
-            room, of_block = kept.room(block, columns), softmax.block(block)
-            p_NT = tiles.fold(block, columns, of_block, tiles.p if room is None else room)
+            room, of_block = kept.take_room(block, columns), softmax.block(block)
+            p_NT = tiles.fold(block, columns, of_block, tiles.p_memory if room is None else room)
             if room is not None:
                 kept.keep(block, columns, p_NT, of_block.peak_N)
             for term, u_NK in zip(tiles.terms, u_of_terms, strict=True):
@@ -251,7 +254,7 @@ def weight_gradients(
             p_NT, tile_peak_N = kept.take(block, columns)
             if p_NT is None:
                 fresh = RunningSoftmax.start(block.stop - block.start, wide, device)
-                p_NT, tile_peak_N = tiles.fold(block, columns, fresh, tiles.p), fresh.peak_N
+                p_NT, tile_peak_N = tiles.fold(block, columns, fresh, tiles.p_memory), fresh.peak_N
             # the peaks first: lse has the rounding of a logit
             row_scale_N = (tile_peak_N - peak_N[block] - log_total_N[block]).exp_() * dz_N[block]
             dlogits_NT = tiles.dlogits(p_NT, row_scale_N, dlabel_N[block], block, columns)

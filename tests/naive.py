@@ -18,16 +18,14 @@ def sequence_logps(model, prompts, completions, pad_token_id):
     return (logps_BL * is_completion[:, 1:]).double().sum(1)
 
 
-def dpo(policy_logps, reference_logps, beta, label_smoothing=0.0):
+def dpo(policy_logps, reference_logps, beta):
     """Mean loss, chosen and rejected rewards of (chosen, rejected) log-probabilities."""
     chosen = beta * (policy_logps[0] - reference_logps[0])
     rejected = beta * (policy_logps[1] - reference_logps[1])
-    margin = chosen - rejected
-    loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    return loss.mean(), chosen.detach(), rejected.detach()
+    return -F.logsigmoid(chosen - rejected).mean(), chosen.detach(), rejected.detach()
 
 
-def train(policy, reference_logps, batches, optimizer, beta, pad_token_id, scheduler=None):
+def train(policy, reference_logps, batches, optimizer, beta, pad_token_id):
     """One step per batch of tokenised pairs; what each step measured before it moved.
 
     reference_logps(batch) -> (chosen, rejected), both (B,).
@@ -43,8 +41,6 @@ def train(policy, reference_logps, batches, optimizer, beta, pad_token_id, sched
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
         history.append(
             {
                 "loss": loss.item(),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import families
 import pytest
 import torch
-from test_layouts import ROWS
+from test_layouts_agree import ROWS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

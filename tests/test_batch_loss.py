@@ -119,7 +119,7 @@ def test_a_filler_is_the_last_pack_again_and_mixes_with_none():
     ],
     ids=["mix", "aot_unpaired", "sft"],
 )
-def test_packs_train_as_whole_batches_do(tmp_path, tokenizer, loss, layout, adapters):
+def test_a_mix_in_packs_trains_as_whole_batches_do(tmp_path, tokenizer, loss, layout, adapters):
     """In float64, where nothing but the order of sums can differ, over accumulated batches."""
 
     def train(**more):

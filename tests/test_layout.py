@@ -258,26 +258,6 @@ def test_the_body_runs_each_token_of_the_tree_once():
     assert flops(batch.model_inputs) == flops({"input_ids": torch.full((1, tokens), 7)})
 
 
-def test_samplers_by_length_keep_an_epoch_a_permutation(tmp_path, tokenizer):
-    def order(strategy, **settings):
-        trainer = make_trainer(
-            tmp_path, tokenizer, rows=tiny.rows(8), train_sampling_strategy=strategy, **settings
-        )
-        torch.manual_seed(3)
-        sampler = trainer._get_train_sampler()
-        return trainer, list(sampler)
-
-    trainer, first = order("group_by_length")
-    assert sorted(first) == list(range(8))
-    assert order("group_by_length")[1] == first
-    lengths = trainer.train_dataset["length"]
-    pairs = trainer.train_dataset[0]
-    ids = ("prompt_ids", "chosen_ids", "rejected_ids")
-    assert lengths[0] == sum(len(pairs[name]) for name in ids)
-    assert first[0] == max(range(8), key=lambda i: lengths[i])  # what does not fit, fails at once
-    trainer.train()
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 def test_a_compiled_model_trains_alike(tmp_path, tokenizer):
     plain = make_trainer(tmp_path, tokenizer, max_steps=2)
@@ -293,5 +273,19 @@ def test_autocast_runs_the_tree_in_bfloat16(tmp_path, tokenizer):
     narrow = make_trainer(tmp_path, tokenizer, bf16=True)
     assert narrow.layout.name == "shared"
     narrow.train()
+    assert logged(narrow)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert logged(narrow) == pytest.approx(logged(plain), abs=0.05)
     assert logged(narrow) != logged(plain)
+
+
+def test_adapters_that_look_for_one_invocation_in_a_row_stay_padded(tmp_path, tokenizer):
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj"],
+        alora_invocation_tokens=tokenizer("a")["input_ids"],
+    )
+    with pytest.raises(ValueError, match="want gradient_checkpointing=False with aLoRA"):
+        make_trainer(tmp_path, tokenizer, peft_config=lora)
+    settings = {"peft_config": lora, "gradient_checkpointing": False}
+    trainer = make_trainer(tmp_path, tokenizer, **settings)
+    assert trainer.layout.name == "padded" and "aLoRA" in trainer.layout.line

@@ -55,11 +55,6 @@ def test_rewards_are_beta_times_the_log_ratios_whatever_the_loss():
         }
 
 
-def test_a_tie_is_no_win():
-    losses = pair_loss(torch.zeros(2), torch.arange(3).int(), torch.zeros(2), beta=1.0)
-    assert losses.metrics_MB[3].tolist() == [0.0]
-
-
 BY_HAND = {
     "sigmoid": [SOFT[1.0], SOFT[0.5]],
     # lengths 2 and 3: 0.5 / 2 + 0.5 / 3 = 5 / 12; one token each: as sigmoid

@@ -52,6 +52,7 @@ TWINS = [ops.pair_loss, kernel.pair_loss]
     ("settings", "message"),
     [
         ({"loss_type": ("nope",)}, "want loss_type of .*'nope'"),
+        ({"loss_type": ()}, "want loss_type of"),
         ({"loss_type": ("sigmoid", "hinge"), "loss_weights": (1.0,)}, "a weight for each"),
         ({"f_divergence_type": "nope"}, "want f_divergence_type in"),
         ({"loss_type": ("robust",), "label_smoothing": 0.5}, "from 0 and below 0.5"),

@@ -313,15 +313,6 @@ def test_a_loss_of_a_batch_is_none_of_the_kernels():
         pair_loss(*arguments, beta=0.1, loss_type=("aot",))
 
 
-@pytest.mark.parametrize("function", [pair_loss, ops.pair_loss], ids=["kernel", "ops"])
-def test_no_loss_and_too_few_weights_are_refused(function):
-    arguments = [torch.zeros(5), torch.tensor([0, 2, 5], dtype=torch.int32), torch.zeros(2)]
-    with pytest.raises(ValueError, match="want loss_type of"):
-        function(*arguments, beta=0.1, loss_type=())
-    with pytest.raises(ValueError, match="want a weight for each"):
-        function(*arguments, beta=0.1, loss_type=("ipo", "hinge"), loss_weights=(1.0,))
-
-
 def test_a_gradient_of_the_gradient_is_an_error(device):
     token_logps_C = torch.randn(5, device=device, requires_grad=True)
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)

@@ -14,10 +14,8 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     VeraConfig,
-    get_peft_model,
 )
-from trainers import LORA, logged, make_trainer, weights
-from transformers import TrainerCallback
+from trainers import LORA, logged, make_trainer, trained_before, weights
 
 import fastdpo
 from fastdpo import DPOTrainer
@@ -115,16 +113,6 @@ BEFORE = {  # what adapters can have been trained before, and where they keep it
     "lokr": LoKrConfig(r=4, target_modules=Q_AND_V),
     "vera": VeraConfig(r=4, target_modules=["q_proj"]),
 }
-
-
-def trained_before(tokenizer, peft_config, name="default"):
-    model = get_peft_model(tiny.model("qwen2", len(tokenizer)), peft_config, adapter_name=name)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def assert_it_stays(trainer):
@@ -280,71 +268,6 @@ def test_a_second_trainer_on_adapters_starts_where_the_first_ended(tmp_path, tok
     second.train()
     assert logged(second)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert logged(second)[-1] < 0.69
-
-
-def test_several_adapters_resume_exactly(tmp_path, tokenizer):
-    def trainer(folder):
-        model = trained_before(tokenizer, LoraConfig(**LORA))
-        model.add_adapter("more", LoraConfig(**LORA))
-        model.base_model.set_adapter(["more", "default"])
-        for name, parameter in model.named_parameters():
-            if "lora_A" in name:
-                parameter.requires_grad_(False)
-        return make_trainer(
-            tmp_path / folder,
-            tokenizer,
-            model=model,
-            learning_rate=1e-2,
-            max_steps=6,
-            save_strategy="steps",
-            save_steps=3,
-        )
-
-    whole, resumed = trainer("whole"), trainer("resumed")
-    whole.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
-    assert logged(resumed) == logged(whole)
-    assert logged(resumed, "rewards/margins") == logged(whole, "rewards/margins")
-    ours, theirs = (
-        {name: (p.requires_grad, p.tolist()) for name, p in each.model.named_parameters()}
-        for each in (whole, resumed)
-    )
-    assert ours == theirs and resumed.model.active_adapters == ["more", "default"]
-
-
-def test_the_best_model_is_loaded_whatever_its_adapter_is_called(tmp_path, tokenizer):
-    class Remember(TrainerCallback):
-        saved = {}
-
-        def on_save(self, args, state, control, model, **kwargs):
-            self.saved[state.global_step] = weights(model)
-
-    trainer = make_trainer(
-        tmp_path,
-        tokenizer,
-        model=trained_before(tokenizer, LoraConfig(**LORA), "mine"),
-        eval_dataset=Dataset.from_list(tiny.rows(5)),
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-        greater_is_better=True,  # of the loss: the first is the best
-        callbacks=[Remember()],
-    )
-    trainer.train()
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
-    best = Remember.saved[1]
-    assert all(torch.equal(best[name], each) for name, each in weights(trainer.model).items())
-
-
-def test_a_checkpoint_without_the_policys_adapter_is_refused(tmp_path, tokenizer):
-    settings = {"save_strategy": "steps", "save_steps": 4}
-    make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(**LORA), **settings).train()
-    model = trained_before(tokenizer, LoraConfig(**LORA), "mine")
-    trainer = make_trainer(tmp_path / "other", tokenizer, model=model)
-    with pytest.raises(ValueError, match="want adapter 'mine' in checkpoint .*checkpoint-4, got"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_what_the_user_froze_of_an_adapter_stays_frozen(tmp_path, tokenizer):

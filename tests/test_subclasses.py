@@ -317,16 +317,3 @@ def test_the_reference_model_has_trls_name(tmp_path, tokenizer):
     assert weights(full.ref_model).keys() == weights(full.model).keys()
     lora = LoraConfig(r=2, target_modules="all-linear")
     assert build(DPOTrainer, tmp_path, tokenizer, peft_config=lora).ref_model is None
-
-
-def test_adapters_that_look_for_one_invocation_in_a_row_stay_padded(tmp_path, tokenizer):
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        target_modules=["q_proj"],
-        alora_invocation_tokens=tokenizer("a")["input_ids"],
-    )
-    with pytest.raises(ValueError, match="want gradient_checkpointing=False with aLoRA"):
-        build(DPOTrainer, tmp_path, tokenizer, peft_config=lora)
-    settings = {"peft_config": lora, "gradient_checkpointing": False}
-    trainer = build(DPOTrainer, tmp_path, tokenizer, **settings)
-    assert trainer.layout.name == "padded" and "aLoRA" in trainer.layout.line

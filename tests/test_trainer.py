@@ -7,7 +7,7 @@ import tiny
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
-from trainers import LORA, logged, make_trainer, weights
+from trainers import LORA, logged, make_trainer
 from transformers import AutoModelForCausalLM
 from watches import Watch
 
@@ -100,16 +100,6 @@ def test_checkpointing_changes_no_loss(tmp_path, tokenizer, adapters, reentrant)
     assert losses[0][-1] < losses[0][0]
 
 
-def test_bf16_autocast_follows_float32(tmp_path, tokenizer):
-    losses = []
-    for bf16 in (False, True):
-        trainer = make_trainer(tmp_path, tokenizer, bf16=bf16, learning_rate=1e-4)
-        trainer.train()
-        losses.append(logged(trainer))
-    assert losses[1][0] == pytest.approx(math.log(2), abs=1e-6)
-    assert losses[0] == pytest.approx(losses[1], abs=0.05) and losses[0] != losses[1]
-
-
 @pytest.mark.parametrize("precompute", [False, True], ids=["frozen-copy", "precomputed"])
 def test_under_autocast_policy_and_reference_agree_before_any_step(tmp_path, tokenizer, precompute):
     trainer = make_trainer(
@@ -120,44 +110,6 @@ def test_under_autocast_policy_and_reference_agree_before_any_step(tmp_path, tok
         eval_dataset=Dataset.from_list(tiny.rows()),
     )
     assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
-
-
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_resume_continues_exactly(tmp_path, tokenizer, adapters, caplog):
-    def trainer(folder, **settings):
-        return make_trainer(
-            folder,
-            tokenizer,
-            peft_config=LoraConfig(**LORA) if adapters else None,
-            max_steps=6,
-            per_device_train_batch_size=2,
-            save_strategy="steps",
-            save_steps=3,
-            **settings,
-        )
-
-    whole = trainer(tmp_path / "whole")
-    whole.train()
-    resumed = trainer(tmp_path / "resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
-    assert "does not start at its reference" not in caplog.text
-    assert logged(resumed) == logged(whole)
-    assert logged(resumed, "rewards/margins") == logged(whole, "rewards/margins")
-    expected = weights(whole.model)
-    for name, parameter in weights(resumed.model).items():
-        assert torch.equal(parameter, expected[name]), name
-
-
-def test_a_run_that_had_ended_within_an_epoch_resumes_to_no_update(tmp_path, tokenizer):
-    settings = {"max_steps": 3, "lr_scheduler_type": "constant", "save_strategy": "steps"}
-    whole, resumed = (
-        make_trainer(tmp_path / name, tokenizer, save_steps=3, **settings) for name in "ab"
-    )
-    whole.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-3"))
-    assert resumed.state.global_step == 3 and logged(resumed) == logged(whole)
-    expected = weights(whole.model)
-    assert all(torch.equal(x, expected[name]) for name, x in weights(resumed.model).items())
 
 
 def test_what_is_saved_loads_again(tmp_path, tokenizer):

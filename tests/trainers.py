@@ -3,6 +3,7 @@
 import tiny
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 
 from fastdpo import DPOConfig, DPOTrainer
 
@@ -86,3 +87,14 @@ class RunsOutOfMemory:
             if self.tokens[-1] > self.most:
                 self.raised += 1
                 raise torch.OutOfMemoryError("pretended")
+
+
+def trained_before(tokenizer, peft_config, name="default"):
+    """A model with adapters that are not what they were at their start."""
+    model = get_peft_model(tiny.model("qwen2", len(tokenizer)), peft_config, adapter_name=name)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model

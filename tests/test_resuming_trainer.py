@@ -1,0 +1,112 @@
+"""A run that goes on from a checkpoint, and the best checkpoint at a run's end."""
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trainers import LORA, logged, make_trainer, trained_before, weights
+from transformers import TrainerCallback
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_resume_continues_exactly(tmp_path, tokenizer, adapters, caplog):
+    def trainer(folder, **settings):
+        return make_trainer(
+            folder,
+            tokenizer,
+            peft_config=LoraConfig(**LORA) if adapters else None,
+            max_steps=6,
+            per_device_train_batch_size=2,
+            save_strategy="steps",
+            save_steps=3,
+            **settings,
+        )
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    assert "does not start at its reference" not in caplog.text
+    assert logged(resumed) == logged(whole)
+    assert logged(resumed, "rewards/margins") == logged(whole, "rewards/margins")
+    expected = weights(whole.model)
+    for name, parameter in weights(resumed.model).items():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_a_run_that_had_ended_within_an_epoch_resumes_to_no_update(tmp_path, tokenizer):
+    settings = {"max_steps": 3, "lr_scheduler_type": "constant", "save_strategy": "steps"}
+    whole, resumed = (
+        make_trainer(tmp_path / name, tokenizer, save_steps=3, **settings) for name in "ab"
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-3"))
+    assert resumed.state.global_step == 3 and logged(resumed) == logged(whole)
+    expected = weights(whole.model)
+    assert all(torch.equal(x, expected[name]) for name, x in weights(resumed.model).items())
+
+
+def test_several_adapters_resume_exactly(tmp_path, tokenizer):
+    def trainer(folder):
+        model = trained_before(tokenizer, LoraConfig(**LORA))
+        model.add_adapter("more", LoraConfig(**LORA))
+        model.base_model.set_adapter(["more", "default"])
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+        return make_trainer(
+            tmp_path / folder,
+            tokenizer,
+            model=model,
+            learning_rate=1e-2,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=3,
+        )
+
+    whole, resumed = trainer("whole"), trainer("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    assert logged(resumed) == logged(whole)
+    assert logged(resumed, "rewards/margins") == logged(whole, "rewards/margins")
+    ours, theirs = (
+        {name: (p.requires_grad, p.tolist()) for name, p in each.model.named_parameters()}
+        for each in (whole, resumed)
+    )
+    assert ours == theirs and resumed.model.active_adapters == ["more", "default"]
+
+
+def test_the_best_model_is_loaded_whatever_its_adapter_is_called(tmp_path, tokenizer):
+    class Remember(TrainerCallback):
+        saved = {}
+
+        def on_save(self, args, state, control, model, **kwargs):
+            self.saved[state.global_step] = weights(model)
+
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        model=trained_before(tokenizer, LoraConfig(**LORA), "mine"),
+        eval_dataset=Dataset.from_list(tiny.rows(5)),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        greater_is_better=True,  # of the loss: the first is the best
+        callbacks=[Remember()],
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    best = Remember.saved[1]
+    assert all(torch.equal(best[name], each) for name, each in weights(trainer.model).items())
+
+
+def test_a_checkpoint_without_the_policys_adapter_is_refused(tmp_path, tokenizer):
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(**LORA), **settings).train()
+    model = trained_before(tokenizer, LoraConfig(**LORA), "mine")
+    trainer = make_trainer(tmp_path / "other", tokenizer, model=model)
+    with pytest.raises(ValueError, match="want adapter 'mine' in checkpoint .*checkpoint-4, got"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
