@@ -97,27 +97,28 @@ class PackTrainer(Trainer):
         return super()._inner_training_loop(*args, **kwargs)
 
     def _tokens_that_fit(self) -> int:
-        """Estimated from a forward and a backward of the longest pairs."""
+        """Estimated from a forward and backward of 1, 2, 4, … of the first pairs, longest first."""
         pairs = first_pairs_longest_first(self.train_dataset)
-        one, two = (self.to_device(self.data_collator(each)) for each in (pairs[:1], pairs[:2]))
-        gradients = 1 if self.accelerator.num_processes == 1 else 2  # DDP's buckets are as large
+        counts = [2**i for i in range(len(pairs).bit_length())]
+        probes = [self.to_device(self.data_collator(pairs[:count])) for count in counts]
+        buckets = 0 if self.accelerator.num_processes == 1 else 1  # DDP's, as large as gradients
         kept_bytes = sum(
-            parameter.numel() * (gradients * parameter.element_size() + 8)  # and Adam's moments
+            parameter.numel() * (buckets * parameter.element_size() + 8)  # and Adam's moments
             for parameter in self.model.parameters()
             if parameter.requires_grad
         )
-        return tokens_that_fit(self._run_once, one, two, self.args.device, kept_bytes=kept_bytes)
+        try:
+            return tokens_that_fit(self._run_once, probes, self.args.device, kept_bytes=kept_bytes)
+        finally:
+            self.model.zero_grad()
 
     def _run_once(self, inputs: Batch) -> None:
-        """A training forward and backward whose gradients are thrown away."""
+        """A training forward and backward, whose gradients stay beside those before."""
         self.model.train()
-        try:
-            with self.accelerator.autocast():  # the model is not wrapped yet
-                batch = PairBatch.from_inputs(inputs)
-                scored = score(self.model, batch, stats=self.args.token_stats)
-            scored.token_logps_C.sum().backward()
-        finally:
-            self.model.zero_grad()  # where memory runs out, some have a gradient already
+        with self.accelerator.autocast():  # the model is not wrapped yet
+            batch = PairBatch.from_inputs(inputs)
+            scored = score(self.model, batch, stats=self.args.token_stats)
+        scored.token_logps_C.sum().backward()
 
     def get_train_dataloader(self):
         if self.budget is None:

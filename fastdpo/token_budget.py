@@ -45,34 +45,34 @@ def _can_split(pack: Mapping[str, Any]) -> bool:
 
 
 def tokens_that_fit(
-    run: Callable[[dict], None],
-    smaller: dict,
-    larger: dict,
-    device: torch.device,
-    *,
-    kept_bytes: int,
+    run: Callable[[dict], None], probes: Sequence[dict], device: torch.device, *, kept_bytes: int
 ) -> int:
     """How many tokens of a forward and backward fit into `device`'s free memory, less kept_bytes.
 
-    The peaks of run(smaller) and run(larger) differ by what their tokens cost: what does not grow
-    with tokens, as gradients do not, is in both. UNBOUNDED, until memory runs out, where the device
-    is no GPU or the two have as many tokens.
+    probes: inputs of more and more tokens. run(inputs) leaves the gradients where they are: made
+    anew they would be the peak of a small forward, whatever its tokens cost. The last two probes
+    that memory has room for tell what a token costs, and what comes on top. UNBOUNDED, until memory
+    runs out, where the device is no GPU or no probe has more tokens than another.
+    torch.OutOfMemoryError where there is no room for the first.
     """
-    tokens = larger["tokens"].run - smaller["tokens"].run
-    if device.type != "cuda" or tokens <= 0:
+    growing = {inputs["tokens"].run: inputs for inputs in probes}
+    if device.type != "cuda" or len(growing) == 1:
         return UNBOUNDED
-    peaks = []
-    for inputs in (smaller, smaller, larger):  # the first one warms up
+    run(probes[0])  # warms up, and makes the gradients
+    tokens, peaks = [], []
+    for inputs in growing.values():
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         try:
             run(inputs)
         except torch.OutOfMemoryError:
-            if inputs is smaller:
+            if not tokens:
                 raise
-            return smaller["tokens"].run
+            return tokens[-1]
+        tokens.append(inputs["tokens"].run)
         peaks.append(torch.cuda.max_memory_allocated(device) - before)
-    per_token = max(1.0, (peaks[2] - peaks[1]) / tokens)
+    per_token = max(1.0, (peaks[-1] - peaks[-2]) / (tokens[-1] - tokens[-2]))
+    on_top = max(0.0, peaks[-1] - per_token * tokens[-1])
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return max(1, int(SAFE_SHARE * (free - kept_bytes) / per_token))
+    return max(1, int((SAFE_SHARE * (free - kept_bytes) - on_top) / per_token))

@@ -167,15 +167,15 @@ def test_an_update_that_is_run_again_logs_the_loss_of_its_own_batches(tmp_path, 
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_auto_looks_at_training_steps_of_one_pair_and_of_two(
+def test_auto_looks_at_training_steps_of_more_and_more_pairs(
     tmp_path, tokenizer, monkeypatch, gradient_checkpointing
 ):
     found, layers, autocast = {}, [], set()
 
-    def tokens_that_fit(run, smaller, larger, device, *, kept_bytes):
-        found.update(pairs=(count_pairs(smaller), count_pairs(larger)), kept_bytes=kept_bytes)
+    def tokens_that_fit(run, probes, device, *, kept_bytes):
+        found.update(pairs=[*map(count_pairs, probes)], kept_bytes=kept_bytes)
         layers.clear()
-        run(larger)
+        run(probes[-1])
         found.update(were_training=list(layers))
         return 77
 
@@ -199,14 +199,14 @@ def test_auto_looks_at_training_steps_of_one_pair_and_of_two(
     assert "packs as large as memory has room for" in trainer.summary() and not found
     trainer.train()
     num_trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    # a gradient and Adam's two moments, and under DDP the bucket that the gradient is sent in
-    assert found["kept_bytes"] == 12 * num_trained and found["pairs"] == (1, 2)
+    # Adam's two moments, and under DDP the bucket that a gradient is sent in
+    assert found["kept_bytes"] == 8 * num_trained and found["pairs"] == [1, 2, 4, 8]
     # each layer once more where its activations are not kept
     assert found["were_training"] == [True] * len(model.model.layers) * (1 + gradient_checkpointing)
     assert trainer.budget.max_tokens == 77 and autocast == {True}
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     trainer._tokens_that_fit()
-    assert found["kept_bytes"] == 16 * num_trained
+    assert found["kept_bytes"] == 12 * num_trained
 
 
 def test_auto_is_the_least_budget_of_all_ranks(tmp_path, tokenizer, monkeypatch):
@@ -402,12 +402,15 @@ def test_a_gradient_that_a_rank_has_not_counts_as_0(two_ranks):
         assert torch.equal(gradients["one"], torch.full((2, 3), 2.0))
 
 
-def test_a_probe_that_runs_out_of_memory_leaves_no_gradient(tmp_path, tokenizer):
+def test_a_probe_that_runs_out_of_memory_leaves_no_gradient(tmp_path, tokenizer, monkeypatch):
+    def tokens_that_fit(run, probes, device, *, kept_bytes):
+        run(probes[0])
+
+    monkeypatch.setattr(pack_trainer, "tokens_that_fit", tokens_that_fit)
     trainer = make_trainer(tmp_path, tokenizer)
     RunsOutOfMemory(trainer.model, most=0, in_backward=True)
-    inputs = next(iter(trainer.get_train_dataloader()))
     with pytest.raises(torch.OutOfMemoryError):
-        trainer._run_once(inputs)
+        trainer._tokens_that_fit()
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
