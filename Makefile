@@ -8,7 +8,7 @@ demo: .venv/.ready
 	$(BIN)/fastdpo demo --output_dir demo_run
 
 test: .venv/.ready
-	$(BIN)/python -m pytest --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal
 
 bench: .venv/.ready
 	$(PIP) --editable '.[bench]'

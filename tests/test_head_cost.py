@@ -100,7 +100,11 @@ def four_bit_rows(V, D):
     return FourBitRows(packed, state, torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, int8_rows, four_bit_rows], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [torch.float32, torch.bfloat16, int8_rows, four_bit_rows],
+    ids=["float32", "bfloat16", "int8", "4 bits"],
+)
 def test_a_frozen_heads_workspace_is_bounded(kind):
     shape = N, D, V = (1100, 4096, 1500)
     dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16
