@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a GPU decides, within 9 minutes, into one folder of text and JSON:
 #
-#     bench/gpu_report.sh [--dry] [FOLDER]        FOLDER: gpu_report by default; wanted new
+#     bench/gpu_report.sh [--dry] [FOLDER]        FOLDER: gpu_report by default; new or empty
 #
 # --dry runs the same steps without a GPU, tiny, to see that they run: it measures nothing. Of the
 # tests it runs those of the losses alone, and collects the others.
@@ -18,9 +18,12 @@ if [[ "${1:-}" == --dry ]]; then DRY=1; shift; fi
 OUT="${1:-gpu_report}"
 PYTHON="${PYTHON:-python3}"
 TOTAL_S="${TOTAL_S:-540}"
-KILL_S=10  # for an interrupted step to write down what it has
-export HF_HUB_OFFLINE=1
-if [[ -e "$OUT" ]]; then echo "want a new folder, $OUT is there" >&2; exit 2; fi
+KILL_S=15  # for an interrupted step to write down what it has
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1  # what a killed step had printed is in its file
+if [[ -e "$OUT" && ( ! -d "$OUT" || -n "$(ls -A "$OUT")" ) ]]; then
+    echo "want a new folder, or an empty one, $OUT is there" >&2
+    exit 2
+fi
 mkdir -p "$OUT"
 OUT="$(cd "$OUT" && pwd)"
 SUMMARY="$OUT/summary.txt"
@@ -85,19 +88,22 @@ bench() {
 }
 
 # with a few seconds for the start, the limits add up to what there is
-TESTS=(tests/test_cuda.py tests/test_pair_loss.py tests/test_linear_logps.py
-    tests/test_row_statistics.py tests/test_second_product.py)
+TESTS=(tests/test_cuda.py tests/test_linear_logps.py tests/test_second_product.py
+    tests/test_row_statistics.py tests/test_pair_loss.py)  # the last compiles the most kernels
 if [[ -n "$DRY" ]]; then
     step 0 collected "${PYTEST[@]}" --collect-only "${TESTS[@]}"
     TESTS=(tests/test_losses.py)
 fi
-step 120 tests "${PYTEST[@]}" "${TESTS[@]}"
-bench 110 linear_logps bench_linear_logps.py "8B"
-bench 80 train_step bench_train_step.py "chat and lora" test_train_step
+# compiling is most of it
+SIDE_BY_SIDE=()
+if "$PYTHON" -c "import xdist" 2>/dev/null; then SIDE_BY_SIDE=(--numprocesses 8 --dist worksteal); fi
+step 130 tests "${PYTEST[@]}" "${SIDE_BY_SIDE[@]}" "${TESTS[@]}"
+bench 100 linear_logps bench_linear_logps.py "8B"
+bench 110 train_step bench_train_step.py "chat and lora" test_train_step
 step 25 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/trace.json.gz"
 bench 50 layouts bench_layouts.py "long"
-bench 30 attention bench_attention.py "8B and (full or long)"
-bench 30 pair_loss bench_pair_loss.py "64"
-bench 35 gradient_filter bench_gradient_filter.py "8B"
-bench 40 precomputed bench_train_step.py "chat and lora" test_precomputed
+bench 20 attention bench_attention.py "8B and (full or long)"
+bench 20 pair_loss bench_pair_loss.py "64"
+bench 25 gradient_filter bench_gradient_filter.py "8B"
+bench 35 precomputed bench_train_step.py "chat and lora" test_precomputed
 bench 10 large_model bench_train_step.py "chat" test_large_model  # and what the others leave
