@@ -38,7 +38,7 @@ from fastdpo.row_report import (
     warn,
 )
 
-STREAMED_AT_ONCE = 64  # rows: that many are tokenised for a look at the first
+AT_ONCE = 64  # rows that are in memory as lists while they are tokenised
 
 
 def prepare_pairs(
@@ -86,6 +86,7 @@ def prepare_pairs(
     pairs = dataset.map(
         tokenize,
         batched=True,
+        batch_size=AT_ONCE,
         with_indices=True,
         remove_columns=[column for column in dataset.column_names if column not in others],
         features=Features({name: dataset.features[name] for name in others} | tokenize.features),
@@ -139,7 +140,7 @@ def _as_it_comes(
     pairs = dataset.map(
         WarnOnce(tokenize, tokenize.name),
         batched=True,
-        batch_size=STREAMED_AT_ONCE,
+        batch_size=AT_ONCE,
         with_indices=True,
         remove_columns=columns,
     ).filter(_is_kept, input_columns=STATUS)

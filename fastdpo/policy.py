@@ -54,7 +54,8 @@ def load_policy(
     """
     if Path(name, "adapter_config.json").is_file():
         raise ValueError(WITH_ADAPTERS.format(name))
-    dtype = init_kwargs.pop("dtype", None) or "float32"
+    old_name = init_kwargs.pop("torch_dtype", None)
+    dtype = init_kwargs.pop("dtype", None) or old_name or "float32"
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"want dtype auto or the name of a torch.dtype, got {dtype!r}")

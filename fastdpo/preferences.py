@@ -36,7 +36,10 @@ def from_arrow(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked_row(row: Any) -> dict[str, Any]:
-    """The known fields of `row`, its implicit prompt made explicit; FieldError if malformed."""
+    """The known fields of `row`, its implicit prompt made explicit; FieldError if malformed.
+
+    Texts go before token ids, which may be another tokenizer's.
+    """
     if not isinstance(row, Mapping):
         raise FieldError("row", "an object with prompt, chosen and rejected", row)
     given = {name: row[name] for name in FIELDS if row.get(name) is not None}
@@ -44,7 +47,7 @@ def checked_row(row: Any) -> dict[str, Any]:
         if given.get(field):
             wanted = "no image (vision-language rows are not supported yet)"
             raise FieldError(field, wanted, given[field])
-    if ID_COLUMNS[0] in given:
+    if ID_COLUMNS[0] in given and not {"chosen", "rejected"} & given.keys():
         return _checked_ids(given) | _checked_reference(given)
     if "prompt" in row and "prompt" not in given:  # not one to be found in chosen and rejected
         raise FieldError("prompt", "a text or messages", None)

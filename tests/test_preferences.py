@@ -4,6 +4,7 @@ import pytest
 import tiny
 from pairs import assistant, chat, decoded, pairs_of, user
 
+from fastdpo.columns import ID_COLUMNS
 from fastdpo.row_errors import RowError
 
 
@@ -140,3 +141,9 @@ def of(role, **message):
 )
 def test_the_order_of_turns_is_the_templates_to_judge(turns, tokenizer):
     assert pairs_of([turns], tokenizer)[1].pairs == 1
+
+
+def test_texts_go_before_token_ids_which_may_be_another_tokenizers(tokenizer):
+    rows = tiny.rows(2)
+    with_ids = [row | {name: [5, 6] for name in ID_COLUMNS} for row in rows]
+    assert pairs_of(with_ids, tokenizer) == pairs_of(rows, tokenizer)
