@@ -7,6 +7,7 @@ keeps its own.
 """
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -138,8 +139,16 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
         if is_main:
             mark_finished(folder.path)
     if hasattr(trainer, "end"):  # from transformers 5.18
+        _let_go_of_wrapper(trainer)
         trainer.end()
     return 0
+
+
+def _let_go_of_wrapper(trainer: "DPOTrainer") -> None:
+    """Drop DDP's wrapper before its process group: with gloo, outliving it, it hung at times."""
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    gc.collect()
 
 
 def _remove_if_empty(folder: Path) -> None:

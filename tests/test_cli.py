@@ -149,6 +149,23 @@ def test_an_eval_split_is_scored(here, tmp_path, capsys):
     assert "eval_loss" in out and "12 of 12 rows" in out and "4 of 4 rows" in out
 
 
+def test_a_runs_end_finds_no_wrapper_of_the_model(here, tmp_path, monkeypatch):
+    """DDP's, while its process group is destroyed, hung at times."""
+    ends = []
+
+    def end(trainer):
+        ends.append((trainer.model_wrapped is trainer.model, trainer.accelerator._models))
+
+    def train_wrapped(trainer, checkpoint):
+        trainer.model_wrapped = torch.nn.Sequential(trainer.model)
+        trainer.accelerator._models.append(trainer.model_wrapped)
+
+    monkeypatch.setattr(DPOTrainer, "end", end, raising=False)
+    monkeypatch.setattr(cli, "_train", train_wrapped)
+    assert train(here, tmp_path / "out", max_steps=1) == 0
+    assert ends == [(True, [])]
+
+
 def test_launch_flags_go_through_accelerate(here, tmp_path, capfd):
     code = train(here, tmp_path / "out", "--num_processes", "1", "--num_machines", "1", max_steps=1)
     assert code == 0
