@@ -94,6 +94,9 @@ class PackTrainer(Trainer):
             most = least_of_ranks(self._tokens_that_fit(), self.accelerator)
             self.budget.max_tokens = most
             logger.info(f"max_tokens_per_forward: at most {most:,} tokens in a forward")
+        # an evaluation before has marked the model as prepared: DDP would not wrap it any more, and
+        # ranks would share no gradients
+        vars(self.model).pop("_is_accelerate_prepared", None)
         return super()._inner_training_loop(*args, **kwargs)
 
     def _tokens_that_fit(self) -> int:
@@ -149,7 +152,7 @@ class PackTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = sum(count_pairs(inputs) for inputs in batches)
         self._done_batches = []
-        if self.budget is not None and self.forwards_are_collective():
+        if batches and self.budget is not None and self.forwards_are_collective():
             self._equalise_counts(batches)
         return batches, num_pairs
 

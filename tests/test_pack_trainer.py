@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from ranks import run_ranks
 from trainers import (
@@ -14,11 +15,13 @@ from trainers import (
     rows_with_a_longer_one,
     weights,
 )
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from fastdpo import pack_trainer
 from fastdpo.batch import count_pairs
 from fastdpo.token_budget import UNBOUNDED
+
+MARK = "_is_accelerate_prepared"
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
@@ -423,3 +426,17 @@ def test_a_probe_makes_the_statistics_that_a_step_makes(tmp_path, tokenizer):
     trainer._run_once(inputs)
     trainer.compute_loss(trainer.model, inputs)
     assert len(made) == 2 and made[0] == made[1] != ()
+
+
+def test_a_model_that_was_evaluated_is_prepared_anew_to_train(tmp_path, tokenizer, monkeypatch):
+    marks = []
+    monkeypatch.setattr(
+        Trainer,
+        "_inner_training_loop",
+        lambda trainer, *args, **kwargs: marks.append(vars(trainer.model).get(MARK)),
+    )
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=Dataset.from_list(tiny.rows(3)))
+    trainer.evaluate()
+    vars(trainer.model)[MARK] = True  # as accelerate does where there are several processes
+    trainer.train()
+    assert marks == [None]
