@@ -151,6 +151,9 @@ class PackTrainer(Trainer):
         """The batches of one update, and how many pairs they hold together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = sum(count_pairs(inputs) for inputs in batches)
+        if self.args.train_sampling_strategy == "batch_rebalance":  # ranks have unequal numbers
+            counts = torch.tensor(float(num_pairs), device=self.args.device)
+            num_pairs = self.accelerator.reduce(counts, "mean").item()  # DDP averages over ranks
         self._done_batches = []
         if batches and self.budget is not None and self.forwards_are_collective():
             self._equalise_counts(batches)

@@ -440,3 +440,13 @@ def test_a_model_that_was_evaluated_is_prepared_anew_to_train(tmp_path, tokenize
     vars(trainer.model)[MARK] = True  # as accelerate does where there are several processes
     trainer.train()
     assert marks == [None]
+
+
+def test_a_pair_weighs_alike_where_ranks_have_unequal_numbers(tmp_path, tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tokenizer)
+    batches = iter(trainer.get_train_dataloader())
+    trainer.args.train_sampling_strategy = "batch_rebalance"
+    others = {"mean": 2.0}  # pairs that the other of two ranks has less
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda count, kind: count - others[kind] / 2)
+    taken, num_pairs = trainer.get_batch_samples(batches, 1, trainer.args.device)
+    assert num_pairs == sum(map(count_pairs, taken)) - 1  # DDP averages what ranks divided by it
