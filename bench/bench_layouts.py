@@ -13,8 +13,7 @@ import pytest
 from bench.cases import cases
 from bench.contenders import CONTENDERS, LAYOUTS
 from bench.length_profiles import DATASETS, TARGETS
-from bench.peak_memory import peaks_mib
-from bench.step_race import race, report
+from bench.step_race import race_and_report
 from bench.tasks import task_of
 
 NAMES = ["naive", *(name for name in CONTENDERS if name in LAYOUTS)]
@@ -23,8 +22,5 @@ NAMES = ["naive", *(name for name in CONTENDERS if name in LAYOUTS)]
 @pytest.mark.parametrize("profile", cases(["tiny", *TARGETS, *DATASETS, "real pairs"]))
 def test_layouts(benchmark, profile):
     task = task_of(profile, adapters=True)
-    taken = race(task, NAMES, benchmark)
-    title = f"Layouts, {profile}, LoRA"
-    report(title, task, taken, {}, benchmark)  # what a run that is cut off still has
-    peaks = {} if profile == "tiny" else peaks_mib(NAMES, task)
-    report(title, task, taken, peaks, benchmark)
+    measured = [] if profile == "tiny" else NAMES
+    race_and_report(f"Layouts, {profile}, LoRA", task, NAMES, benchmark, measured=measured)

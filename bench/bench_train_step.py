@@ -19,8 +19,7 @@ from bench.cases import cases
 from bench.contenders import PEERS
 from bench.length_profiles import TARGETS
 from bench.measure import CUDA
-from bench.peak_memory import peaks_mib
-from bench.step_race import LOSS_TOLERANCE, losses, race, report
+from bench.step_race import LOSS_TOLERANCE, losses, race_and_report
 from bench.tasks import LARGE_MODEL, task_of
 
 PROFILES = cases(["tiny", *TARGETS, "real pairs"])
@@ -35,10 +34,8 @@ def test_train_step(benchmark, profile, adapters):
     task = task_of(profile, adapters=adapters)
     names = ["naive", *PEERS, "fastdpo", "fastdpo, fastest"]
     measured = names[-1:] if profile == "tiny" else names  # each starts a process
-    taken = race(task, names, benchmark)
     title = f"Training step, {profile}, {_trained(adapters)}"
-    report(title, task, taken, {}, benchmark)  # what a run that is cut off still has
-    report(title, task, taken, peaks_mib(measured, task), benchmark)
+    race_and_report(title, task, names, benchmark, measured=measured)
 
 
 @pytest.mark.parametrize("profile", ["tiny", *LARGE])
@@ -46,11 +43,9 @@ def test_large_model_step(benchmark, profile):
     """Only with LoRA, and few contenders: each holds the weights."""
     task = task_of(profile, adapters=True, model=LARGE_MODEL)
     names = ["naive", *(name for name in PEERS if name == "TRL, fastest"), "fastdpo, fastest"]
-    taken = race(task, names, benchmark)
     title = f"Training step, few contenders, {profile}, LoRA"
-    report(title, task, taken, {}, benchmark)
-    peaks = {} if profile == "tiny" else peaks_mib(names, task)
-    report(title, task, taken, peaks, benchmark)
+    measured = [] if profile == "tiny" else names
+    race_and_report(title, task, names, benchmark, measured=measured)
 
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])
@@ -69,11 +64,9 @@ def test_precomputed_reference_step(benchmark, profile, adapters):
             -logps * task.batch / tokens, abs=LOSS_TOLERANCE
         )
 
-    taken = race(task, names, benchmark, check=same_sequences)
     title = f"Reference scored before, {profile}, {_trained(adapters)}"
-    report(title, task, taken, {}, benchmark)
-    peaks = {} if profile == "tiny" else peaks_mib(names, task)
-    report(title, task, taken, peaks, benchmark)
+    measured = [] if profile == "tiny" else names
+    race_and_report(title, task, names, benchmark, measured=measured, check=same_sequences)
 
 
 def _trained(adapters):

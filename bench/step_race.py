@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from bench.contenders import CONTENDERS, PEERS
 from bench.measure import CUDA, Seconds, cpu_time_counts, free_memory, seconds
+from bench.peak_memory import peaks_mib
 from bench.tables import environment, table
 from bench.tasks import WARMUP_STEPS, Task
 from bench.work_bound import work_bound
@@ -49,6 +50,25 @@ def race(
         )
         check(logs)
     return taken
+
+
+def race_and_report(
+    title: str,
+    task: Task,
+    names: list[str],
+    benchmark,
+    *,
+    measured: list[str],
+    check: Callable | None = None,
+) -> None:
+    """The race's table, and again with the peak memory of `measured`, each in its own process.
+
+    A run that is cut off while they are measured still has the first.
+    """
+    taken = race(task, names, benchmark, check=check)
+    report(title, task, taken, {}, benchmark)
+    if measured:
+        report(title, task, taken, peaks_mib(measured, task), benchmark)
 
 
 def losses(log: list[dict[str, float]]) -> list[float]:
