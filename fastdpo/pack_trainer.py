@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
@@ -36,6 +36,7 @@ from fastdpo.token_budget import UNBOUNDED, TokenBudget, half_of_largest, tokens
 logger = logging.get_logger(__name__)
 
 Batch = dict[str, Any]
+DDP_TYPES = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 class PackTrainer(Trainer):
@@ -94,9 +95,10 @@ class PackTrainer(Trainer):
             most = least_of_ranks(self._tokens_that_fit(), self.accelerator)
             self.budget.max_tokens = most
             logger.info(f"max_tokens_per_forward: at most {most:,} tokens in a forward")
-        # an evaluation before has marked the model as prepared: DDP would not wrap it any more, and
-        # ranks would share no gradients
-        vars(self.model).pop("_is_accelerate_prepared", None)
+        if self.accelerator.distributed_type in DDP_TYPES:
+            # an evaluation before has marked the model as prepared: DDP would not wrap it any more,
+            # and ranks would share no gradients
+            vars(self.model).pop("_is_accelerate_prepared", None)
         return super()._inner_training_loop(*args, **kwargs)
 
     def _tokens_that_fit(self) -> int:

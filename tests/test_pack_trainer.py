@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from ranks import run_ranks
 from trainers import (
@@ -15,13 +14,11 @@ from trainers import (
     rows_with_a_longer_one,
     weights,
 )
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from fastdpo import pack_trainer
 from fastdpo.batch import count_pairs
 from fastdpo.token_budget import UNBOUNDED
-
-MARK = "_is_accelerate_prepared"
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
@@ -337,6 +334,7 @@ RUNS = {
     "even": {"settings": NUMBERED | PRECOMPUTED, "even": True},
     # a forward more for each pack, where one rank has several and the other one
     "mixing": {"settings": {"max_tokens_per_forward": 450, "loss_type": "aot"}},
+    "evaluated": {"settings": {}, "evaluate_first": True},
     "auto": AUTO,
     **{name: AUTO | {"fails": failure} for name, failure in FAILURES.items()},
     "hopeless": AUTO | {"fails": "always"},
@@ -367,7 +365,7 @@ def assert_same_weights(ranks):
         assert torch.equal(weight, ranks[1]["weights"][name]), name
 
 
-@pytest.mark.parametrize("run", ["uneven", "even", "auto", *FAILURES])
+@pytest.mark.parametrize("run", ["uneven", "even", "evaluated", "auto", *FAILURES])
 def test_two_ranks_train_as_one(two_ranks, alone, run):
     assert_trained_alike(two_ranks[run][0], alone)
     assert_same_weights(two_ranks[run])
@@ -426,20 +424,6 @@ def test_a_probe_makes_the_statistics_that_a_step_makes(tmp_path, tokenizer):
     trainer._run_once(inputs)
     trainer.compute_loss(trainer.model, inputs)
     assert len(made) == 2 and made[0] == made[1] != ()
-
-
-def test_a_model_that_was_evaluated_is_prepared_anew_to_train(tmp_path, tokenizer, monkeypatch):
-    marks = []
-    monkeypatch.setattr(
-        Trainer,
-        "_inner_training_loop",
-        lambda trainer, *args, **kwargs: marks.append(vars(trainer.model).get(MARK)),
-    )
-    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=Dataset.from_list(tiny.rows(3)))
-    trainer.evaluate()
-    vars(trainer.model)[MARK] = True  # as accelerate does where there are several processes
-    trainer.train()
-    assert marks == [None]
 
 
 def test_a_pair_weighs_alike_where_ranks_have_unequal_numbers(tmp_path, tokenizer, monkeypatch):

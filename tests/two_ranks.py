@@ -70,11 +70,13 @@ class ShortOfMemory(DPOTrainer):
         return self.even or super().forwards_are_collective()
 
 
-def run(folder, *, settings, start_with=None, fails=None, even=False):
+def run(folder, *, settings, start_with=None, fails=None, even=False, evaluate_first=False):
     """What came of a training: its weights and log, or its error."""
     try:
         trainer = make_trainer(folder, settings)
         trainer.fails, trainer.even, trainer.start_with = fails, even, start_with
+        if evaluate_first:
+            trainer.evaluate(trainer.train_dataset)
         trainer.train()
     except torch.OutOfMemoryError as error:
         return {"error": str(error)}
