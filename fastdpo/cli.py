@@ -179,7 +179,7 @@ def verify(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's end fails too
         return 141
-    except Exception:
+    except Exception:  # Python's own exit code for one is 1
         traceback.print_exc()
         return 3
 
