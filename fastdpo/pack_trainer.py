@@ -65,6 +65,7 @@ class PackTrainer(Trainer):
         self._done_batches: list[Batch] = []
         self._saved_attributes: dict[str, Any] = {}
         self._saved_random_states: list[Tensor] = []
+        self._saved_gradients: dict[nn.Parameter, Tensor] = {}
 
     def before_packs(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
         """Hook: a batch's packs as compute_loss is to see them, as many as came."""
@@ -247,6 +248,11 @@ class PackTrainer(Trainer):
             {name: getattr(self, name) for name in self.restored_on_retry}
         )
         self._saved_random_states = [generator.get_state() for generator in self._generators()]
+        self._saved_gradients = {  # what a stream left over at its end; mostly there are none
+            parameter: parameter.grad.clone()
+            for parameter in self.model.parameters()
+            if parameter.grad is not None
+        }
 
     def _restore_state(self) -> None:
         """Undo what this update did so far: gradients, counts and random numbers."""
@@ -255,6 +261,8 @@ class PackTrainer(Trainer):
         for generator, state in zip(self._generators(), self._saved_random_states, strict=True):
             generator.set_state(state)
         self.model.zero_grad()
+        for parameter, gradient in self._saved_gradients.items():
+            parameter.grad = gradient.clone()
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from ranks import run_ranks
 from trainers import (
@@ -114,6 +115,17 @@ def test_flops_are_those_of_all_packs(tmp_path, tokenizer):
     assert flops(max_tokens_per_forward=120) == flops() > 0
 
 
+def short_from_the_second_update_on(trainer):
+    memory = RunsOutOfMemory(trainer.model, UNBOUNDED, in_backward=False)
+
+    class AfterTheFirst(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            memory.most = 230
+
+    trainer.add_callback(AfterTheFirst())
+    return memory
+
+
 @pytest.mark.parametrize("in_backward", [False, True], ids=["forward", "backward"])
 def test_an_update_that_runs_out_of_memory_is_run_again_in_smaller_packs(
     tmp_path, tokenizer, in_backward
@@ -154,16 +166,28 @@ def test_an_update_that_is_run_again_logs_the_loss_of_its_own_batches(tmp_path, 
     trainer = make_trainer(
         tmp_path, tokenizer, max_steps=3, max_tokens_per_forward="auto", **common
     )
-    memory = RunsOutOfMemory(trainer.model, UNBOUNDED, in_backward=False)
-
-    class ShortFromTheSecondOn(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            memory.most = 230
-
-    trainer.add_callback(ShortFromTheSecondOn())
+    memory = short_from_the_second_update_on(trainer)
     trainer.train()
     assert memory.raised
     assert logged(trainer) == pytest.approx(logged(plain), rel=1e-4)
+
+
+def test_an_update_that_is_run_again_keeps_what_a_stream_left_over(tmp_path, tokenizer):
+    """Passes of three batches: an update of two, and one that joins the next pass's first."""
+    rows = [*rows_with_a_longer_one(), *tiny.rows(4)]
+
+    def train(**settings):
+        stream = Dataset.from_list(rows).to_iterable_dataset()
+        settings |= {"train_dataset": stream, "gradient_accumulation_steps": 2, "max_steps": 2}
+        trainer = make_trainer(tmp_path, tokenizer, optim="sgd", **settings)
+        memory = short_from_the_second_update_on(trainer)
+        trainer.train()
+        return trainer, memory
+
+    plain, _ = train(max_tokens_per_forward=200)
+    trainer, memory = train(max_tokens_per_forward="auto")
+    assert memory.raised
+    assert logged(trainer, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-4)
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])

@@ -39,6 +39,7 @@ def make_trainer(tmp_path, tokenizer, model=None, rows=None, kind=DPOTrainer, **
     """A trainer of a tiny Llama on tiny.rows(), unless said otherwise; settings: arguments of
     `kind`, or of its DPOConfig."""
     arguments = {name: settings.pop(name) for name in list(settings) if name in TRL_ARGUMENTS}
+    arguments.setdefault("train_dataset", Dataset.from_list(tiny.rows() if rows is None else rows))
     defaults = {
         "output_dir": tmp_path,
         "max_steps": 4,
@@ -53,7 +54,6 @@ def make_trainer(tmp_path, tokenizer, model=None, rows=None, kind=DPOTrainer, **
     return kind(
         model=tiny.model("llama", len(tokenizer)) if model is None else model,
         args=DPOConfig(**(defaults | settings)),
-        train_dataset=Dataset.from_list(tiny.rows() if rows is None else rows),
         processing_class=tokenizer,
         **arguments,
     )
