@@ -138,7 +138,8 @@ def _check_checkpointing(settings: dict[str, Any]) -> None:
 
 def check_enough_rows(args: DPOConfig, num_rows: int) -> None:
     """ValueError where dataloader_drop_last would leave nothing of so many rows to train on."""
-    at_once = args.train_batch_size * args.world_size
+    shares = 1 if args.accelerator_config.split_batches else args.world_size
+    at_once = args.train_batch_size * shares
     if args.dataloader_drop_last and num_rows < at_once:
         raise ValueError(
             f"want at least one batch of {at_once} rows with dataloader_drop_last, got {num_rows} "

@@ -252,6 +252,15 @@ def test_rows_for_just_one_batch_are_enough():
     trainer_check.check_enough_rows(args(**settings), 8)
 
 
+def test_ranks_that_share_a_batch_need_rows_for_one(monkeypatch):
+    settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 8}
+    sharing = args(accelerator_config={"split_batches": True}, **settings)
+    monkeypatch.setattr(DPOConfig, "world_size", 2)
+    trainer_check.check_enough_rows(sharing, 8)
+    with pytest.raises(ValueError, match="at least one batch of 16 rows"):
+        trainer_check.check_enough_rows(args(**settings), 8)
+
+
 @pytest.mark.parametrize("which", ["model", "ref_model"])
 def test_a_token_outside_a_models_vocabulary_is_refused(tokenizer, which):
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}] * 3
