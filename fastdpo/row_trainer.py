@@ -4,7 +4,7 @@ predict(), and lays all of them out alike."""
 from contextlib import AbstractContextManager
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from fastdpo.packs import PackCollator
 from fastdpo.pair_check import check_pairs
 from fastdpo.row_report import PairCounts
 from fastdpo.rows import Rows
-from fastdpo.sampler import SeededByEpoch
+from fastdpo.sampler import SeededByEpoch, WholeStream
 
 COLLATORS = (PaddedCollator, PackedCollator, PackCollator)
 COLLATORS_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
@@ -69,6 +69,11 @@ class RowTrainer(MeasuringTrainer):
         if not isinstance(pairs, Dataset) or not isinstance(self.data_collator, COLLATORS):
             return pairs
         return pairs.with_format("numpy", columns=[*ID_COLUMNS], output_all_columns=True)
+
+    def _get_dataloader(self, dataset: Rows, *args: Any, **kwargs: Any) -> DataLoader:
+        if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
+            dataset = WholeStream(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Rows | str | None = None) -> DataLoader:
         """As transformers.Trainer's; padded where compute_metrics wants each sequence's logits."""

@@ -1,17 +1,18 @@
-"""The order of a sampler that transformers lets draw from torch's global random state."""
+"""The order in which several ranks draw pairs, the same on each."""
 
 from collections.abc import Iterator
 
+import datasets
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class SeededByEpoch(Sampler[int]):
     """`sampler`, in an order that follows from seed and epoch alone, on every rank.
 
-    A run that resumes within an epoch finds its order again: by then the global random state is
-    another one.
+    transformers lets it draw from torch's global random state, which is another one by the time
+    that a run resumes within an epoch.
     """
 
     def __init__(self, sampler: LengthGroupedSampler, seed: int):
@@ -27,3 +28,21 @@ class SeededByEpoch(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         self._sampler.generator = torch.Generator().manual_seed(self._seed + self._epoch)
         return iter(self._sampler)
+
+
+class WholeStream(IterableDataset):
+    """`pairs`, of which accelerate gives each rank its part of every batch.
+
+    It would give a rank some of the files of a datasets.IterableDataset, and where those have
+    fewer rows than another's, that one would wait forever. The price: every rank reads them all.
+    """
+
+    def __init__(self, pairs: datasets.IterableDataset):
+        self._pairs = pairs
+
+    def set_epoch(self, epoch: int) -> None:
+        """The data loader's call, before each pass: of a shuffled stream."""
+        self._pairs.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self._pairs)

@@ -47,6 +47,33 @@ def test_a_run_that_had_ended_within_an_epoch_resumes_to_no_update(tmp_path, tok
     assert all(torch.equal(x, expected[name]) for name, x in weights(resumed.model).items())
 
 
+def test_a_stream_resumes_in_the_pass_that_it_was_in(tmp_path, tokenizer):
+    """Passes of 5 batches: two updates, and one batch that joins the first of the next pass."""
+
+    def trainer(folder, max_steps):
+        return make_trainer(
+            tmp_path / folder,
+            tokenizer,
+            train_dataset=Dataset.from_list(tiny.rows(10)).to_iterable_dataset(),
+            max_steps=max_steps,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            save_strategy="steps",
+            save_steps=1,
+        )
+
+    whole, shorter = trainer("whole", 6), trainer("shorter", 2)
+    whole.train()
+    shorter.train()
+    for checkpoint in [*(tmp_path / f"whole/checkpoint-{step}" for step in (1, 3, 4)), shorter]:
+        if checkpoint is shorter:  # to resume from its end, with more updates now
+            checkpoint = tmp_path / "shorter/checkpoint-2"
+        resumed = trainer(checkpoint.name, 6)
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert logged(resumed, "logps/chosen") == logged(whole, "logps/chosen"), checkpoint.name
+
+
 def test_several_adapters_resume_exactly(tmp_path, tokenizer):
     def trainer(folder):
         model = trained_before(tokenizer, LoraConfig(**LORA))

@@ -1,7 +1,12 @@
-"""The order of rows that are grouped by length."""
+"""The order of rows that are grouped by length, and which of a stream's rows a rank has."""
 
+import json
+
+import pytest
 import tiny
 import torch
+from datasets import IterableDataset
+from ranks import run_ranks
 from trainers import logged, make_trainer
 
 
@@ -58,3 +63,61 @@ def test_samplers_by_length_keep_an_epoch_a_permutation(tmp_path, tokenizer):
     assert lengths[0] == sum(len(pairs[name]) for name in ids)
     assert first[0] == max(range(8), key=lambda i: lengths[i])  # what does not fit, fails at once
     trainer.train()
+
+
+RESUME_BY_LENGTH = """
+import sys
+from pathlib import Path
+import tiny
+from trainers import logged, make_trainer
+
+def trainer(name):
+    return make_trainer(
+        Path(sys.argv[1]) / name, tiny.tokenizer(), rows=tiny.rows(24), max_steps=9,
+        train_sampling_strategy="group_by_length", per_device_train_batch_size=2,
+        save_strategy="steps", save_steps=8,
+    )
+
+whole, resumed = trainer("whole"), trainer("resumed")
+whole.train()
+resumed.train(resume_from_checkpoint=str(Path(sys.argv[1]) / "whole/checkpoint-8"))
+assert logged(resumed, "logps/chosen") == logged(whole, "logps/chosen")
+"""
+
+
+def test_rows_grouped_by_length_resume_in_their_order_on_two_ranks(tmp_path):
+    run_ranks(tmp_path, RESUME_BY_LENGTH, str(tmp_path), world_size=2)
+
+
+def rows_of(counts):
+    """The rows of several files, of so many each."""
+    for count in counts:
+        yield from tiny.rows(count)
+
+
+TRAIN_ON_STREAM = """
+import json, sys
+from pathlib import Path
+import tiny
+from datasets import IterableDataset
+from test_sampler import rows_of
+from trainers import logged, make_trainer
+
+trainer = make_trainer(
+    Path(sys.argv[1]), tiny.tokenizer(), per_device_train_batch_size=2,
+    train_dataset=IterableDataset.from_generator(rows_of, gen_kwargs={"counts": [9, 3]}),
+)
+trainer.train()
+if trainer.is_world_process_zero():
+    print("LOGGED", json.dumps(logged(trainer, "logps/chosen")))
+"""
+
+
+def test_files_of_unequal_length_are_one_stream_to_two_ranks(tmp_path, tokenizer):
+    stream = IterableDataset.from_generator(rows_of, gen_kwargs={"counts": [9, 3]})
+    alone = make_trainer(tmp_path, tokenizer, train_dataset=stream)  # its batches are both ranks'
+    alone.train()
+    printed = run_ranks(tmp_path, TRAIN_ON_STREAM, str(tmp_path), world_size=2)
+    line = next(line for line in printed.splitlines() if line.startswith("LOGGED"))
+    together = json.loads(line.removeprefix("LOGGED"))
+    assert together == pytest.approx(logged(alone, "logps/chosen"), rel=1e-5)
