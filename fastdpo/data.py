@@ -21,20 +21,21 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS, Cut
 from fastdpo.messages import check_text, is_conversation
+from fastdpo.pairs_cache import map_once
 from fastdpo.preferences import FIELDS, MALFORMED, ORIGIN, checked_row, from_arrow
 from fastdpo.row_errors import FieldError, RowError
 from fastdpo.row_report import (
     BAD,
     DROPPED,
     END_LOST,
-    EQUAL,
     NOTE,
     REPORT,
     STATUS,
-    TOO_LONG,
     PairCounts,
     WarnOnce,
     counted,
+    cut_status,
+    origins_of,
     warn,
 )
 
@@ -73,18 +74,20 @@ def prepare_pairs(
     tokenize = _Tokenize(
         tokenizer=tokenizer,
         name=name,
-        cut=Cut(max_length=max_length, truncation_mode=truncation_mode),
         skip_bad=on_bad_rows == "skip",
         with_reference=_has_reference(dataset, columns),
         source_digest=_source_digest(),
     )
+    cut = Cut(max_length=max_length, truncation_mode=truncation_mode)
     if isinstance(dataset, IterableDataset):
-        return _as_it_comes(dataset, tokenize, columns), None
+        return _as_it_comes(dataset, tokenize, cut, columns), None
     made = {*tokenize.features, MALFORMED, ORIGIN, length_column}
     may_stay = keep_columns and dataset.format["type"] != "custom"  # a transform makes its own
-    others = set(dataset.column_names) - made if may_stay else set()
-    pairs = dataset.map(
+    others = [column for column in dataset.column_names if may_stay and column not in made]
+    pairs = map_once(
+        dataset,
         tokenize,
+        name=name,
         batched=True,
         batch_size=AT_ONCE,
         with_indices=True,
@@ -93,7 +96,7 @@ def prepare_pairs(
         num_proc=num_proc and min(num_proc, len(dataset)),
         desc=f"Tokenizing the {name} dataset",
     ).with_format(None)
-    status = pairs.data[STATUS].to_numpy()
+    status = _status(pairs, cut)
     kept = status & DROPPED == 0
     tokens = {column: pc.list_value_length(pairs.data[column]).to_numpy() for column in ID_COLUMNS}
     counts = counted(status, *(tokens[column][kept] for column in ID_COLUMNS), max_length)
@@ -106,6 +109,12 @@ def prepare_pairs(
     if length_column is not None:
         pairs = pairs.add_column(length_column, sum(tokens.values()))
     return pairs.remove_columns([*REPORT]).select(np.flatnonzero(kept)), counts
+
+
+def _status(pairs: Dataset, cut: Cut) -> np.ndarray:
+    """The status of each row once it is cut."""
+    batches = pairs.with_format("numpy", columns=[*ID_COLUMNS, STATUS]).iter(1000)
+    return np.concatenate([cut_status(batch, cut) for batch in batches])
 
 
 def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
@@ -135,10 +144,10 @@ def _has_reference(dataset: Dataset | IterableDataset, columns: list[str]) -> bo
 
 
 def _as_it_comes(
-    dataset: IterableDataset, tokenize: "_Tokenize", columns: list[str]
+    dataset: IterableDataset, tokenize: "_Tokenize", cut: Cut, columns: list[str]
 ) -> IterableDataset:
     pairs = dataset.map(
-        WarnOnce(tokenize, tokenize.name),
+        WarnOnce(tokenize, tokenize.name, cut),
         batched=True,
         batch_size=AT_ONCE,
         with_indices=True,
@@ -190,7 +199,6 @@ class _Tokenize:
 
     tokenizer: PreTrainedTokenizerBase
     name: str
-    cut: Cut
     skip_bad: bool
     with_reference: bool
     # enters datasets' cache key, which sees a class's name and fields, not its code
@@ -205,10 +213,9 @@ class _Tokenize:
 
     def __call__(self, batch: dict[str, Sequence], indices: list[int]) -> dict[str, list]:
         names = [name for name in FIELDS if name in batch]
-        origins = batch.get(ORIGIN) or [f"row {index}" for index in indices]
         rows = [
             _Row(origin, {name: batch[name][i] for name in names})
-            for i, origin in enumerate(origins)
+            for i, origin in enumerate(origins_of(batch, indices))
         ]
         self._attempt(self._render, rows)
         self._add_ids([row for row in rows if row.texts is not None])
@@ -330,16 +337,8 @@ class _Tokenize:
             if field in given and max(pair[field]) >= vocab_size:
                 raise FieldError(field, f"token ids below {vocab_size}", max(pair[field]))
         row.pair = pair
-        (_, chosen), (_, rejected) = (
-            self.cut(pair["prompt_ids"], pair[field]) for field in ID_COLUMNS[1:]
-        )
-        if not chosen:  # keep_end leaves something of it
-            row.status, row.note = TOO_LONG, f"{row.origin}: its prompt alone fills max_length"
-            return
-        if chosen == rejected:
-            row.status |= EQUAL
         if lost and lost != [self.tokenizer.eos_token_id]:  # the tokenizer's own end of any text
-            row.status |= END_LOST
+            row.status = END_LOST
             row.note = f"{row.origin}: {self.tokenizer.decode(lost)!r}"
 
 

@@ -6,12 +6,16 @@ until all is counted.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from transformers.utils import logging
+
+from fastdpo.columns import ID_COLUMNS, Cut
+from fastdpo.preferences import ORIGIN
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +48,26 @@ class PairCounts:
     truncated: int
     prompt_tokens: int
     completion_tokens: int
+
+
+def origins_of(batch: Mapping[str, Any], indices: list[int]) -> list[str]:
+    """Which row each of a batch is."""
+    return batch.get(ORIGIN) or [f"row {index}" for index in indices]
+
+
+def cut_status(columns: Mapping[str, Sequence], cut: Cut) -> list[int]:
+    """The status of each row once it is cut, of what it was before."""
+    status = []
+    before_and_ids = zip(*(columns[name] for name in (STATUS, *ID_COLUMNS)), strict=True)
+    for before, prompt, chosen, rejected in before_and_ids:
+        (_, chosen), (_, rejected) = cut(prompt, chosen), cut(prompt, rejected)
+        if before & BAD:
+            status.append(before)
+        elif not len(chosen):  # keep_end leaves something of it
+            status.append(TOO_LONG)
+        else:
+            status.append(before | EQUAL if np.array_equal(chosen, rejected) else before)
+    return status
 
 
 def counted(
@@ -101,14 +125,19 @@ class WarnOnce:
     """`tokenize` for a stream, whose rows are not counted: warns at the first row that is dropped
     and at the first whose prompt loses its end."""
 
-    def __init__(self, tokenize: Callable[[dict, list[int]], dict[str, list]], name: str):
+    def __init__(self, tokenize: Callable[[dict, list[int]], dict[str, list]], name: str, cut: Cut):
         self._tokenize = tokenize
         self._name = name
+        self._cut = cut
         self._told = 0  # bits of status
 
     def __call__(self, batch: dict[str, Sequence], indices: list[int]) -> dict[str, list]:
         columns = self._tokenize(batch, indices)
-        for status, note in zip(*(columns[name] for name in REPORT), strict=True):
+        columns[STATUS] = cut_status(columns, self._cut)
+        origins = origins_of(batch, indices)
+        for origin, status, note in zip(origins, columns[STATUS], columns[NOTE], strict=True):
+            if status & TOO_LONG:
+                note = f"{origin}: its prompt alone fills max_length"
             if status & DROPPED & ~self._told:
                 self._tell(DROPPED, f"rows are left out, this one first: {note}")
             if status & END_LOST & ~self._told:

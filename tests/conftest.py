@@ -1,12 +1,15 @@
 """On a GPU the kernels run as compiled, elsewhere under Triton's interpreter."""
 
 import os
+import tempfile
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
+CACHE = tempfile.TemporaryDirectory(prefix="fastdpo-tests-")
+os.environ["HF_DATASETS_CACHE"] = CACHE.name  # before datasets is imported
 
 
 def pytest_runtest_setup(item):

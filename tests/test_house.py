@@ -23,7 +23,8 @@ GROUPS = {
     "reference_logps",
     "loss": "losses batch_loss ops",
     "batches": "collate tree packs token_budget batch",
-    "rows": "rows csv_rows json_rows columns preferences messages row_errors data row_report",
+    "rows": "rows csv_rows json_rows columns preferences messages row_errors data row_report "
+    "pairs_cache",
 }
 KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "functools", "math", "typing"}
 KERNELS_MAY_IMPORT |= {"pathlib"}  # to tell one maker's CPUs from another's

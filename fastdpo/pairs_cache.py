@@ -1,0 +1,47 @@
+"""Pairs that were tokenised once are read from a file at the next start.
+
+`datasets` keeps such a file beside rows that lie on disk. Those of rows in memory (of JSON and CSV
+files, and of lists) are kept in the folder fastdpo of `datasets`' own cache.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from datasets.fingerprint import generate_fingerprint, update_fingerprint
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def map_once(
+    dataset: Dataset, tokenize: Callable, *, name: str, remove_columns: list[str], **settings: Any
+) -> Dataset:
+    """`dataset.map` with these arguments, from a file if there is one of an earlier start.
+
+    With a warning and in memory where no file can be written.
+    """
+    settings["remove_columns"] = remove_columns
+    cache_file = _cache_file(dataset, tokenize, remove_columns)
+    try:
+        return dataset.map(tokenize, cache_file_name=cache_file, **settings)
+    except OSError as error:
+        logger.warning(
+            f"{name} dataset: tokenised in memory, and anew at the next start, as the pairs cannot "
+            f"be kept in a file: {error}"
+        )
+        return dataset.map(tokenize, keep_in_memory=True, **settings)
+
+
+def _cache_file(dataset: Dataset, tokenize: Callable, remove_columns: list[str]) -> str | None:
+    """The file for rows in memory; None for a transform, whose rows may change unseen, and where
+    `datasets` keeps the file, or is to keep none."""
+    is_made = dataset.format["type"] == "custom"
+    if dataset.cache_files or is_made or not datasets.is_caching_enabled():
+        return None
+    # of what the rows are, where dataset._fingerprint is of how they were made
+    rows = generate_fingerprint(dataset)
+    key = update_fingerprint(rows, tokenize, {"remove_columns": remove_columns})
+    return str(Path(datasets.config.HF_DATASETS_CACHE, "fastdpo", f"cache-{key}.arrow"))

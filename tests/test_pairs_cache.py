@@ -1,0 +1,161 @@
+import errno
+import os
+import shutil
+
+import datasets
+import pytest
+import tiny
+from datasets import Dataset, Features, Value
+from pairs import pairs_of
+from ranks import run_ranks
+
+from fastdpo.data import prepare_pairs
+from fastdpo.row_errors import RowError
+from fastdpo.rows import load_rows
+
+NEXT_START = """
+import sys
+import tiny
+from fastdpo.data import prepare_pairs
+from fastdpo.rows import load_rows
+
+pairs, _ = prepare_pairs(load_rows(sys.argv[1]), tiny.tokenizer())
+print(pairs.cache_files[0]["filename"])
+"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Where pairs are kept, not there yet."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache/fastdpo"
+
+
+@pytest.fixture
+def tokenized(monkeypatch):
+    """What a tokenizer is called with."""
+    calls, call = [], tiny.PreTrainedTokenizerFast.__call__
+
+    def noted(self, texts, **settings):
+        calls.append(texts)
+        return call(self, texts, **settings)
+
+    monkeypatch.setattr(tiny.PreTrainedTokenizerFast, "__call__", noted)
+    return calls
+
+
+def files(pairs):
+    return [file["filename"] for file in pairs.cache_files]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_pairs_of_a_file_are_found_at_the_next_start(tmp_path, suffix):
+    path = str(tmp_path / f"rows.{suffix}")
+    write = Dataset.to_json if suffix == "jsonl" else Dataset.to_csv
+    write(Dataset.from_list(tiny.rows()), path)
+    tokenizer = tiny.tokenizer()
+    tokenizer("used before")
+    pairs, _ = prepare_pairs(load_rows(path), tokenizer)
+    assert run_ranks(tmp_path, NEXT_START, path, world_size=1).split() == files(pairs)
+
+
+CUTS = {  # settings, and whether a row is then too long, and one of equal sides
+    "whole": ({"max_length": None}, (False, False)),
+    "start": ({"max_length": 30}, (True, True)),
+    "end": ({"max_length": 3, "truncation_mode": "keep_end"}, (False, True)),
+}
+
+
+@pytest.mark.parametrize(("settings", "becomes"), CUTS.values(), ids=CUTS)
+def test_pairs_are_tokenised_once_however_they_are_cut(
+    cache, tokenizer, tokenized, monkeypatch, settings, becomes
+):
+    rows = [
+        {"prompt": "a b " * 50, "chosen": " c", "rejected": " d"},
+        {"prompt": "a", "chosen": " b" * 50 + " c", "rejected": " b" * 50 + " d"},
+        {"prompt": "a", "chosen": " c end", "rejected": " d end"},
+    ]
+    pairs_of(rows, tokenizer)
+    tokenized.clear()
+    found, counts = pairs_of(rows, tokenizer, **settings)
+    assert not tokenized and (counts.too_long > 0, counts.equal > 0) == becomes
+    monkeypatch.setattr(datasets.fingerprint, "_CACHING_ENABLED", False)
+    assert pairs_of(rows, tokenizer, **settings) == (found, counts) and tokenized
+
+
+def test_other_rows_tokenizers_and_columns_make_other_pairs(cache, tokenizer):
+    rows = tiny.rows(3)
+    long_texts = Features(dict.fromkeys(rows[0], Value("large_string")))
+    for dataset, its_tokenizer, settings in [
+        (Dataset.from_list(rows), tokenizer, {}),
+        (Dataset.from_list([*rows[:2], rows[2] | {"chosen": " c c"}]), tokenizer, {}),
+        (Dataset.from_list(rows).select([1, 0]), tokenizer, {}),
+        (Dataset.from_list(rows, features=long_texts), tokenizer, {}),
+        (Dataset.from_list(rows), tiny.tokenizer(["a b"] * 9), {}),
+        (Dataset.from_list(rows), tokenizer, {"keep_columns": True}),
+    ]:
+        before = set(cache.glob("*"))
+        pairs, _ = prepare_pairs(dataset, its_tokenizer, **settings)
+        assert {*map(str, set(cache.glob("*")) - before)} == {*files(pairs)} != set()
+
+
+def with_end(rows):
+    """Rows, one or a batch, that are not the same each time they are made."""
+    chosen = os.environ["END"]
+    return rows | {"chosen": [chosen] if isinstance(rows["chosen"], list) else chosen}
+
+
+def test_rows_count_by_what_they_are_and_not_by_what_made_them(cache, tokenizer, monkeypatch):
+    rows = Dataset.from_list(tiny.rows(1))
+    for end in (" c", " d"):
+        monkeypatch.setenv("END", end)
+        pairs, _ = prepare_pairs(rows.map(with_end), tokenizer)
+        assert tokenizer.decode(pairs[0]["chosen_ids"]) == f"{end}</s>"
+
+
+def test_nothing_is_kept_of_a_transform_or_without_caching(cache, tokenizer, monkeypatch):
+    rows = Dataset.from_list(tiny.rows(1))
+    for end in (" c", " d"):
+        monkeypatch.setenv("END", end)
+        pairs, _ = prepare_pairs(rows.with_transform(with_end), tokenizer)
+        assert tokenizer.decode(pairs[0]["chosen_ids"]) == f"{end}</s>"
+    monkeypatch.setattr(datasets.fingerprint, "_CACHING_ENABLED", False)
+    prepare_pairs(rows, tokenizer)
+    assert not cache.exists()
+
+
+def test_what_several_processes_kept_is_found_by_one(cache, tokenizer, tokenized):
+    pairs, _ = pairs_of(tiny.rows(), tokenizer, num_proc=2)
+    assert len([*cache.iterdir()]) == 2
+    tokenized.clear()
+    assert pairs_of(tiny.rows(), tokenizer)[0] == pairs and not tokenized
+
+
+def test_a_start_that_ends_early_leaves_no_file(cache, tokenizer):
+    bad = {"prompt": "a", "chosen": None, "rejected": "c"}
+    with pytest.raises(RowError, match="row 200"):
+        pairs_of([*tiny.rows(1) * 200, bad], tokenizer)
+    assert [*cache.iterdir()] == []
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_a_full_disk_ends_no_run(cache, tmp_path, tokenizer, caplog, monkeypatch, kind):
+    def full(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    dataset = Dataset.from_list(tiny.rows())
+    if kind == "disk":
+        dataset.save_to_disk(tmp_path / "rows")
+        dataset = Dataset.load_from_disk(tmp_path / "rows")
+    monkeypatch.setattr(shutil, "move", full)  # as datasets ends the writing of a file
+    pairs, _ = prepare_pairs(dataset, tokenizer)
+    assert pairs.cache_files == [] and "No space left" in caplog.records[-1].getMessage()
+    monkeypatch.undo()
+    assert list(pairs) == list(prepare_pairs(dataset, tokenizer)[0])
+
+
+def test_a_cache_folder_that_cannot_be_made_ends_no_run(cache, tokenizer, caplog):
+    cache.parent.write_text("no folder")
+    pairs, _ = pairs_of(tiny.rows(), tokenizer)
+    assert len(pairs) == len(tiny.rows())
+    assert "tokenised in memory, and anew at the next start" in caplog.records[-1].getMessage()
