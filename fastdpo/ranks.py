@@ -1,12 +1,25 @@
-"""Collectives between forwards; with a single process they do nothing."""
+"""What ranks do in turn, and collectives between forwards; with a single process nothing."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
+import datasets
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 BUCKET_BYTES = 64 * 2**20  # of gradients that are reduced in one go
+
+
+def one_rank_first(args: TrainingArguments) -> AbstractContextManager:
+    """A context in which each node's first rank tokenises before the others, which find its pairs
+    (pairs_cache.py) and wait for args.ddp_timeout at most. All ranks have to enter it; where
+    nothing is kept they are in it at once. An error on one rank holds up no other.
+    """
+    if not datasets.is_caching_enabled():
+        return nullcontext()
+    return args.main_process_first(desc="tokenizing")
 
 
 def least_of_ranks(count: int, accelerator: Accelerator) -> int:

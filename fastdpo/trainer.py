@@ -35,6 +35,7 @@ from fastdpo.model import (
 )
 from fastdpo.pair_check import check_pairs
 from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
+from fastdpo.ranks import one_rank_first
 from fastdpo.reference_logps import (
     FrozenModel,
     RowLogps,
@@ -125,10 +126,11 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             trust_remote_code=init_kwargs["trust_remote_code"],
         )
         prepare = functools.partial(prepare_named, tokenizer=tokenizer, **args.data_settings)
-        train_dataset, self.pair_counts = prepare(train_dataset, "train")
-        if eval_dataset is not None:
-            eval_dataset, counts = prepare(eval_dataset, "eval")
-            self.pair_counts |= counts
+        with one_rank_first(args):
+            train_dataset, self.pair_counts = prepare(train_dataset, "train")
+            if eval_dataset is not None:
+                eval_dataset, counts = prepare(eval_dataset, "eval")
+                self.pair_counts |= counts
         model = make_policy(
             model,
             peft_config,

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import shutil
 
@@ -21,6 +22,50 @@ from fastdpo.rows import load_rows
 
 pairs, _ = prepare_pairs(load_rows(sys.argv[1]), tiny.tokenizer())
 print(pairs.cache_files[0]["filename"])
+"""
+
+
+TRAINERS = """
+import json, os, sys, time
+import datasets
+import tiny
+from datasets import Dataset
+from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.row_errors import RowError
+
+rank = int(os.environ["RANK"])
+calls, call = [], tiny.PreTrainedTokenizerFast.__call__
+
+def noted(*arguments, **settings):
+    if rank == 0 and not told:
+        time.sleep(2)  # by itself, the other would be through first
+    calls.append(arguments)
+    return call(*arguments, **settings)
+
+def start(rows):
+    calls.clear()
+    tokenizer = tiny.tokenizer()
+    DPOTrainer(
+        model=tiny.model("llama", len(tokenizer)),
+        args=DPOConfig(output_dir=sys.argv[1], report_to="none", use_cpu=True, num_train_epochs=1),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    return len(calls)
+
+told = {}
+tiny.PreTrainedTokenizerFast.__call__ = noted
+told["kept"] = start(tiny.rows())
+for name, bad_ranks in {"all": (0, 1), "first": (0,), "other": (1,)}.items():
+    bad = {"prompt": name, "chosen": None, "rejected": "c"}
+    try:
+        told[name] = start([*tiny.rows(), *[bad] * (rank in bad_ranks)])
+    except RowError as error:
+        told[name] = str(error)
+datasets.disable_caching()
+told["afresh"] = start(tiny.rows())
+with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
+    json.dump(told, file)
 """
 
 
@@ -159,3 +204,14 @@ def test_a_cache_folder_that_cannot_be_made_ends_no_run(cache, tokenizer, caplog
     pairs, _ = pairs_of(tiny.rows(), tokenizer)
     assert len(pairs) == len(tiny.rows())
     assert "tokenised in memory, and anew at the next start" in caplog.records[-1].getMessage()
+
+
+def test_one_rank_tokenises_for_all_and_its_errors_hold_up_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    run_ranks(tmp_path, TRAINERS, str(tmp_path), world_size=2)
+    first, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["kept"] > 0 and other["kept"] == 0
+    assert first["afresh"] == other["afresh"] == first["kept"]
+    for rank, told in enumerate((first, other)):
+        for name, bad_ranks in {"all": (0, 1), "first": (0,), "other": (1,)}.items():
+            assert ("field 'chosen'" in str(told[name])) == (rank in bad_ranks)

@@ -1,12 +1,14 @@
 """What two ranks settle together, one of them here and the other pretended."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 
 from fastdpo import ranks
-from fastdpo.ranks import average_gradients, least_of_ranks
+from fastdpo.ranks import average_gradients, least_of_ranks, one_rank_first
 
 
 class OfTwo(SimpleNamespace):
@@ -42,6 +44,14 @@ def reduced(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     return calls
+
+
+def test_no_rank_waits_for_pairs_that_are_not_kept(monkeypatch):
+    turns = object()
+    args = SimpleNamespace(main_process_first=lambda desc: turns)
+    assert one_rank_first(args) is turns
+    monkeypatch.setattr(datasets.fingerprint, "_CACHING_ENABLED", False)
+    assert isinstance(one_rank_first(args), nullcontext)
 
 
 @pytest.mark.parametrize(("here", "there"), [(3, 5), (5, 3)])
