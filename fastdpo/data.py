@@ -74,6 +74,7 @@ def prepare_pairs(
     tokenize = _Tokenize(
         tokenizer=tokenizer,
         name=name,
+        row_features=dataset.features,
         skip_bad=on_bad_rows == "skip",
         with_reference=_has_reference(dataset, columns),
         source_digest=_source_digest(),
@@ -199,6 +200,7 @@ class _Tokenize:
 
     tokenizer: PreTrainedTokenizerBase
     name: str
+    row_features: Features | None
     skip_bad: bool
     with_reference: bool
     # enters datasets' cache key, which sees a class's name and fields, not its code
@@ -247,7 +249,7 @@ class _Tokenize:
         """Check the row's fields, and render the texts that are to be tokenised."""
         if row.given.get(MALFORMED) is not None:
             raise RowError(row.given[MALFORMED])  # which says where the row is from
-        row.checked = fields = checked_row(from_arrow(row.given))
+        row.checked = fields = checked_row(from_arrow(row.given, self.row_features))
         if self.with_reference and REFERENCE_COLUMNS[0] not in fields:
             wanted = "a number, as other rows have one"
             raise FieldError(REFERENCE_COLUMNS[0], wanted, said="no value")

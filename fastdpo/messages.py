@@ -3,7 +3,11 @@
 import json
 from typing import Any
 
+import datasets
+
 from fastdpo.row_errors import FieldError
+
+JSON = getattr(datasets, "Json", ())  # a feature that datasets 4 has not
 
 
 def check_text(field: str, value: Any) -> None:
@@ -79,14 +83,22 @@ def _read(message: Any) -> Any:
         return message
 
 
-def without_nulls(value: Any) -> Any:
+def without_nulls(value: Any, feature: Any = None) -> Any:
     """`value` without keys that are None: Arrow adds such to give all objects of a column the same.
 
-    (One that was None before goes too: nothing tells them apart.)
+    (One that was None before goes too: nothing tells them apart.) What `feature` says is Json stays
+    as it is.
     """
+    if isinstance(feature, JSON):
+        return value
     if isinstance(value, dict):
-        return {key: without_nulls(each) for key, each in value.items() if each is not None}
-    return list(map(without_nulls, value)) if isinstance(value, list) else value
+        of_keys = feature if isinstance(feature, dict) else {}
+        given = {key: each for key, each in value.items() if each is not None}
+        return {key: without_nulls(each, of_keys.get(key)) for key, each in given.items()}
+    if isinstance(value, list):
+        of_each = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [without_nulls(each, of_each) for each in value]
+    return value
 
 
 def parsed(field: str, value: Any, kind: type) -> Any:

@@ -29,10 +29,14 @@ MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content)\1\s*:""")
 FIELDS = (*TEXT_FIELDS, *ID_COLUMNS, *REFERENCE_COLUMNS, *IMAGE_FIELDS, *OPTION_FIELDS, MALFORMED)
 
 
-def from_arrow(row: dict[str, Any]) -> dict[str, Any]:
-    """`row` with its messages and options as without_nulls leaves them."""
-    fields = (*TEXT_FIELDS, *OPTION_FIELDS)
-    return row | {field: without_nulls(row[field]) for field in fields if field in row}
+def from_arrow(row: dict[str, Any], features: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`row` with its messages and options as without_nulls leaves them.
+
+    features: of a datasets.Dataset; None where a stream does not know them.
+    """
+    of_fields = features or {}
+    fields = [field for field in (*TEXT_FIELDS, *OPTION_FIELDS) if field in row]
+    return row | {field: without_nulls(row[field], of_fields.get(field)) for field in fields}
 
 
 def checked_row(row: Any) -> dict[str, Any]:

@@ -214,11 +214,13 @@ def in_one_kind(rows: Rows, source: str, *, skip_bad: bool) -> Rows:
     A malformed row is a RowError that names `source`, or with skip_bad what load_rows makes of it.
     """
 
+    features = rows.features
+
     def checked(row: dict[str, Any], index: int) -> dict[str, Any]:
         if row.get(MALFORMED) is not None:
             return raise_or_mark(row[MALFORMED], skip_bad)
         try:
-            row = storable(checked_row(from_arrow(row)))
+            row = storable(checked_row(from_arrow(row, features)))
         except FieldError as error:
             return raise_or_mark(f"{source}, row {index}, {error}", skip_bad)
         return row | {field: as_json_texts(row[field]) for field in TEXT_FIELDS if field in row}

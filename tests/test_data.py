@@ -2,9 +2,10 @@ import copy
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from pairs import CHAT, assistant, chat, decoded, pairs_of, user
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastdpo.data import prepare_pairs
 from fastdpo.row_errors import RowError
+from fastdpo.rows import in_one_kind
 
 REAL_PAIRS = Path(__file__).parents[2] / "shared/data/preferences_en.jsonl"
 EOS = 2
@@ -210,6 +212,29 @@ def test_arguments_of_other_rows_tools_are_in_no_rows_text(tokenizer):
     for row, pair in zip(rows, pairs, strict=True):
         text = "".join(decoded(other, pair)[:2]).replace("<s>", " ")
         assert str(row["tools"]) in text and str(row["chosen"][0]["tool_calls"]) in text
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets 4 has no Json")
+@pytest.mark.parametrize("kind", ["one", "stream", "mixture"])
+def test_nulls_that_a_user_wrote_in_json_stay_and_those_of_arrow_go(tokenizer, kind):
+    any_json, text = datasets.Json(), Value("string")
+    call = {"name": text, "arguments": any_json}
+    message = {"role": text, "content": text, "tool_calls": List(call)}
+    features = {"prompt": List(message), "chosen": List(message), "rejected": [message]}
+    calls = [{"name": "look", "arguments": {"place": None, "near": [None, {"at": None}]}}]
+    tools = [{"name": "look", "wants": {"place": {"default": None, "enum": [None, "a"]}}}]
+    row = CHAT | {"chosen": [{"role": "assistant", "tool_calls": calls}], "tools": tools}
+    dataset = Dataset.from_list([row], features=Features(features | {"tools": any_json}))
+    assert dataset[0]["prompt"][0]["tool_calls"] is None  # added by Arrow
+    if kind == "mixture":
+        dataset = in_one_kind(dataset, "rows", skip_bad=False)
+    dataset = dataset.to_iterable_dataset() if kind == "stream" else dataset
+    showing = copy.deepcopy(tokenizer)
+    showing.chat_template = "{{ tools }}{% for m in messages %}{{ m }}{% endfor %}{{ eos_token }}"
+    (pair,), _ = prepare_pairs(dataset, showing, max_length=None)
+    prompt, chosen, _ = decoded(showing, pair)
+    said = "".join(map(str, [tools, *row["prompt"], *row["chosen"]]))
+    assert prompt + chosen == f"{said}</s>"
 
 
 def test_a_transform_of_the_rows_is_kept(tokenizer):
