@@ -22,7 +22,14 @@ from transformers import PreTrainedTokenizerBase
 from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS, Cut
 from fastdpo.messages import check_text, is_conversation
 from fastdpo.pairs_cache import map_once
-from fastdpo.preferences import FIELDS, MALFORMED, ORIGIN, checked_row, from_arrow
+from fastdpo.preferences import (
+    FIELDS,
+    MALFORMED,
+    ORIGIN,
+    checked_row,
+    from_arrow,
+    warn_of_unread,
+)
 from fastdpo.row_errors import FieldError, RowError
 from fastdpo.row_report import (
     BAD,
@@ -71,6 +78,7 @@ def prepare_pairs(
     if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
         dataset = dataset.with_format(None)  # lists and texts; a transform of the rows' own stays
     columns = _columns(dataset, name)
+    warn_of_unread(f"{name} dataset", columns)
     tokenize = _Tokenize(
         tokenizer=tokenizer,
         name=name,

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdpo.preferences import OPTION_FIELDS, TEXT_FIELDS, checked_row, raise_or_mark, storable
+from fastdpo.preferences import (
+    OPTION_FIELDS,
+    TEXT_FIELDS,
+    checked_row,
+    raise_or_mark,
+    storable,
+    warn_of_unread,
+)
 from fastdpo.row_errors import FieldError, RowError
 
 BETWEEN_ROWS = re.compile(r"[ \t\r\n,]*")
@@ -30,6 +37,8 @@ def json_rows(
                 raise FieldError("row", "an object in JSON, in UTF-8", str(row))
             if columns is not None and isinstance(row, dict):
                 row = {name: row[name] for name in columns if name in row}
+            if not kinds and isinstance(row, dict):
+                warn_of_unread(path, row)
             checked = checked_row(row)
             unseen = unseen.difference(row)
             if unseen:

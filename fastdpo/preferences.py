@@ -6,8 +6,10 @@ It is of texts, conversations or token ids.
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from transformers.utils import logging
 
 from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS
 from fastdpo.messages import (
@@ -20,13 +22,26 @@ from fastdpo.messages import (
 )
 from fastdpo.row_errors import FieldError, RowError
 
+logger = logging.get_logger(__name__)
+
 TEXT_FIELDS = ("prompt", "chosen", "rejected")
 IMAGE_FIELDS = ("image", "images")
 OPTION_FIELDS = ("tools", "chat_template_kwargs")
 MALFORMED = "fastdpo_malformed"  # in place of all others: why a row could not be read
 ORIGIN = "fastdpo_origin"  # which row of which source, where rows of several are mixed
 MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content)\1\s*:""")
+PROMPTS_ELSEWHERE = {"question", "instruction", "input", "query", "context", "system"}
 FIELDS = (*TEXT_FIELDS, *ID_COLUMNS, *REFERENCE_COLUMNS, *IMAGE_FIELDS, *OPTION_FIELDS, MALFORMED)
+
+
+def warn_of_unread(source: str, columns: Collection[str]) -> None:
+    """Warn, once, of columns that other formats have the prompt in, where there is none here."""
+    unread = [name for name in columns if name in PROMPTS_ELSEWHERE]
+    if unread and "prompt" not in columns and {"chosen", "rejected"} <= {*columns}:
+        logger.warning_once(
+            f"{source}: no column prompt, so the prompt is what chosen and rejected begin with "
+            f"alike; not read: {unread}"
+        )
 
 
 def from_arrow(row: dict[str, Any], features: Mapping[str, Any] | None) -> dict[str, Any]:

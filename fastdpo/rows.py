@@ -27,6 +27,7 @@ from fastdpo.preferences import (
     from_arrow,
     raise_or_mark,
     storable,
+    warn_of_unread,
 )
 from fastdpo.row_errors import FieldError, RowError
 
@@ -213,8 +214,8 @@ def in_one_kind(rows: Rows, source: str, *, skip_bad: bool) -> Rows:
 
     A malformed row is a RowError that names `source`, or with skip_bad what load_rows makes of it.
     """
-
     features = rows.features
+    warn_of_unread(source, rows.column_names or ())
 
     def checked(row: dict[str, Any], index: int) -> dict[str, Any]:
         if row.get(MALFORMED) is not None:

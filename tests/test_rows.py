@@ -12,7 +12,7 @@ from pairs import CHAT
 from fastdpo.data import prepare_pairs
 from fastdpo.preferences import MALFORMED as MARK
 from fastdpo.row_errors import RowError
-from fastdpo.rows import as_dataset, load_rows
+from fastdpo.rows import as_dataset, in_one_kind, load_rows
 
 
 def no_rows():
@@ -170,6 +170,50 @@ def test_tools_need_not_be_alike(tmp_path):
     tools = [[{"name": "add"}], [{"name": "look", "far": {"deep": [1, "two"]}}]]
     path = write_lines(tmp_path / "rows.jsonl", [CHAT | {"tools": each} for each in tools])
     assert [json.loads(row["tools"]) for row in load_rows(path)] == tools
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json-stream", "csv", "parquet", "mixture"])
+def test_a_prompt_in_a_column_of_another_name_is_warned_of(kind, tmp_path, caplog):
+    row = {
+        "system": "s",
+        "question": "Who?",
+        "chosen": "It is I",
+        "rejected": "It is he",
+        "id": "x",
+    }
+    path = tmp_path / f"rows.{kind.partition('-')[0]}"
+    if kind == "csv":
+        Dataset.from_list([row] * 2).to_csv(path)
+    elif kind in ("parquet", "mixture"):
+        Dataset.from_list([row] * 2).to_parquet(path := tmp_path / "rows.parquet")
+    else:
+        path.write_text("\n".join(map(json.dumps, [row] * 2)))
+    rows = load_rows(str(path), streaming=kind == "json-stream")
+    if kind == "mixture":
+        rows = in_one_kind(rows, str(path), skip_bad=False)
+    prepare_pairs(rows, tiny.tokenizer(), name=kind)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "no column prompt" in told and told.endswith("not read: ['system', 'question']")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Who?", "prompt": "Q: Who? A:", "chosen": " I", "rejected": " he"},
+        {
+            "chosen": "It is I",
+            "rejected": "It is he",
+            "source": "x",
+            "id": "y",
+            "score_chosen": 1.0,
+        },
+        {"question": "Who?", "prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]},
+    ],
+    ids=["a prompt", "bookkeeping", "ids"],
+)
+def test_other_columns_are_not_warned_of(row, caplog):
+    prepare_pairs(Dataset.from_list([row]), tiny.tokenizer(), name=str(row))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("streaming", [False, True])
