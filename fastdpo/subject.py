@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ from fastdpo.mixture import load_datasets
 from fastdpo.model import causal_lm_of
 from fastdpo.pair_check import check_pairs
 from fastdpo.policy import load_tokenizer, make_policy, make_ready
-from fastdpo.rows import as_dataset
+from fastdpo.rows import Rows, as_dataset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,11 +90,7 @@ def load_subject(run: RunArguments, max_pairs: int) -> Subject:
         revision=kwargs["revision"],
         trust_remote_code=args.trust_remote_code,
     )
-    pairs, counts = prepare_pairs(
-        as_dataset(islice(rows, max_pairs)),
-        tokenizer,
-        **args.data_settings,
-    )
+    pairs, counts = prepare_pairs(_first(rows, max_pairs), tokenizer, **args.data_settings)
     if counts.equal == counts.pairs:
         raise ValueError(
             f"want pairs whose gradient can be compared, got {counts.pairs} with chosen equal to "
@@ -128,6 +125,12 @@ def load_subject(run: RunArguments, max_pairs: int) -> Subject:
     if isinstance(policy, PeftModel):
         _fill_zero_adapters(subject)
     return subject
+
+
+def _first(rows: Rows, count: int) -> Dataset:
+    if isinstance(rows, Dataset):
+        return rows.select(range(min(count, len(rows))))
+    return as_dataset(islice(rows, count))
 
 
 def _check_weights(subject: Subject) -> None:

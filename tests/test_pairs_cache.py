@@ -1,3 +1,5 @@
+"""Pairs that an earlier start has tokenised: found again where nothing else has changed."""
+
 import errno
 import json
 import os

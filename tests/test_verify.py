@@ -3,10 +3,12 @@
 import math
 import os
 
+import datasets
 import families
 import pytest
 import tiny
 import torch
+from datasets import Dataset, Features, Value
 
 from fastdpo import attention, cli, head, losses, ops, verify
 from fastdpo.collate import LAYOUTS
@@ -148,6 +150,19 @@ def test_only_the_first_rows_are_looked_at(here, tmp_path, capsys):
     tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(5))
     assert run(here, "--max_pairs", "2", rows=tmp_path / "rows.jsonl") == 0
     assert "pairs      2 of the first 2 rows" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets 4 has no Json")
+def test_rows_of_unlike_tools_are_read_as_in_training(here, tmp_path):
+    """As one list of Python's they are no column of Arrow's."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    messages = {name: [{"role": role, "content": name}] for name, role in roles.items()}
+    tools = [[{"name": "look", "wants": default}] for default in ({"at": None}, "nothing")]
+    message = [{"role": Value("string"), "content": Value("string")}]
+    features = Features(dict.fromkeys(messages, message) | {"tools": datasets.Json()})
+    rows = [messages | {"tools": each} for each in tools]
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "rows")
+    assert run(here, rows=tmp_path / "rows") == 0
 
 
 def test_rows_left_out_are_not_counted_as_pairs(here, tmp_path, capsys):
