@@ -84,7 +84,7 @@ PYTEST=("$PYTHON" -m pytest -q -rs -p bench.without_datasets --continue-on-colle
 bench() {
     local filter=(-k "$4${5:+ and $5}")
     if [[ -n "$DRY" ]]; then filter=(-m "not slow" -k "${5:-}"); fi
-    step "$1" "$2" "${PYTEST[@]}" "bench/$3" "${filter[@]}"
+    step "$1" "$2" "${PYTEST[@]}" --benchmark-json "$OUT/$2.json" "bench/$3" "${filter[@]}"
 }
 
 # with a few seconds for the start, the limits add up to what there is

@@ -21,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdpo.kernels import fold, pair_loss, second_product
-from fastdpo.kernels.vocabulary_walk import TILE_COLUMNS
+from fastdpo.kernels import dlogits, fold, pair_loss, second_product
+from fastdpo.kernels.vocabulary_walk import TILE_COLUMNS, _tile_shape
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # a block's, at most
 TENSOR_CORES = re.compile(r"\b(?:wgmma|tcgen05|mma)\.\S*(?:mma|sync)")
@@ -47,31 +47,51 @@ class Case:
     divisible: tuple[str, ...] = ()  # arguments that are multiples of 16
     has_product: bool = False
     num_warps: int = 4
+    num_stages: int = 3
 
 
 def fold_cases():
-    """The fold of a tile: each head's full and last tile, alone and with every statistic."""
+    """The fold of a tile: each head's of 1024 and 8192 rows, and a last one, alone and with every
+    statistic."""
     pointers = ("z", "peak", "total", "label_logit", "rescale")
     integers = ("width", "start", "z_stride", "p_stride")
     optional = ("bias_ptr", "exp_z_sum_ptr", "z_sum_ptr", "exp_square_sum_ptr")
     kinds = itertools.product(HEADS.items(), ("*bf16", "*fp32"), (False, True))
-    for (head, (V, _, capped)), p_type, full in kinds:
+    for (head, (V, D, capped)), p_type, full in kinds:
         types = {f"{name}_ptr": "*fp32" for name in pointers}
         types |= {"labels_ptr": "*i64", "p_ptr": p_type, "scale": "fp32"}
         types |= dict.fromkeys(integers, "i32")
         types |= {"softcap": "fp32"} if capped else {}
         types |= dict.fromkeys(optional, "*fp32") if full else {}
         constants = dict.fromkeys({"softcap", *optional} - types.keys())  # None is one of a kernel
-        constants |= {"BLOCK_T": fold.BLOCK_T_OF_SUMS if full else fold.BLOCK_T}
-        for width in (TILE_COLUMNS["cuda"], V % TILE_COLUMNS["cuda"]):
+        widths = [_tile_shape("cuda", N, V, D, room=0)[1] for N in (1024, 8192)]
+        for width in (*widths, V % TILE_COLUMNS["cuda"]):
+            launch = fold.launch_of(width, has_sums=full)
+            num_warps = launch.pop("num_warps")
             yield Case(
                 name=f"fold {head} {width} columns {p_type[1:]} "
                 + ("bias and all sums" if full else "alone"),
                 kernel=fold._fold_kernel,
                 types=types,
-                constants=constants,
+                constants=constants | launch,
                 divisible=integers if width % 16 == 0 else integers[1:],
+                num_warps=num_warps,
             )
+
+
+def dlogits_cases():
+    """The gradient of a full tile's logits, and of one of an odd width."""
+    types = {"row_scale_ptr": "*fp32", "dlabel_ptr": "*fp32", "labels_ptr": "*i64"}
+    integers = ("start", "p_stride", "out_stride", "width")
+    types |= dict.fromkeys(integers, "i32")
+    for dtype, divisible in itertools.product(("*bf16", "*fp32"), (integers, integers[:-1])):
+        yield Case(
+            name=f"dlogits {dtype[1:]} {'full' if divisible is integers else 'odd'} tile",
+            kernel=dlogits._dlogits_kernel,
+            types=types | {"p_ptr": dtype, "out_ptr": dtype},
+            constants={"BLOCK_T": dlogits.BLOCK_T},
+            divisible=divisible,
+        )
 
 
 def second_product_cases():
@@ -100,6 +120,7 @@ def second_product_cases():
                 divisible=(*width, "K", *strides),
                 has_product=True,
                 num_warps=second_product.NUM_WARPS,
+                num_stages=second_product.NUM_STAGES,
             )
             pointers = {"p_ptr": dtype, "total_ptr": "*fp32", "reached_ptr": "*i32"}
             del constants["BLOCK_K"]
@@ -141,7 +162,7 @@ def pair_loss_cases():
     )
 
 
-CASES = (fold_cases, second_product_cases, pair_loss_cases)
+CASES = (fold_cases, dlogits_cases, second_product_cases, pair_loss_cases)
 
 
 def compiled(case: Case, chip: int):
@@ -151,7 +172,7 @@ def compiled(case: Case, chip: int):
     aligned = [n for n in names if n in case.divisible or signature[n].startswith("*")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(case.kernel, signature, constants, attributes)
-    options = {"num_warps": case.num_warps}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
 
 

@@ -3,9 +3,9 @@
     peak, total, label_logit, rescale <- z_NT = cap(scale * (products_NT + bias_T))
     p_NT = exp(z - peak) * c, 0 for the label   c = 1 - (z / softcap)², or 1 without a cap
 
-N rows, T columns of the vocabulary from `start` on. README.md derives it. The label's part in the
-gradient is 1 - p, which p in 16 bits would have rounded away where a model is sure: it is left out
-here and made from the answer, in float32.
+N rows, T columns of the vocabulary from `start` on; no p is made where p_NT is None. README.md
+derives it. The label's part in the gradient is 1 - p, which p in 16 bits would have rounded away
+where a model is sure: it is left out here and made from the answer, in float32 (dlogits.py).
 """
 
 import math
@@ -19,7 +19,8 @@ from torch import Tensor
 from fastdpo.kernels.products import has_fast_mkl
 
 LOG2_E = math.log2(math.e)
-BLOCK_T = 1024  # columns that a program of the Triton fold reads at a time
+MOST_IN_REGISTERS = 8192  # columns of a row that a program of the Triton fold reads once
+BLOCK_T = 1024  # of a longer row, those that it reads at a time, and twice
 BLOCK_T_OF_SUMS = 512  # with sums for statistics: of 1024, triton 3.7.1 spills some on sm_100
 
 
@@ -95,6 +96,8 @@ def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):
         squares_N = torch.linalg.vecdot(exp_NT, exp_NT)
         softmax.exp_square_sum_N.mul_(softmax.rescale_N.square()).add_(squares_N)
     softmax.total_N.mul_(softmax.rescale_N).add_(exp_NT.sum(1))
+    if p_NT is None:
+        return
     made_NT = exp_NT if c_NT is None else exp_NT.mul_(c_NT)
     label_N1 = made_NT.gather(1, column_N1).masked_fill_(is_here_N[:, None], 0.0)
     made_NT.scatter_(1, column_N1, label_N1)
@@ -136,13 +139,14 @@ def _fold_kernel(
     scale,
     softcap,
     BLOCK_T: tl.constexpr,
+    IS_ONE_BLOCK: tl.constexpr,  # the row's logits then stay in registers, and are read once
 ):
     n = tl.program_id(0).to(tl.int64)  # n * z_stride outgrows int32 from 16k rows of 128k
     z_ptr += n * z_stride
-    p_ptr += n * p_stride
     old_peak = tl.load(peak_ptr + n)
     tile_peak_T = tl.full((BLOCK_T,), -float("inf"), tl.float32)
-    for first in range(0, width, BLOCK_T):
+    end = 1 if IS_ONE_BLOCK else width
+    for first in range(0, end, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         z_T = _logit(z_ptr, bias_ptr, t, t < width, scale, softcap)
         tile_peak_T = tl.maximum(tile_peak_T, tl.where(t < width, z_T, -float("inf")))
@@ -155,7 +159,7 @@ def _fold_kernel(
     exp_z_sum_T = tl.zeros((BLOCK_T,), tl.float32)
     z_sum_T = tl.zeros((BLOCK_T,), tl.float32)
     exp_square_sum_T = tl.zeros((BLOCK_T,), tl.float32)
-    for first in range(0, width, BLOCK_T):
+    for first in range(0, end, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         z_T = _logit(z_ptr, bias_ptr, t, t < width, scale, softcap)
         label_logit_T += tl.where(t == column, z_T, 0.0)
@@ -167,11 +171,13 @@ def _fold_kernel(
             z_sum_T += z_T  # 0 from width on
         if exp_square_sum_ptr is not None:
             exp_square_sum_T += exp_T * exp_T
-        if softcap is not None:
-            capped_T = z_T * (1.0 / softcap)
-            exp_T *= 1.0 - capped_T * capped_T
-        exp_T = tl.where(t == column, 0.0, exp_T)
-        tl.store(p_ptr + t, exp_T.to(p_ptr.dtype.element_ty), mask=t < width)
+        if p_ptr is not None:
+            if softcap is not None:
+                capped_T = z_T * (1.0 / softcap)
+                exp_T *= 1.0 - capped_T * capped_T
+            exp_T = tl.where(t == column, 0.0, exp_T)
+            p_ptrs = p_ptr + n * p_stride + t
+            tl.store(p_ptrs, exp_T.to(p_ptr.dtype.element_ty), mask=t < width)
     if (column >= 0) & (column < width):
         tl.store(label_logit_ptr + n, tl.sum(label_logit_T))
     tl.store(peak_ptr + n, peak)
@@ -187,9 +193,21 @@ def _fold_kernel(
         tl.store(exp_square_sum_ptr + n, so_far + tl.sum(exp_square_sum_T))
 
 
+def launch_of(width: int, *, has_sums: bool) -> dict[str, int | bool]:
+    """How the fold of a tile is launched: none spills (bench/kernel_report.py), none was timed."""
+    if width > MOST_IN_REGISTERS:
+        block = BLOCK_T_OF_SUMS if has_sums else BLOCK_T
+        return {"BLOCK_T": block, "IS_ONE_BLOCK": False, "num_warps": 4}
+    block = max(BLOCK_T, triton.next_power_of_2(width))
+    least = 8 if has_sums else 4
+    num_warps = min(max(block // 512, least), 2 * least)
+    return {"BLOCK_T": block, "IS_ONE_BLOCK": True, "num_warps": num_warps}
+
+
 def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):
     """As _torch_fold, in one launch: a program a row."""
     sums = (softmax.exp_z_sum_N, softmax.z_sum_N, softmax.exp_square_sum_N)
+    has_sums = any(x is not None for x in sums)
     with torch.cuda.device_of(z_NT):  # Triton launches on the current GPU, wherever tensors are
         _fold_kernel[(z_NT.shape[0],)](
             z_NT,
@@ -204,10 +222,10 @@ def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):
             start,
             z_NT.shape[1],
             z_NT.stride(0),
-            p_NT.stride(0),
+            0 if p_NT is None else p_NT.stride(0),
             scale,
             softcap,
-            BLOCK_T=BLOCK_T if all(x is None for x in sums) else BLOCK_T_OF_SUMS,
+            **launch_of(z_NT.shape[1], has_sums=has_sums),
         )
 
 

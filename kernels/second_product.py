@@ -20,6 +20,7 @@ from fastdpo.kernels.products import product
 # leave out less; not timed
 BLOCKS = {2: (128, 64, 128), 4: (64, 32, 128)}
 NUM_WARPS = 8  # of such a block
+NUM_STAGES = 5  # of its loop: of 3, one is for the order, and each copy of p and w is waited for
 RESCALED_AT_ONCE = 1024  # columns of u
 
 
@@ -146,6 +147,7 @@ def _add_reached(p_NT: Tensor, w_TK: Tensor, u_NK: Tensor, total_N: Tensor, skip
         BLOCK_T,
         BLOCK_K,
         num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
     )
 
 

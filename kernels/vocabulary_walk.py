@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.kernels.fold import FOLDS, RunningSoftmax, label_columns
+from fastdpo.kernels.dlogits import DLOGITS
+from fastdpo.kernels.fold import FOLDS, RunningSoftmax
 from fastdpo.kernels.products import HeadRows, Term, product
 from fastdpo.kernels.second_product import SECOND_PRODUCTS
 
@@ -73,10 +74,12 @@ class Tiles:
         is_wide = dtype == settings.wide
         self.p_memory = self.z_memory if is_wide else torch.empty_like(self.z_memory, dtype=dtype)
 
-    def fold(self, block: slice, columns: slice, softmax: RunningSoftmax, memory: Tensor) -> Tensor:
+    def fold(
+        self, block: slice, columns: slice, softmax: RunningSoftmax, memory: Tensor | None
+    ) -> Tensor | None:
         """Fold one tile into its rows' `softmax`; returns p, at the beginning of `memory`."""
-        p_NT = self._tile(memory, block, columns)
-        is_wide = p_NT.dtype == self.z_memory.dtype
+        p_NT = None if memory is None else self._tile(memory, block, columns)
+        is_wide = p_NT is not None and p_NT.dtype == self.z_memory.dtype
         z_NT = p_NT if is_wide else self._tile(self.z_memory, block, columns)
         for k, term in enumerate(self.terms):
             x_NK, w_TK = term.x_pieces[block], term.w_pieces[columns]
@@ -90,13 +93,11 @@ class Tiles:
     def dlogits(
         self, p_NT: Tensor, row_scale_N: Tensor, dlabel_N: Tensor, block: slice, columns: slice
     ) -> Tensor:
-        """row_scale_N p_NT, plus dlabel_N in the column of each row's label where it is here."""
+        """row_scale_N p_NT, and dlabel_N in the column of each row's label where it is here."""
         out_NT = self._tile(self.p_memory, block, columns)
-        torch.mul(p_NT, row_scale_N[:, None], out=out_NT)
-        width = columns.stop - columns.start
-        is_here_N, column_N1 = label_columns(self.labels_N[block], columns.start, width)
-        dlabel_N = (dlabel_N * is_here_N).to(out_NT.dtype)
-        return out_NT.scatter_add_(1, column_N1, dlabel_N[:, None])  # what p left out, or 0
+        labels_N = self.labels_N[block]
+        DLOGITS[self.settings.backend](p_NT, out_NT, row_scale_N, dlabel_N, labels_N, columns.start)
+        return out_NT
 
     def row_chunks(self, term: Term) -> list[slice]:
         """All rows, in chunks whose float32 copy takes a quarter of a tile's memory."""
@@ -218,10 +219,13 @@ def walk(tiles: Tiles, softmax: RunningSoftmax, kept: KeptTiles) -> list[Tensor 
     u_of_terms = [
         torch.zeros(term.x_NK.shape, **wide) if term.x_needs_grad else None for term in tiles.terms
     ]
+    is_p_read = any(u_NK is not None for u_NK in u_of_terms)
+    blocks = [(block, softmax.block(block)) for block in tiles.blocks]
     for columns in tiles.columns:
-        for block in tiles.blocks:
-            room, of_block = kept.take_room(block, columns), softmax.block(block)
-            p_NT = tiles.fold(block, columns, of_block, tiles.p_memory if room is None else room)
+        for block, of_block in blocks:
+            room = kept.take_room(block, columns)
+            memory = tiles.p_memory if room is None and is_p_read else room
+            p_NT = tiles.fold(block, columns, of_block, memory)
             if room is not None:
                 kept.keep(block, columns, p_NT, of_block.peak_N)
             for term, u_NK in zip(tiles.terms, u_of_terms, strict=True):

@@ -142,6 +142,29 @@ def test_tiles_are_kept_within_their_budget(dtype):
     assert peak(1 << 45) <= peak(0) + 4 * 64 * 32 * BLOCK_T + 64 * peaks, "no more than there is"
 
 
+@pytest.mark.parametrize(
+    ("hidden_needs", "head_needs", "D", "is_read"),
+    [(False, False, 16, False), (True, False, 16, True), (False, True, 16, False)]
+    + [(False, True, 32, True)],  # the gradient's memory has room for them
+    ids=["no-grad", "frozen", "head-alone", "head-alone-kept"],
+)
+def test_no_probabilities_are_written_that_nothing_reads(
+    monkeypatch, hidden_needs, head_needs, D, is_read
+):
+    hidden_ND, head_VD, labels_N, _ = inputs((20, D, 3000), torch.float32)
+    made, fold = [], vocabulary_walk.FOLDS["torch"]
+
+    def noted(z_NT, p_NT, *others):
+        made.append(p_NT is not None)
+        fold(z_NT, p_NT, *others)
+
+    monkeypatch.setitem(vocabulary_walk.FOLDS, "torch", noted)
+    hidden_ND.requires_grad_(hidden_needs)
+    head_VD.requires_grad_(head_needs)
+    linear_logps(hidden_ND, head_VD, labels_N, backend="torch", head_cache_bytes=0)
+    assert made == [is_read] * 3
+
+
 class NoLaunch:
     """Stands for a Triton kernel, and does nothing."""
 
@@ -169,6 +192,7 @@ def gpu_folds(monkeypatch):
     """A GPU's tiles and dtypes, by no arithmetic; the list grows by an element for each fold."""
     folds = []
     monkeypatch.setitem(vocabulary_walk.FOLDS, "triton", lambda *args: folds.append(args[0].shape))
+    monkeypatch.setitem(vocabulary_walk.DLOGITS, "triton", lambda *args: None)
     for user in (vocabulary_walk, second_product):
         monkeypatch.setattr(user, "product", lambda *args, **kinds: None)
     for kernel in ("_rescale_kernel", "_reached_kernel", "_reached_product_kernel"):
