@@ -5,9 +5,9 @@
 
 Every way of bench/head_ways.py is compared with float64 first, and a wrong one is not timed. A
 cell: median time as a multiple of `hidden @ head.T` into a preallocated output, taken in turns with
-it, and in brackets MiB of memory at its peak beyond the inputs and gradients. A second table has
-the errors of a completion's log-probability, a third the time of two threads against one's. float32
-on a CPU, bfloat16 on a GPU.
+it, and in brackets MiB of memory at its peak beyond the inputs and gradients. Other tables have the
+errors of a completion's log-probability and of a token's, and the time of two threads against
+one's. float32 on a CPU, bfloat16 on a GPU.
 """
 
 import functools
@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from bench.cases import cases
-from bench.head_ways import PAIRS, WAYS, dpo_loss, reason_to_skip
+from bench.head_ways import PAIRS, TOKEN_WAYS, WAYS, dpo_loss, reason_to_skip
 from bench.measure import CUDA, DEVICE, PeakMemory, seconds
 from bench.tables import table
 from fastdpo.kernels import reference
@@ -58,7 +58,7 @@ def inputs(head):
 
 @functools.lru_cache(maxsize=1)
 def truth(head):
-    """logps_S, and the loss's gradients dhidden_ND and dhead_VD, made in float64."""
+    """logps_S, the loss's gradients dhidden_ND and dhead_VD, and token_logps_N, made in float64."""
     hidden_ND, head_VD, labels_N = inputs(head)
     wide_ND, wide_VD = hidden_ND.double(), head_VD.double()
 
@@ -74,7 +74,7 @@ def truth(head):
     wide_VD.requires_grad_()
     for rows in chunks:
         token_logps(rows).backward(dtoken_logps_N[rows])
-    return logps_S.detach(), wide_ND.grad.float(), wide_VD.grad.float()
+    return logps_S.detach(), wide_ND.grad.float(), wide_VD.grad.float(), token_logps_N.detach()
 
 
 def step(way, mode, hidden_ND, head_VD, labels_N):
@@ -93,11 +93,21 @@ def errors(way, made, wanted):
     nats, share = (NATS_OF_OURS, GRADIENT_OF_OURS) if is_ours else (NATS, GRADIENT)
     error_S = made[0] - wanted[0]
     assert error_S.abs().max() < nats, f"off by {error_S.abs().max():.1e} nats"
-    for gradient, wanted_gradient in zip(made[1:], wanted[1:], strict=True):
+    for gradient, wanted_gradient in zip(made[1:], wanted[1:3], strict=True):
         if gradient is not None:
             error = (gradient - wanted_gradient).abs().max() / wanted_gradient.abs().max()
             assert error < share, f"a gradient is off by {error:.1e} of its largest element"
-    return error_S.abs().max().item(), error_S.square().mean().sqrt().item()
+    return _largest_and_rms(error_S)
+
+
+def token_errors(way, head):
+    """Largest and rms error of token_logps_N, of a way that makes them."""
+    with torch.no_grad():
+        return _largest_and_rms(TOKEN_WAYS[way](*inputs(head)) - truth(head)[3])
+
+
+def _largest_and_rms(error):
+    return error.abs().max().item(), error.square().mean().sqrt().item()
 
 
 def peak_and_cost(way, mode, args):
@@ -147,6 +157,12 @@ def test_linear_logps(benchmark, head, mode, way):
     table("Largest error of a completion's log-probability, nats").put(
         way, head, f"{max(largest_errors[way, head]):.1e}"
     )
+    if mode == "forward" and way in TOKEN_WAYS:
+        token_largest, token_rms = token_errors(way, head)
+        table("Error of a token's log-probability, nats: rms, and largest").put(
+            way, head, f"{token_rms:.1e}, {token_largest:.1e}"
+        )
+        benchmark.extra_info |= {"token_max": token_largest, "token_rms": token_rms}
     benchmark.extra_info |= {"products": ratio, "peak_mib": peak_mib, "max": largest, "rms": rms}
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.measure import CUDA
 from fastdpo import ops
+from fastdpo.model import TOKEN_STATS
 
 PAIRS = 4  # B
 BETA = 0.1
@@ -32,6 +33,12 @@ def dpo_loss(token_logps_N: Tensor) -> tuple[Tensor, Tensor]:
 
 def fastdpo(**settings):
     return lambda *inputs: ops.linear_logps(*inputs, **settings)
+
+
+def fastdpo_with_statistics(*inputs):
+    """As a training step has it, whose metrics are made of them."""
+    token_logps_N, _ = ops.linear_logps(*inputs, stats=TOKEN_STATS)
+    return token_logps_N
 
 
 def naive(hidden_ND, head_VD, labels_N):
@@ -106,19 +113,19 @@ def liger_dpo(chunk_size: int):
     return loss
 
 
+CACHE_WAYS = {"fastdpo, no cache": fastdpo(head_cache_bytes=0)}
 if CUDA:
-    FASTDPO_WAYS = {"fastdpo, 2 GiB of tiles": fastdpo(head_cache_bytes=2 << 30)}
+    CACHE_WAYS["fastdpo, 2 GiB of tiles"] = fastdpo(head_cache_bytes=2 << 30)
     CUT_WAYS = {  # by default its gradient leaves out blocks of tokens all less likely than 2**-12
         "Cut Cross-Entropy kernel, filtered by default": cut_cross_entropy(impl="cce"),
         "Cut Cross-Entropy kernel, exact": cut_cross_entropy(impl="cce", filter_eps=None),
     }
 else:  # its kernel is for a GPU; without one its users get torch.compile of all logits
-    FASTDPO_WAYS = {}
     CUT_WAYS = {"Cut Cross-Entropy, its torch.compile": cut_cross_entropy(impl="torch_compile")}
 TOKEN_WAYS = {
     "fastdpo": fastdpo(),
-    "fastdpo, no cache": fastdpo(head_cache_bytes=0),
-    **FASTDPO_WAYS,
+    "fastdpo, with a step's statistics": fastdpo_with_statistics,
+    **CACHE_WAYS,
     "naive": naive,
     "torch.compile of naive": compiled_naive,
     "naive, checkpointed chunks of rows": checkpointed_naive,
@@ -144,7 +151,7 @@ MODULES = {"TRL": "trl", "Liger": "liger_kernel", "Cut": "cut_cross_entropy"}
 
 def reason_to_skip(way: str, mode: str) -> str | None:
     """Why this way has no cell in this column; None where it has one."""
-    if way.startswith("fastdpo, ") and mode != "trained":
+    if way in CACHE_WAYS and mode != "trained":
         return "only a trained head keeps tiles"
     if way == "Cut Cross-Entropy kernel, exact" and mode == "forward":
         return "only its gradient is ever filtered"

@@ -144,8 +144,12 @@ def test_tiles_are_kept_within_their_budget(dtype):
 
 @pytest.mark.parametrize(
     ("hidden_needs", "head_needs", "D", "is_read"),
-    [(False, False, 16, False), (True, False, 16, True), (False, True, 16, False)]
-    + [(False, True, 32, True)],  # the gradient's memory has room for them
+    [
+        (False, False, 16, False),
+        (True, False, 16, True),
+        (False, True, 16, False),
+        (False, True, 32, True),  # the gradient's memory has room for them
+    ],
     ids=["no-grad", "frozen", "head-alone", "head-alone-kept"],
 )
 def test_no_probabilities_are_written_that_nothing_reads(
