@@ -129,7 +129,8 @@ def linear_logps(
     labels_N: int64 in [0, V), unchecked: looking would make the CPU wait for the GPU. A label
     outside, or a hidden state that is not finite, makes its row's answer NaN, its gradient too,
     and those of head and bias. Gradients flow to hidden_ND, head_VD, bias_V and low_rank, summed
-    in float32. Autocast rules the products' operands as it does everywhere.
+    in float32. Autocast rules the products' operands as it does everywhere, and torch's switch for
+    TF32, which transformers may set with torch_compile, those of float32 on a GPU.
 
     low_rank: (down_NR, up_VR), a term down_NR upᵀ beside hidden headᵀ; of a LoRA adapter A, B,
         it is (s * hidden Aᵀ, B).
@@ -153,10 +154,10 @@ def linear_logps(
     Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles. On a
     CPU these are the larger of 4 MiB and 2 MiB + 2048 D bytes; more for operands that are not in
     float32 (6144 D bytes), skip_below (2 MiB + 4096 D), statistics or softcap (up to 4 MiB). On a
-    GPU at most 256 MiB; 280 for a head of another dtype than hidden_ND's, 448 for one that trains,
-    520 if autocast narrows it. A trained weight also keeps its inputs, its gradient's memory and
-    the cache until the backward; under a checkpoint with use_reentrant=False, those of both
-    forwards.
+    GPU at most 256 MiB, and cuBLAS's own workspace; 280 for a head of another dtype than
+    hidden_ND's, 448 for one that trains, 520 if autocast narrows it. A trained weight also keeps
+    its inputs, its gradient's memory and the cache until the backward; under a checkpoint with
+    use_reentrant=False, those of both forwards.
 
     Deterministic: the same inputs give the same bits. On a CPU a row's log-probability, and its
     statistics but the entropy, are also batch-invariant: the same bits whatever rows are scored
