@@ -1,35 +1,45 @@
 """ResumingTrainer: transformers.Trainer that goes on from a checkpoint as if it had not stopped."""
 
 import math
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import IterableDataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors import safe_open
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 
 class ResumingTrainer(Trainer):
-    """A PEFT model's adapters are loaded whatever their names, to resume and as the best model; a
-    run that had all its updates resumes to none; every sampler is told the epoch; a stream goes on
-    in the pass that it was in."""
+    """A PEFT model's adapters are loaded whatever their names, and weights that a checkpoint names
+    otherwise than the model, as those of experts, to resume and as the best model; a run that had
+    all its updates resumes to none; every sampler is told the epoch; a stream goes on in the pass
+    that it was in."""
 
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP or DeepSpeed is on: weights may be in pieces."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    @property
-    def _has_whole_adapters(self) -> bool:
-        return isinstance(self.model, PeftModel) and not self.is_sharded
-
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self._has_whole_adapters:
-            _load_adapters(self.model, resume_from_checkpoint)
-        else:
+        if not self._loads(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _loads(self, checkpoint: str) -> bool:
+        """Load what transformers would leave out, with a warning; False if it will load all."""
+        if self.is_sharded:
+            return False
+        if isinstance(self.model, PeftModel):
+            _load_adapters(self.model, checkpoint)
+            return True
+        if _names_in(checkpoint).issubset(self.model.state_dict()):
+            return False
+        _load_renamed(self.model, checkpoint)
+        return True
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -49,18 +59,30 @@ class ResumingTrainer(Trainer):
             skipped = updates * self.args.gradient_accumulation_steps if skipped else 0
         return trained, skipped
 
-    def _run_epoch(self, *, epoch: int, train_dataloader: DataLoader, **others: Any):
-        """Nothing where max_steps are done: transformers would run an update before it looks."""
-        if self.state.global_step < self.state.max_steps:
-            _set_epoch(train_dataloader.batch_sampler, epoch)
-            super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **others)
-        else:
+    def _run_epoch(
+        self, *, epoch: int, epochs_trained: int, train_dataloader: DataLoader, **others: Any
+    ):
+        """Nothing where max_steps are done: transformers would run an update before it looks.
+
+        ValueError after a whole pass over a stream that was too short for an update.
+        """
+        before = self.state.global_step
+        if before >= self.state.max_steps:
             self.control.should_training_stop = True
+            return
+        _set_epoch(train_dataloader.batch_sampler, epoch)
+        super()._run_epoch(
+            epoch=epoch, epochs_trained=epochs_trained, train_dataloader=train_dataloader, **others
+        )
+        is_whole = epoch > epochs_trained  # the first pass of a resumed run may be a rest
+        if is_whole and self.state.global_step == before and not self.control.should_training_stop:
+            raise ValueError(
+                "want a stream with batches for gradient_accumulation_steps="
+                f"{self.args.gradient_accumulation_steps}, got fewer in a whole pass"
+            )
 
     def _load_best_model(self):
-        if self._has_whole_adapters:
-            _load_adapters(self.model, self.state.best_model_checkpoint)
-        else:
+        if not self._loads(self.state.best_model_checkpoint):
             super()._load_best_model()
 
 
@@ -73,6 +95,29 @@ def _set_epoch(sampler: Any, epoch: int) -> None:
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
         sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+
+
+def _names_in(checkpoint: str) -> set[str]:
+    """The weights' names in a checkpoint's safetensors, of one file or several; none in others."""
+    names: set[str] = set()
+    for file in Path(checkpoint).glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names.update(tensors.keys())
+    return names
+
+
+def _load_renamed(policy: PreTrainedModel, checkpoint: str) -> None:
+    """Load weights through `from_pretrained`, which knows what a model's were called on the Hub.
+
+    ValueError where some are missing.
+    """
+    dtypes = {weight.dtype for weight in policy.state_dict().values() if weight.is_floating_point()}
+    loaded, found = type(policy).from_pretrained(
+        checkpoint, dtype=reduce(torch.promote_types, dtypes), output_loading_info=True
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"want all weights in checkpoint {checkpoint}, got none for {missing[:3]}")
+    policy.load_state_dict(loaded.state_dict())
 
 
 def _load_adapters(policy: PeftModel, checkpoint: str) -> None:

@@ -5,16 +5,20 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from trainers import LORA, logged, make_trainer, trained_before, weights
 from transformers import TrainerCallback
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_resume_continues_exactly(tmp_path, tokenizer, adapters, caplog):
+@pytest.mark.parametrize(
+    ("family", "adapters"), [("llama", False), ("llama", True), ("mixtral", False)]
+)
+def test_resume_continues_exactly(tmp_path, tokenizer, family, adapters, caplog):
     def trainer(folder, **settings):
         return make_trainer(
             folder,
             tokenizer,
+            model=tiny.model(family, len(tokenizer)),
             peft_config=LoraConfig(**LORA) if adapters else None,
             max_steps=6,
             per_device_train_batch_size=2,
@@ -74,6 +78,29 @@ def test_a_stream_resumes_in_the_pass_that_it_was_in(tmp_path, tokenizer):
         assert logged(resumed, "logps/chosen") == logged(whole, "logps/chosen"), checkpoint.name
 
 
+def test_a_checkpoint_without_some_experts_is_refused(tmp_path, tokenizer):
+    model = tiny.model("mixtral", len(tokenizer))
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make_trainer(tmp_path, tokenizer, model=model, **settings).train()
+    file = tmp_path / "checkpoint-1/model.safetensors"
+    kept = {name: weight for name, weight in load_file(file).items() if "layers.1" not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    trainer = make_trainer(tmp_path / "other", tokenizer, model=model)
+    with pytest.raises(ValueError, match="want all weights in checkpoint .*, got none for"):
+        trainer.train(resume_from_checkpoint=str(file.parent))
+
+
+def test_a_stream_too_short_for_an_update_ends_the_run(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        train_dataset=Dataset.from_list(tiny.rows(4)).to_iterable_dataset(),
+        gradient_accumulation_steps=2,
+    )
+    with pytest.raises(ValueError, match="for gradient_accumulation_steps=2, got fewer"):
+        trainer.train()
+
+
 def test_several_adapters_resume_exactly(tmp_path, tokenizer):
     def trainer(folder):
         model = trained_before(tokenizer, LoraConfig(**LORA))
@@ -104,7 +131,13 @@ def test_several_adapters_resume_exactly(tmp_path, tokenizer):
     assert ours == theirs and resumed.model.active_adapters == ["more", "default"]
 
 
-def test_the_best_model_is_loaded_whatever_its_adapter_is_called(tmp_path, tokenizer):
+@pytest.mark.parametrize("kind", ["adapter", "experts"])
+def test_the_best_model_is_loaded_whatever_its_weights_are_called(tmp_path, tokenizer, kind):
+    if kind == "adapter":
+        model = trained_before(tokenizer, LoraConfig(**LORA), "mine")
+    else:
+        model = tiny.model("mixtral", len(tokenizer))
+
     class Remember(TrainerCallback):
         saved = {}
 
@@ -114,7 +147,7 @@ def test_the_best_model_is_loaded_whatever_its_adapter_is_called(tmp_path, token
     trainer = make_trainer(
         tmp_path,
         tokenizer,
-        model=trained_before(tokenizer, LoraConfig(**LORA), "mine"),
+        model=model,
         eval_dataset=Dataset.from_list(tiny.rows(5)),
         eval_strategy="steps",
         eval_steps=1,
