@@ -293,7 +293,8 @@ class DPOConfig(TrainingArguments):
             value = getattr(self, name)
             _want(0 <= value < math.inf, f"{name} >= 0", value)
         norm, alpha = self.max_grad_norm, self.neftune_noise_alpha
-        _want(norm is None or norm >= 0, "max_grad_norm >= 0", norm)  # inf measures, and clips none
+        # inf measures, and clips none; 0 does neither
+        _want(norm is not None and norm >= 0, "max_grad_norm >= 0", norm)
         _want(alpha is None or 0 <= alpha < math.inf, "neftune_noise_alpha >= 0", alpha)
 
     def _check_choices(self):

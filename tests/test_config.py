@@ -225,6 +225,7 @@ def test_the_ends_of_a_range_are_in_it(tmp_path, name, value):
         ("weight_decay", -0.1),
         ("weight_decay", math.nan),
         ("max_grad_norm", -1),
+        ("max_grad_norm", None),
         ("max_grad_norm", math.nan),
         ("warmup_steps", math.nan),
         ("neftune_noise_alpha", -1),
