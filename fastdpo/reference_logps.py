@@ -120,6 +120,17 @@ def frozen_copy(policy: nn.Module, *, share_frozen: bool = True) -> nn.Module:
     return copy.deepcopy(policy, {id(each): each for each in tensors}).requires_grad_(False).eval()
 
 
+def check_apart(policy: nn.Module, reference: nn.Module) -> None:
+    """ValueError where something trains that the reference has too: it would follow the policy."""
+    trained = {parameter for parameter in policy.parameters() if parameter.requires_grad}
+    shared = trained.intersection(reference.parameters())
+    if shared:
+        raise ValueError(
+            "want what trains to have requires_grad before DPOTrainer is made, which shares the "
+            f"rest with its reference, got {len(shared)} parameters that were frozen then"
+        )
+
+
 def make_reference(
     policy: nn.Module,
     ref_model: PreTrainedModel | PeftModel | None,

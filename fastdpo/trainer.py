@@ -40,6 +40,7 @@ from fastdpo.reference_logps import (
     FrozenModel,
     RowLogps,
     after_precompute,
+    check_apart,
     have_reference_logps,
     make_reference,
     with_reference_logps,
@@ -212,6 +213,11 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
     def ref_model(self) -> nn.Module | None:
         """The reference model; None where it is the policy without its adapters, or the rows'."""
         return self.models().get("ref_model")
+
+    def _inner_training_loop(self, *args, **kwargs):
+        if isinstance(self.reference, FrozenModel) and not self.is_sharded:
+            check_apart(self.model, self.reference.model)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def summary(self) -> str:
         """What is about to run: model, pairs, dropped rows, layout, kernels, reference, updates."""

@@ -195,6 +195,18 @@ def test_a_copy_has_in_common_with_the_policy_what_does_not_train(tokenizer):
     assert policy.training and not copied.training
 
 
+def test_a_reference_that_would_follow_the_policy_is_refused(tmp_path, tokenizer):
+    model = tiny.model("llama", len(tokenizer))
+    model.model.requires_grad_(False)
+    trainer = make_trainer(tmp_path, tokenizer, model=model)
+    trainer.model.model.norm.requires_grad_(True)
+    with pytest.raises(ValueError, match="got 1 parameters that were frozen then"):
+        trainer.train()
+    trainer.model.model.norm.requires_grad_(False)
+    trainer.train()
+    assert logged(trainer)[-1] < 0.69
+
+
 def test_a_policy_that_will_be_cut_up_has_no_tensor_in_common_with_its_reference(tokenizer):
     policy = trained_before(tokenizer, LoraConfig(**LORA))
     apart = make_reference(
