@@ -39,6 +39,16 @@ VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)  # they 
 CHOOSES_BACKEND = torch.__version__ >= "2.15"
 
 
+class _RegisteredName(str):
+    """The name of an attention that is registered in this process: a pickle has the model's own."""
+
+    def __reduce__(self):
+        return str, (self.removeprefix(PREFIX),)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 def attend_along_trees(causal_lm: PreTrainedModel) -> None:
     """Let `causal_lm` attend along a Tree where its forward is given one, else as it does now."""
     name = causal_lm.config.get_text_config()._attn_implementation
@@ -52,7 +62,7 @@ def attend_along_trees(causal_lm: PreTrainedModel) -> None:
     AttentionInterface.register(PREFIX + name, ours)
     # where there is no tree, its masks are made as before
     AttentionMaskInterface.register(PREFIX + name, AttentionMaskInterface()[name])
-    causal_lm.set_attn_implementation(PREFIX + name)
+    causal_lm.set_attn_implementation(_RegisteredName(PREFIX + name))
 
 
 def attend_as_before(causal_lm: PreTrainedModel) -> None:

@@ -18,7 +18,7 @@ Without it, the forward is the model's own, and `generate` works as it did.
 import contextlib
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ def attach_scorer(model: nn.Module, **head_settings: Any) -> None:
     check_head_module(causal_lm)
     causal_lm._head_settings = head_settings
     causal_lm._virtual_tokens = _virtual_tokens(model)
-    if hasattr(causal_lm, "_unscored_forward"):
+    if _is_scorer(causal_lm.forward):
         return
     # an attribute, not a closure: a deep copy of the model then calls the copy
     causal_lm._unscored_forward = causal_lm.forward
@@ -87,7 +87,15 @@ def attach_scorer(model: nn.Module, **head_settings: Any) -> None:
             return self._unscored_forward(*args, **kwargs)
         return _score(self, scored_rows, scored_labels, stats, **kwargs)
 
+    forward.is_scorer = True
     causal_lm.forward = types.MethodType(forward, causal_lm)
+
+
+def _is_scorer(forward: Callable | None) -> bool:
+    """Whether `forward` is attach_scorer's, perhaps within accelerate's autocast."""
+    while forward is not None and not hasattr(forward, "is_scorer"):
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is not None
 
 
 def _virtual_tokens(model: nn.Module) -> int:

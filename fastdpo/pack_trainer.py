@@ -30,6 +30,7 @@ from fastdpo.collate import first_pairs_longest_first
 from fastdpo.config import DPOConfig
 from fastdpo.model import score
 from fastdpo.packs import PackCollator
+from fastdpo.policy import forget_trainer
 from fastdpo.ranks import average_gradients, least_of_ranks
 from fastdpo.token_budget import UNBOUNDED, TokenBudget, half_of_largest, tokens_that_fit
 
@@ -99,7 +100,7 @@ class PackTrainer(Trainer):
         if self.accelerator.distributed_type in DDP_TYPES:
             # an evaluation before has marked the model as prepared: DDP would not wrap it any more,
             # and ranks would share no gradients
-            vars(self.model).pop("_is_accelerate_prepared", None)
+            forget_trainer(self.model)
         return super()._inner_training_loop(*args, **kwargs)
 
     def _tokens_that_fit(self) -> int:

@@ -18,6 +18,8 @@ from transformers import (
     set_seed,
 )
 
+from fastdpo.model import causal_lm_of
+
 WITH_ADAPTERS = (
     "want a model by its name, got {}, which has adapters (adapter_config.json): merge them into "
     "it first (merge_and_unload), or load it with AutoPeftModelForCausalLM for DPOTrainer"
@@ -126,7 +128,8 @@ def make_ready(
     without_dropout: bool,
     reentrant_checkpoints: bool,
 ) -> None:
-    """Before the models are moved to a device: pad token, dropout off, reentrant checkpoints.
+    """Before the models are moved to a device: pad token, dropout off, reentrant checkpoints, and
+    no traces of an earlier trainer.
 
     ValueError for a pad token beyond a model's vocabulary.
     """
@@ -138,6 +141,8 @@ def make_ready(
                 f"want a pad token in [0, {V}), the vocabulary of {type(model).__name__}, got "
                 f"{pad_token_id}: it is in the tokenizer, but the model was not resized"
             )
+    for model in models:
+        forget_trainer(model)
     for config in (policy.config.get_text_config(), policy.generation_config):
         if config is not None:
             config.pad_token_id = pad_token_id
@@ -145,6 +150,17 @@ def make_ready(
         disable_dropout(model)
     if isinstance(policy, PeftModel) and reentrant_checkpoints:
         policy.enable_input_require_grads()  # or reentrant checkpoints have nothing to train
+
+
+def forget_trainer(model: nn.Module) -> None:
+    """Take from a model what accelerate leaves on one that it has prepared.
+
+    Its autocast, which stays around forward and rounds what then looks like float32, and its mark,
+    with which it would be neither autocast nor wrapped by DDP again.
+    """
+    for each in (model, causal_lm_of(model)):
+        each.forward = vars(each).pop("_original_forward", each.forward)
+        vars(each).pop("_is_accelerate_prepared", None)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ README.md has a step in the order of its calls.
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -200,7 +201,10 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             ids = (pair["prompt_ids"] + pair["chosen_ids"])[:32]
             for name, model in self.models().items():
                 is_balanced = name == "model" and self.router_aux_loss_coef > 0
-                check_scorer(model, ids, name=name, aux_loss=is_balanced)
+                # without the run's autocast, which rounds, unless it takes one to run at all
+                has_one_dtype = len({weight.dtype for weight in model.parameters()}) == 1
+                with nullcontext() if has_one_dtype else self.accelerator.autocast():
+                    check_scorer(model, ids, name=name, aux_loss=is_balanced)
 
     def models(self) -> dict[str, nn.Module]:
         """The policy, and the reference where it is a model of its own, by its argument's name."""

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from trainers import LORA, logged, make_trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from watches import Watch
 
 from fastdpo import DPOTrainer
@@ -212,6 +212,58 @@ def test_a_second_trainer_on_the_same_model_starts_where_the_first_ended(tmp_pat
     second = make_trainer(tmp_path, tokenizer, model=copy.deepcopy(first.model))
     second.train()
     assert logged(second)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+FIRST = {  # a trainer that leaves weights as they are, in bfloat16 or not
+    "sft-16": (Trainer, True),
+    "dpo-16": (DPOTrainer, True),
+    "dpo-32": (DPOTrainer, False),
+}
+
+
+@pytest.mark.parametrize(("kind", "in_16"), FIRST.values(), ids=FIRST)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_another_trainer_leaves_no_trace_on_a_model(tmp_path, tokenizer, kind, in_16, bf16):
+    model, still = tiny.model("llama", len(tokenizer)), {"learning_rate": 0.0, "bf16": in_16}
+    if kind is Trainer:
+        settings = {"output_dir": tmp_path, "use_cpu": True, "max_steps": 1, "report_to": "none"}
+        rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}])
+        Trainer(model, TrainingArguments(**settings, **still), train_dataset=rows).train()
+    else:
+        make_trainer(tmp_path, tokenizer, model=model, max_steps=1, **still).train()
+    again, fresh = (
+        make_trainer(tmp_path, tokenizer, model=each, bf16=bf16) for each in (model, None)
+    )
+    again.train()
+    fresh.train()
+    assert logged(again) == logged(fresh)
+    assert logged(again, "logps/chosen") == logged(fresh, "logps/chosen")
+
+
+def test_a_pickle_of_a_trained_model_is_used_and_trained_as_any(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, gradient_checkpointing=False)
+    trainer.train()
+    torch.save(trainer.model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert loaded.config._attn_implementation == "sdpa"  # which any process has
+    again, copied = (
+        make_trainer(tmp_path, tokenizer, model=model)
+        for model in (loaded, copy.deepcopy(trainer.model))
+    )
+    again.train()
+    copied.train()
+    assert logged(again) == logged(copied)
+
+
+def test_weights_of_two_dtypes_train_under_autocast(tmp_path, tokenizer):
+    model = tiny.model("llama", len(tokenizer), torch.bfloat16)
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.float()
+    trainer = make_trainer(tmp_path, tokenizer, model=model, bf16=True)
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert logged(trainer)[-1] < 0.69
 
 
 def test_the_heads_cache_changes_no_number_and_its_filter_does(tmp_path, tokenizer):
