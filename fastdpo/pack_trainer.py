@@ -185,6 +185,9 @@ class PackTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, num_items_in_batch: int | None = None
     ) -> Tensor:
         """The batch's loss, after a forward and a backward of each of its packs."""
+        if num_items_in_batch is None and self.loss_is_scaled_for_ga:
+            # a subclass has left it out: each batch of the update weighs the same
+            num_items_in_batch = count_pairs(inputs) * self.current_gradient_accumulation_steps
         step = functools.partial(
             super().training_step, model, num_items_in_batch=num_items_in_batch
         )

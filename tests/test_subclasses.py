@@ -111,6 +111,30 @@ def test_a_loss_of_ones_own_is_scaled_over_accumulated_batches_once(kind, tmp_pa
         assert logged(theirs, name) == pytest.approx(logged(own, name), abs=1e-5)
 
 
+class Uncounted(DPOTrainer):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return super().get_batch_samples(epoch_iterator, num_batches, device)[0], None
+
+
+class NotHandedOn(DPOTrainer):
+    def training_step(self, model, inputs, *others):
+        return super().training_step(model, inputs)
+
+
+@pytest.mark.parametrize("kind", [Uncounted, NotHandedOn])
+@pytest.mark.parametrize("budget", [None, 60, "auto"])
+def test_a_batch_is_its_part_of_an_update_whose_pairs_are_not_known(
+    kind, budget, tmp_path, tokenizer
+):
+    settings = {"rows": tiny.rows(8), "gradient_accumulation_steps": 2, "layout": "shared"}
+    settings |= {"per_device_train_batch_size": 2, "max_tokens_per_forward": budget}
+    own, theirs = (build(each, tmp_path, tokenizer, **settings) for each in (DPOTrainer, kind))
+    own.train()
+    theirs.train()
+    for name in ("loss", "grad_norm"):
+        assert logged(theirs, name) == pytest.approx(logged(own, name), abs=1e-5)
+
+
 def test_a_term_of_ones_own_weighs_what_it_says(tmp_path, tokenizer):
     trainer = build(Penalised, tmp_path, tokenizer, max_steps=1)
     penalty = 0.1 * trainer.model.lm_head.weight.square().sum().item()
