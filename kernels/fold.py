@@ -199,8 +199,7 @@ def launch_of(width: int, *, has_sums: bool) -> dict[str, int | bool]:
         block = BLOCK_T_OF_SUMS if has_sums else BLOCK_T
         return {"BLOCK_T": block, "IS_ONE_BLOCK": False, "num_warps": 4}
     block = max(BLOCK_T, triton.next_power_of_2(width))
-    least = 8 if has_sums else 4
-    num_warps = min(max(block // 512, least), 2 * least)
+    num_warps = max(8, block // 512) if has_sums else max(4, block // 1024)
     return {"BLOCK_T": block, "IS_ONE_BLOCK": True, "num_warps": num_warps}
 
 
