@@ -39,30 +39,24 @@ VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)  # they 
 CHOOSES_BACKEND = torch.__version__ >= "2.15"
 
 
-class _RegisteredName(str):
-    """The name of an attention that is registered in this process: a pickle has the model's own."""
-
-    def __reduce__(self):
-        return str, (self.removeprefix(PREFIX),)
-
-    def __deepcopy__(self, memo):
-        return self
-
-
 def attend_along_trees(causal_lm: PreTrainedModel) -> None:
     """Let `causal_lm` attend along a Tree where its forward is given one, else as it does now."""
     name = causal_lm.config.get_text_config()._attn_implementation
+    if name.startswith(PREFIX):
+        return
+    if not _is_looked_up(name):
+        _register(name)
+        causal_lm.set_attn_implementation(PREFIX + name)
+    elif not _is_ours(native := ALL_ATTENTION_FUNCTIONS[name]):
+        AttentionInterface.register(name, functools.partial(tree_attention, native=native))
+
+
+def _register(name: str) -> None:
     native = _eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-    if name.startswith(PREFIX) or _is_ours(native):
-        return
     ours = functools.partial(tree_attention, native=native)
-    if _is_looked_up(name):
-        AttentionInterface.register(name, ours)
-        return
     AttentionInterface.register(PREFIX + name, ours)
     # where there is no tree, its masks are made as before
     AttentionMaskInterface.register(PREFIX + name, AttentionMaskInterface()[name])
-    causal_lm.set_attn_implementation(_RegisteredName(PREFIX + name))
 
 
 def attend_as_before(causal_lm: PreTrainedModel) -> None:
@@ -285,3 +279,7 @@ def _flash_attn(query, key, value, *bounds, scale, window_size, softcap, dropout
         window_size=window_size,
         softcap=softcap or 0.0,
     )
+
+
+for name in ("eager", "sdpa"):  # of models that were pickled in another process
+    _register(name)

@@ -159,8 +159,9 @@ def forget_trainer(model: nn.Module) -> None:
     with which it would be neither autocast nor wrapped by DDP again.
     """
     for each in (model, causal_lm_of(model)):
-        each.forward = vars(each).pop("_original_forward", each.forward)
         vars(each).pop("_is_accelerate_prepared", None)
+        if "_original_forward" in vars(each):
+            each.forward = vars(each).pop("_original_forward")
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -15,10 +15,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 
 class ResumingTrainer(Trainer):
-    """A PEFT model's adapters are loaded whatever their names, and weights that a checkpoint names
-    otherwise than the model, as those of experts, to resume and as the best model; a run that had
-    all its updates resumes to none; every sampler is told the epoch; a stream goes on in the pass
-    that it was in."""
+    """Loads a PEFT model's adapters whatever their names, and weights that a checkpoint names
+    otherwise than the model (of experts), to resume and as the best model.
+
+    A run that had all its updates resumes to none, a stream in the pass that it was in, and every
+    sampler is told the epoch.
+    """
 
     @property
     def is_sharded(self) -> bool:
@@ -74,8 +76,9 @@ class ResumingTrainer(Trainer):
         super()._run_epoch(
             epoch=epoch, epochs_trained=epochs_trained, train_dataloader=train_dataloader, **others
         )
+        is_stopped = self.control.should_training_stop or self.control.should_epoch_stop
         is_whole = epoch > epochs_trained  # the first pass of a resumed run may be a rest
-        if is_whole and self.state.global_step == before and not self.control.should_training_stop:
+        if is_whole and self.state.global_step == before and not is_stopped:
             raise ValueError(
                 "want a stream with batches for gradient_accumulation_steps="
                 f"{self.args.gradient_accumulation_steps}, got fewer in a whole pass"

@@ -7,6 +7,7 @@ import tiny
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
+from ranks import run_ranks
 from trainers import LORA, logged, make_trainer
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from watches import Watch
@@ -240,12 +241,24 @@ def test_another_trainer_leaves_no_trace_on_a_model(tmp_path, tokenizer, kind, i
     assert logged(again, "logps/chosen") == logged(fresh, "logps/chosen")
 
 
-def test_a_pickle_of_a_trained_model_is_used_and_trained_as_any(tmp_path, tokenizer):
+RUN_PICKLE = """
+import sys
+import torch
+from fastdpo import DPOTrainer  # which registers the model's attention
+
+model = torch.load(sys.argv[1], weights_only=False)
+print(model(torch.tensor([[5, 6, 7]])).logits.sum().item())
+"""
+
+
+def test_a_pickle_of_a_trained_model_is_run_and_trained_as_any(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, gradient_checkpointing=False)
     trainer.train()
     torch.save(trainer.model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert loaded.config._attn_implementation == "sdpa"  # which any process has
+    printed = run_ranks(tmp_path, RUN_PICKLE, str(tmp_path / "model.pt"), world_size=1)
+    logits = loaded(torch.tensor([[5, 6, 7]])).logits
+    assert float(printed) == pytest.approx(logits.sum().item(), rel=1e-4)
     again, copied = (
         make_trainer(tmp_path, tokenizer, model=model)
         for model in (loaded, copy.deepcopy(trainer.model))
