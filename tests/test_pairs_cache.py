@@ -152,22 +152,21 @@ def with_end(rows):
     return rows | {"chosen": [chosen] if isinstance(rows["chosen"], list) else chosen}
 
 
-def test_rows_count_by_what_they_are_and_not_by_what_made_them(cache, tokenizer, monkeypatch):
+@pytest.mark.parametrize("made_by", [Dataset.map, Dataset.with_transform])
+def test_rows_count_by_what_they_are_and_not_by_what_made_them(
+    cache, tokenizer, monkeypatch, made_by
+):
     rows = Dataset.from_list(tiny.rows(1))
     for end in (" c", " d"):
         monkeypatch.setenv("END", end)
-        pairs, _ = prepare_pairs(rows.map(with_end), tokenizer)
+        pairs, _ = prepare_pairs(made_by(rows, with_end), tokenizer)
         assert tokenizer.decode(pairs[0]["chosen_ids"]) == f"{end}</s>"
+    assert cache.exists() == (made_by is Dataset.map), "nothing is kept of a transform"
 
 
-def test_nothing_is_kept_of_a_transform_or_without_caching(cache, tokenizer, monkeypatch):
-    rows = Dataset.from_list(tiny.rows(1))
-    for end in (" c", " d"):
-        monkeypatch.setenv("END", end)
-        pairs, _ = prepare_pairs(rows.with_transform(with_end), tokenizer)
-        assert tokenizer.decode(pairs[0]["chosen_ids"]) == f"{end}</s>"
+def test_nothing_is_kept_without_caching(cache, tokenizer, monkeypatch):
     monkeypatch.setattr(datasets.fingerprint, "_CACHING_ENABLED", False)
-    prepare_pairs(rows, tokenizer)
+    prepare_pairs(Dataset.from_list(tiny.rows(1)), tokenizer)
     assert not cache.exists()
 
 
