@@ -45,6 +45,9 @@ class PackTrainer(Trainer):
 
     An update that starts again restores them, and the random state.
 
+    And loss_is_scaled_for_ga, as in transformers.Trainer: whether compute_loss divides by the pairs
+    of the whole update.
+
     compute_loss is called with one pack at a time and must have no collective of its own, as ranks
     may have different numbers of packs. A pack with is_filler runs only because FSDP needs the same
     number of forwards on every rank: its loss must be 0.
