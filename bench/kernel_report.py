@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdpo.kernels import dlogits, fold, pair_loss, second_product
-from fastdpo.kernels.vocabulary_walk import TILE_COLUMNS, _tile_shape
+from fastdpo.kernels.vocabulary_walk import TILE_COLUMNS, tile_shape
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # a block's, at most
 TENSOR_CORES = re.compile(r"\b(?:wgmma|tcgen05|mma)\.\S*(?:mma|sync)")
@@ -64,7 +64,7 @@ def fold_cases():
         types |= {"softcap": "fp32"} if capped else {}
         types |= dict.fromkeys(optional, "*fp32") if full else {}
         constants = dict.fromkeys({"softcap", *optional} - types.keys())  # None is one of a kernel
-        widths = [_tile_shape("cuda", N, V, D, room=0)[1] for N in (1024, 8192)]
+        widths = [tile_shape("cuda", N, V, D, room=0)[1] for N in (1024, 8192)]
         for width in (*widths, V % TILE_COLUMNS["cuda"]):
             launch = fold.launch_of(width, has_sums=full)
             num_warps = launch.pop("num_warps")

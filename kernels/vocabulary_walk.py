@@ -63,7 +63,7 @@ class Tiles:
         device, kind = labels_N.device, labels_N.device.type
         kind = kind if kind in TILE_ROWS else "cuda"
         room = _rows_with_room(terms, settings.operand_dtype)
-        most_rows, width = _tile_shape(kind, len(labels_N), *terms[0].w_VK.shape, room)
+        most_rows, width = tile_shape(kind, len(labels_N), *terms[0].w_VK.shape, room)
         self.blocks = even_slices(len(labels_N), most_rows)
         self.columns = slices(terms[0].w_VK.shape[0], width)
         self.terms, self.settings, self.labels_N = terms, settings, labels_N
@@ -122,7 +122,7 @@ def _rows_with_room(terms: list[Term], p_dtype: torch.dtype) -> int:
     return 0 if trained is None else trained.shape[1] * trained.itemsize // p_dtype.itemsize
 
 
-def _tile_shape(kind: str, N: int, V: int, D: int, room: int) -> tuple[int, int]:
+def tile_shape(kind: str, N: int, V: int, D: int, room: int) -> tuple[int, int]:
     """Rows and columns of a tile; the rows are shared out evenly.
 
     On a GPU, no more rows than there is `room` for where the p of a trained head may be kept, if

@@ -201,8 +201,8 @@ def gpu_folds(monkeypatch):
         monkeypatch.setattr(user, "product", lambda *args, **kinds: None)
     for kernel in ("_rescale_kernel", "_reached_kernel", "_reached_product_kernel"):
         monkeypatch.setattr(second_product, kernel, NoLaunch())
-    tile_shape = vocabulary_walk._tile_shape
-    monkeypatch.setattr(vocabulary_walk, "_tile_shape", lambda _, *args: tile_shape("cuda", *args))
+    tile_shape = vocabulary_walk.tile_shape
+    monkeypatch.setattr(vocabulary_walk, "tile_shape", lambda _, *args: tile_shape("cuda", *args))
     monkeypatch.setattr(module, "_operand_dtypes", lambda hidden_ND: (torch.bfloat16, None))
     return folds
 
