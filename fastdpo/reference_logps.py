@@ -11,11 +11,14 @@ alike; log-probabilities in the rows are taken as they are.
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
@@ -26,6 +29,9 @@ from fastdpo.batch import PairBatch
 from fastdpo.columns import REFERENCE_COLUMNS
 from fastdpo.kernels.reference import completion_sums
 from fastdpo.model import attach_scorer, token_logps_without_grad
+from fastdpo.reference_cache import ReferenceCache
+
+BATCHES_AT_ONCE = 16  # scored before the CPU waits for them and keeps them
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +191,17 @@ def have_reference_logps(datasets: Mapping[str, Dataset | IterableDataset]) -> b
     return bool(scored)
 
 
-def after_precompute(reference: Reference, policy: nn.Module) -> RowLogps:
-    """`reference`, now that all rows have its log-probabilities.
+def after_precompute(
+    reference: Reference, policy: nn.Module, cache: ReferenceCache | None
+) -> RowLogps:
+    """`reference`, now that all rows have its log-probabilities, those of `cache` among them.
 
     It still scores new rows, unless it is the policy itself, which is about to change.
     """
     is_gone = isinstance(reference, FrozenModel) and reference.model is policy
     source = f"{reference.source}, all rows scored before training"
+    if cache and cache.found:
+        source += f" ({cache.found:,} in earlier runs)"
     return RowLogps(source, None if is_gone else reference)
 
 
@@ -202,21 +212,40 @@ def with_reference_logps(
     collator: Callable,
     batch_size: int,
     accelerator: Accelerator,
+    cache: ReferenceCache | None,
 ) -> Dataset:
     """`dataset` with ref_chosen_logps and ref_rejected_logps of every pair, scored over all ranks.
 
+    cache: of the main process, None on the others; pairs that are there are not scored again.
     ValueError for a streamed dataset, which has no place to keep them.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
             "want a map-style dataset with precompute_ref_log_probs=True, got a streamed one"
         )
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
-    scored = []
+    keys = cache.keys(dataset) if cache else []
+    known_N2 = cache.find(keys) if cache else np.full((len(dataset), 2), np.nan)
+    logps_N2 = broadcast(torch.from_numpy(known_N2).to(accelerator.device)).cpu()
+    missing = logps_N2.isnan().any(1).nonzero().flatten().tolist()
+    loader = DataLoader(dataset.select(missing), batch_size=batch_size, collate_fn=collator)
+    scored = _scored(loader, reference_logps, accelerator) if missing else iter(())
+    rows = iter(missing)
+    while lot := [*itertools.islice(scored, BATCHES_AT_ONCE)]:
+        lot_N2 = torch.cat(lot).double().cpu()
+        its_rows = [*itertools.islice(rows, len(lot_N2))]
+        logps_N2[its_rows] = lot_N2
+        if cache:
+            cache.add([keys[row] for row in its_rows], lot_N2.numpy())
+    for name, logps_N in zip(REFERENCE_COLUMNS, logps_N2.T, strict=True):
+        dataset = dataset.add_column(name, logps_N.tolist())
+    return dataset
+
+
+def _scored(
+    loader: DataLoader, reference_logps: Callable[[PairBatch], Tensor], accelerator: Accelerator
+) -> Iterator[Tensor]:
+    """(B, 2) of each batch of all ranks, chosen and rejected, in the loader's order."""
     for inputs in accelerator.prepare(loader):
         logps_S = reference_logps(PairBatch.from_inputs(inputs))
         # without the rows that accelerate repeats to fill the last batch
-        scored.append(torch.stack(accelerator.gather_for_metrics(logps_S.chunk(2))))
-    for name, logps_B in zip(REFERENCE_COLUMNS, torch.cat(scored, 1).cpu(), strict=True):
-        dataset = dataset.add_column(name, logps_B.tolist())
-    return dataset
+        yield accelerator.gather_for_metrics(torch.stack(logps_S.chunk(2), 1))

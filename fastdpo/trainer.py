@@ -37,7 +37,9 @@ from fastdpo.model import (
 from fastdpo.pair_check import check_pairs
 from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
 from fastdpo.ranks import one_rank_first
+from fastdpo.reference_cache import ReferenceCache, open_cache
 from fastdpo.reference_logps import (
+    AdaptersOff,
     FrozenModel,
     RowLogps,
     after_precompute,
@@ -266,11 +268,13 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
     def _precompute_reference(self):
         """Score all data now; from here on the reference is a column of the rows."""
         args = self.args
+        cache = self._reference_cache()
         scored = functools.partial(
             with_reference_logps,
             reference_logps=functools.partial(self._reference_logps, self.model),
             collator=self.data_collator,
             accelerator=self.accelerator,
+            cache=cache,
         )
         batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
         self.train_dataset = scored(self.train_dataset, batch_size=batch_size)
@@ -280,7 +284,19 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
                 self.eval_dataset[name] = scored(dataset, batch_size=batch_size)
         elif self.eval_dataset is not None:
             self.eval_dataset = scored(self.eval_dataset, batch_size=batch_size)
-        self.reference = after_precompute(self.reference, self.model)
+        self.reference = after_precompute(self.reference, self.model, cache)
+
+    def _reference_cache(self) -> ReferenceCache | None:
+        """The main process's, unless a collator of the user's own cuts the pairs."""
+        if self.is_sharded or self.layout is COLLATORS_LAYOUT or not self.is_world_process_zero():
+            return None
+        adapters_off = isinstance(self.reference, AdaptersOff)
+        return open_cache(
+            self.reference.peft_model if adapters_off else self.reference.model,
+            adapters_off=adapters_off,
+            cut=self.args.cut,
+            settings={"autocast": self.accelerator.mixed_precision, "ld_alpha": self.args.ld_alpha},
+        )
 
     def before_packs(self, model: nn.Module, packs: list[dict]) -> list[dict]:
         """The packs, each with what its part of the batch's loss needs to know of the others."""

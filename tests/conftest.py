@@ -1,7 +1,9 @@
 """On a GPU the kernels run as compiled, elsewhere under Triton's interpreter."""
 
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,16 @@ def poisoned_memory():
 def same_random_numbers():
     """Each test draws the same numbers in every run, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> Path:
+    """Where pairs and what a reference gave them are kept, each test's own; not there yet."""
+    folder = tmp_path_factory.mktemp("cache") / "datasets"
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder))
+    if "datasets" in sys.modules:  # kernels are tested without
+        monkeypatch.setattr(sys.modules["datasets"].config, "HF_DATASETS_CACHE", folder)
+    return folder / "fastdpo"
 
 
 @pytest.fixture(scope="module")

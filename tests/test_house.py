@@ -20,7 +20,7 @@ GROUPS = {
     "loss_attributes metrics ranks sampler summary trainer_check pair_check start_check",
     "settings": "config arguments",
     "model": "policy model head quantised experts scorer_check attention layout layout_check "
-    "reference_logps",
+    "reference_logps reference_cache",
     "loss": "losses batch_loss ops",
     "batches": "collate tree packs token_budget batch",
     "rows": "rows csv_rows json_rows columns preferences messages row_errors data row_report "

@@ -356,6 +356,7 @@ FAILURES = {
 RUNS = {
     "uneven": {"settings": NUMBERED},
     "even": {"settings": NUMBERED | PRECOMPUTED, "even": True},
+    "again": {"settings": PRECOMPUTED},
     # a forward more for each pack, where one rank has several and the other one
     "mixing": {"settings": {"max_tokens_per_forward": 450, "loss_type": "aot"}},
     "evaluated": {"settings": {}, "evaluate_first": True},
@@ -389,10 +390,15 @@ def assert_same_weights(ranks):
         assert torch.equal(weight, ranks[1]["weights"][name]), name
 
 
-@pytest.mark.parametrize("run", ["uneven", "even", "evaluated", "auto", *FAILURES])
+@pytest.mark.parametrize("run", ["uneven", "even", "again", "evaluated", "auto", *FAILURES])
 def test_two_ranks_train_as_one(two_ranks, alone, run):
     assert_trained_alike(two_ranks[run][0], alone)
     assert_same_weights(two_ranks[run])
+
+
+def test_ranks_find_what_an_earlier_run_scored(two_ranks):
+    assert "earlier" not in two_ranks["even"][0]["reference"]
+    assert "(32 in earlier runs)" in two_ranks["again"][0]["reference"]
 
 
 def test_ranks_have_as_many_forwards_where_these_are_collective(two_ranks):

@@ -72,13 +72,6 @@ with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Where pairs are kept, not there yet."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache/fastdpo"
-
-
-@pytest.fixture
 def tokenized(monkeypatch):
     """What a tokenizer is called with."""
     calls, call = [], tiny.PreTrainedTokenizerFast.__call__

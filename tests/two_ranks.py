@@ -87,6 +87,7 @@ def run(folder, *, settings, start_with=None, fails=None, even=False, evaluate_f
         "budget": trainer.budget and trainer.budget.max_tokens,
         "raised": trainer.raised,
         "forwards": trainer.forwards,
+        "reference": trainer.reference.source,
     }
 
 

@@ -1,0 +1,232 @@
+"""What a reference gave to pairs in an earlier run: found again, and only where it would be so."""
+
+import logging
+
+import datasets
+import numpy as np
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trainers import LORA, logged, make_trainer, trained_before
+
+from fastdpo import reference_logps
+from fastdpo.collate import PaddedCollator
+from fastdpo.reference_cache import RECORD
+from fastdpo.reference_logps import AdaptersOff, FrozenModel
+
+COLUMNS = [*reference_logps.REFERENCE_COLUMNS]
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """How many pairs a reference has scored, batch by batch."""
+    counts = []
+    for kind in (AdaptersOff, FrozenModel):
+
+        def logps(self, policy, batch, ld_alpha=None, own=kind.logps):
+            counts.append(batch.num_pairs)
+            return own(self, policy, batch, ld_alpha)
+
+        monkeypatch.setattr(kind, "logps", logps)
+    return counts
+
+
+def start(tmp_path, tokenizer, **settings):
+    return make_trainer(tmp_path, tokenizer, precompute_ref_log_probs=True, **settings)
+
+
+def logps_of(trainer):
+    return trainer.train_dataset.with_format("numpy", columns=COLUMNS)[:]
+
+
+def only_reference(cache):
+    (file,) = cache.glob("reference-*")
+    return file
+
+
+def test_another_run_with_other_hyperparameters_scores_nothing(tmp_path, tokenizer, scored):
+    first = start(tmp_path, tokenizer)
+    assert sum(scored) == len(first.train_dataset) == 8
+    assert "earlier" not in first.summary()
+    scored.clear()
+    second = start(
+        tmp_path,
+        tokenizer,
+        learning_rate=1e-2,
+        beta=0.3,
+        loss_type="ipo",
+        per_device_train_batch_size=3,
+        layout="padded",
+        head_cache_bytes=0,
+        seed=7,
+    )
+    assert scored == []
+    assert "all rows scored before training (8 in earlier runs)" in second.summary()
+    for column, values in logps_of(first).items():
+        assert np.array_equal(values, logps_of(second)[column])
+    first.train()
+    assert logged(first)[0] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_rows_that_were_scored_are_found_among_others(tmp_path, tokenizer, scored):
+    rows = tiny.rows()
+    first = start(tmp_path, tokenizer, rows=rows[:5], eval_dataset=Dataset.from_list(rows[5:7]))
+    trained, evaluated = logps_of(first), first.eval_dataset
+    assert sum(scored) == 7
+    scored.clear()
+    again = logps_of(start(tmp_path, tokenizer, rows=[rows[i] for i in (7, 3, 5, 0, 3)]))
+    assert scored == [1]
+    for column, values in again.items():
+        there = [trained[column][3], evaluated[column][0], trained[column][0], trained[column][3]]
+        assert np.array_equal(values[1:], np.array(there)) and np.isfinite(values).all()
+
+
+def test_new_adapters_have_the_reference_of_a_run_in_full(tmp_path, tokenizer, scored):
+    start(tmp_path, tokenizer)
+    scored.clear()
+    for seed in (1, 2):
+        lora = LoraConfig(**LORA, modules_to_save=["lm_head"])
+        start(tmp_path, tokenizer, peft_config=lora, seed=seed)
+    start(tmp_path, tokenizer, ref_model=tiny.model("llama", len(tokenizer)))
+    assert scored == []
+
+
+def other_weight(model):
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+
+
+def other_activation(model):
+    model.config.hidden_act = "gelu"
+
+
+CHANGES = {
+    "a weight": {"change": other_weight},
+    "the order of layers": {
+        "change": lambda model: model.model.layers.insert(0, model.model.layers.pop(1))
+    },
+    "the configuration": {"change": other_activation},
+    "the dtype": {"change": lambda model: model.to(torch.bfloat16)},
+    "autocast": {"bf16": True},
+    "ld_alpha": {"ld_alpha": 0.5},
+    "the cut": {"max_length": 8},
+    "the end that is cut": {"max_length": 8, "truncation_mode": "keep_end"},
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_what_changes_the_numbers_has_pairs_scored_again(tmp_path, tokenizer, scored, changed):
+    settings = dict(CHANGES[changed])
+    change = settings.pop("change", lambda model: None)
+    start(tmp_path, tokenizer)
+    if changed == "the end that is cut":
+        start(tmp_path, tokenizer, max_length=8)
+    scored.clear()
+    model = tiny.model("llama", len(tokenizer))
+    change(model)
+    again = start(tmp_path, tokenizer, model=model, **settings)
+    assert sum(scored) == len(again.train_dataset) > 0
+
+
+def test_adapters_that_are_on_are_part_of_the_reference(tmp_path, tokenizer, scored):
+    def started(scale):
+        torch.manual_seed(0)
+        model = trained_before(tokenizer, LoraConfig(**LORA, lora_alpha=scale))
+        return logps_of(start(tmp_path, tokenizer, model=model))
+
+    first, other = started(4), started(8)
+    assert sum(scored) == 16 and not np.array_equal(first[COLUMNS[0]], other[COLUMNS[0]])
+    started(8)
+    assert sum(scored) == 16
+
+
+def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path, tokenizer, scored, monkeypatch):
+    monkeypatch.setattr(reference_logps, "BATCHES_AT_ONCE", 2)
+    own = FrozenModel.logps
+
+    def killed(self, policy, batch, ld_alpha=None):
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        return own(self, policy, batch, ld_alpha)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenModel, "logps", killed)
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path, tokenizer, per_device_train_batch_size=2)
+    assert scored == [2, 2, 2]
+    scored.clear()
+    start(tmp_path, tokenizer, per_device_train_batch_size=2)
+    assert scored == [2, 2]
+
+
+@pytest.mark.parametrize("harm", ["torn", "changed", "zeroed", "another's", "no records"])
+def test_a_record_that_is_not_whole_is_not_taken(tmp_path, tokenizer, scored, cache, harm):
+    first = start(tmp_path, tokenizer)
+    file = only_reference(cache)
+    data = bytearray(file.read_bytes())
+    assert len(data) == 8 * RECORD.size
+    lost = 1
+    if harm == "torn":
+        del data[-5:]
+    elif harm == "changed":
+        data[RECORD.size + 18] ^= 1
+    elif harm == "zeroed":
+        data[2 * RECORD.size : 3 * RECORD.size] = bytes(RECORD.size)
+    elif harm == "another's":
+        start(tmp_path, tokenizer, ld_alpha=0.2)
+        (other,) = set(cache.glob("reference-*")) - {file}
+        data[:] = other.read_bytes()
+        lost = 8
+    else:
+        data[:] = b"not at all" * 50
+        lost = 8
+    file.write_bytes(data)
+    scored.clear()
+    for times in (1, 0):  # and what was appended is found
+        again = start(tmp_path, tokenizer)
+        assert sum(scored) == times * lost
+        scored.clear()
+        for column, values in logps_of(first).items():
+            assert np.array_equal(values, logps_of(again)[column])
+
+
+def test_a_number_that_is_none_is_scored_again(tmp_path, tokenizer, scored):
+    def broken():
+        model = tiny.model("llama", len(tokenizer))
+        with torch.no_grad():
+            model.get_input_embeddings().weight[tokenizer("cat").input_ids[0]] = torch.nan
+        return model
+
+    before = logps_of(start(tmp_path, tokenizer, model=broken()))
+    assert np.isnan(before[COLUMNS[0]]).any()
+    start(tmp_path, tokenizer, model=broken())
+
+
+def test_a_run_without_caching_or_with_its_own_collator_keeps_nothing(
+    tmp_path, tokenizer, scored, cache
+):
+    own = PaddedCollator(pad_token_id=tokenizer.pad_token_id)
+    start(tmp_path, tokenizer, data_collator=own)
+    datasets.disable_caching()
+    try:
+        start(tmp_path, tokenizer)
+    finally:
+        datasets.enable_caching()
+    assert not list(cache.glob("reference-*"))
+    assert sum(scored) == 16
+
+
+def test_a_cache_that_cannot_be_read_or_written_ends_no_run(
+    tmp_path, tokenizer, scored, cache, caplog
+):
+    start(tmp_path, tokenizer)
+    file = only_reference(cache)
+    file.unlink()
+    file.mkdir()
+    with caplog.at_level(logging.WARNING):
+        start(tmp_path, tokenizer)
+    assert "of earlier runs: [Errno 21]" in caplog.text
+    assert "are not kept for the next run: [Errno 21]" in caplog.text
+    assert sum(scored) == 16
