@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdpo.kernels import dlogits, fold, pair_loss, second_product
-from fastdpo.kernels.vocabulary_walk import TILE_COLUMNS, tile_shape
+from fastdpo.kernels.tiles import TILE_COLUMNS, tile_shape
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # a block's, at most
 TENSOR_CORES = re.compile(r"\b(?:wgmma|tcgen05|mma)\.\S*(?:mma|sync)")
@@ -111,7 +111,7 @@ def second_product_cases():
             pointers = {"p_ptr": dtype, "w_ptr": dtype, "u_ptr": "*fp32"}
             pointers |= {"order_ptr": "*i64", "counts_ptr": "*i64"}
             strides = ("p_stride", "w_stride", "u_stride")
-            integers = dict.fromkeys(("N", "T", "K", "blocks", *strides), "i32")
+            integers = dict.fromkeys(("N", "T", "K", "order_stride", *strides), "i32")
             yield Case(
                 name=f"reached product {head} {dtype[1:]}",
                 kernel=second_product._reached_product_kernel,
@@ -146,7 +146,7 @@ def pair_loss_cases():
     divergences = [(("sigmoid",), name) for name in pair_loss.F_DIVERGENCES[1:]]
     for losses, divergence in ((pair_loss.LOSS_TYPES, "reverse_kl"), *alone, *divergences):
         weights = tuple(0.5 + i for i in range(len(losses)))
-        constants = {"LOSS_TYPES": losses, "LOSS_WEIGHTS": weights, "F_DIVERGENCE": divergence}
+        constants = {"NAMES": losses, "WEIGHTS": weights, "F_DIVERGENCE": divergence}
         yield Case(
             name=f"pair_loss {'+'.join(losses)} {divergence}",
             kernel=pair_loss._forward_kernel,

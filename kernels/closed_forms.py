@@ -48,7 +48,7 @@ def _logistic(x):
 def _sigmoid(chosen, rejected, label_smoothing):
     margin = chosen - rejected
     right_way = (1.0 - label_smoothing) * _log_sigmoid(margin)
-    # eps - sigmoid(-margin) keeps its digits where sigmoid(margin) rounds to 1
+    # by _logistic(-margin), which keeps its digits where _logistic(margin) rounds to 1
     slope = label_smoothing - _logistic(-margin)
     return -right_way - label_smoothing * _log_sigmoid(-margin), slope, -slope
 
@@ -195,7 +195,8 @@ def score(NAME: tl.constexpr, logratio, alpha):
     elif NAME == "forward_kl":
         return _power_score(logratio, -1.0)
     elif NAME == "js_divergence":
-        return 0.6931471805599453 + _log_sigmoid(logratio), _logistic(-logratio)
+        log_2 = 0.6931471805599453
+        return log_2 + _log_sigmoid(logratio), _logistic(-logratio)
     else:
         tl.static_assert(NAME == "alpha_divergence", "unknown f-divergence")
         return _power_score(logratio, alpha - 1.0)

@@ -35,7 +35,7 @@ def _dlogits_kernel(
     out_stride,
     BLOCK_T: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)  # n * stride outgrows int32
+    n = tl.program_id(0).to(tl.int64)
     column = tl.load(labels_ptr + n) - start
     row_scale, dlabel = tl.load(row_scale_ptr + n), tl.load(dlabel_ptr + n)
     for first in range(0, width, BLOCK_T):

@@ -69,7 +69,10 @@ def label_columns(labels_N: Tensor, start: int, width: int) -> tuple[Tensor, Ten
 
 
 def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):
-    """Update `softmax` with the products z_NT of one tile, and write its p_NT."""
+    """Update `softmax` with the products z_NT of one tile, which are overwritten, and write p_NT.
+
+    p_NT: where p goes, perhaps z_NT itself; None where nothing will read p.
+    """
     if bias_T is not None:
         z_NT.add_(bias_T)
     if scale != 1.0:
@@ -141,7 +144,7 @@ def _fold_kernel(
     BLOCK_T: tl.constexpr,
     IS_ONE_BLOCK: tl.constexpr,  # the row's logits then stay in registers, and are read once
 ):
-    n = tl.program_id(0).to(tl.int64)  # n * z_stride outgrows int32 from 16k rows of 128k
+    n = tl.program_id(0).to(tl.int64)
     z_ptr += n * z_stride
     old_peak = tl.load(peak_ptr + n)
     tile_peak_T = tl.full((BLOCK_T,), -float("inf"), tl.float32)

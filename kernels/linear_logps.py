@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo.kernels.fold import FOLDS, RunningSoftmax
+from fastdpo.kernels.kept_tiles import KeptTiles
 from fastdpo.kernels.products import HeadRows
-from fastdpo.kernels.row_statistics import STATS, statistics, sums_needed
-from fastdpo.kernels.vocabulary_walk import KeptTiles, Settings, Tiles, walk, weight_gradients
+from fastdpo.kernels.row_statistics import STATS, statistics, stats_with_sums
+from fastdpo.kernels.tiles import Settings, Tiles
+from fastdpo.kernels.vocabulary_walk import walk, weight_gradients
 
 MIN_ROWS = 16  # fewer are padded: a product of fewer rows may sum in another order
 HEAD_CACHE_BYTES = 512 << 20
@@ -33,24 +35,25 @@ class _LinearLogps(torch.autograd.Function):
         """factors: x_NK and w_VK of each term, one after the other."""
         tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
         softmax = RunningSoftmax.start(
-            len(labels_N), settings.wide, labels_N.device, sums_needed(tiles)
+            len(labels_N), settings.wide, labels_N.device, stats_with_sums(tiles)
         )
         kept = KeptTiles(tiles)
         u_of_terms = walk(tiles, softmax, kept)
-        token_logps_N, log_total_N, label_share_N = _answers(tiles, softmax)
+        token_logps_N, log_total_N, dlogp_dlabel_N = _answers(tiles, softmax)
         lse_N = softmax.peak_N + log_total_N
-        found = statistics(tiles, softmax, lse_N, u_of_terms)  # before u becomes a direction
-        _finish_directions(u_of_terms, tiles, softmax.total_N, label_share_N)
+        stats = statistics(tiles, softmax, lse_N, u_of_terms)  # u is overwritten below
+        _finish_dlogp_dx(u_of_terms, tiles, softmax.total_N, dlogp_dlabel_N)
 
         for_weights = ()
         if settings.trained:
             tensors = (x if isinstance(x, Tensor) else None for x in factors)
-            for_weights = labels_N, bias_V, softmax.peak_N, log_total_N, label_share_N, *tensors
+            for_weights = labels_N, bias_V, softmax.peak_N, log_total_N, dlogp_dlabel_N, *tensors
         ctx.save_for_backward(*u_of_terms, *for_weights)
+        # a HeadRows is no tensor: save_for_backward would refuse it
         ctx.head_rows = None if isinstance(factors[1], Tensor) else factors[1]
         ctx.settings, ctx.kept, ctx.x_dtypes = settings, kept, [x.dtype for x in factors[::2]]
-        ctx.mark_non_differentiable(*found)
-        return (token_logps_N, *found)
+        ctx.mark_non_differentiable(*stats)
+        return (token_logps_N, *stats)
 
     @staticmethod
     def backward(ctx, dlogps_N, *_):
@@ -58,27 +61,28 @@ class _LinearLogps(torch.autograd.Function):
             raise RuntimeError("linear_logps has no second derivative: want create_graph=False")
         settings, num_terms = ctx.settings, len(ctx.x_dtypes)
         saved = ctx.saved_tensors  # read once: a checkpoint hands them out no more often
-        directions, for_weights = saved[:num_terms], saved[num_terms:]
+        dlogp_dx_of_terms, for_weights = saved[:num_terms], saved[num_terms:]
         dfactors, dbias_V = [None] * 2 * num_terms, None
         with torch.autocast(dlogps_N.device.type, enabled=False):
-            for k, direction_NK in enumerate(directions):
-                if direction_NK is not None:
-                    dx_NK = torch.empty_like(direction_NK, dtype=ctx.x_dtypes[k])
-                    dfactors[2 * k] = torch.mul(direction_NK, dlogps_N[:, None], out=dx_NK)
+            for k, dlogp_dx_NK in enumerate(dlogp_dx_of_terms):
+                if dlogp_dx_NK is not None:
+                    dx_NK = torch.empty_like(dlogp_dx_NK, dtype=ctx.x_dtypes[k])
+                    dfactors[2 * k] = torch.mul(dlogp_dx_NK, dlogps_N[:, None], out=dx_NK)
             if settings.trained:
-                labels_N, bias_V, peak_N, log_total_N, label_share_N, *factors = for_weights
+                labels_N, bias_V, peak_N, log_total_N, dlogp_dlabel_N, *factors = for_weights
                 factors[1] = factors[1] if ctx.head_rows is None else ctx.head_rows
                 tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
                 # where a row's answer is NaN, so are all gradients
-                dz_N = dlogps_N.to(settings.wide) * -settings.scale + 0 * label_share_N
+                p_coefficient_N = dlogps_N.to(settings.wide) * -settings.scale + 0 * dlogp_dlabel_N
                 dfactors[1::2], dbias_V = weight_gradients(  # autograd narrows the bias's
-                    tiles, dz_N, peak_N, log_total_N, label_share_N, ctx.kept
+                    tiles, p_coefficient_N, peak_N, log_total_N, dlogp_dlabel_N, ctx.kept
                 )
         return None, None, dbias_V, *dfactors
 
 
 def _answers(tiles: Tiles, softmax: RunningSoftmax) -> tuple[Tensor, Tensor, Tensor]:
-    """token_logps_N, log_total_N, and label_share_N, c (1 - p) of each row's label."""
+    """token_logps_N, log_total_N, and dlogp_dlabel_N: c (1 - p) of each row's label, the slope of
+    its logp in the label's logit before the cap."""
     settings, log_total_N = tiles.settings, softmax.total_N.log()
     if settings.softcap is not None:
         for term in tiles.terms:  # tanh makes a finite logit of an infinite hidden state
@@ -86,16 +90,16 @@ def _answers(tiles: Tiles, softmax: RunningSoftmax) -> tuple[Tensor, Tensor, Ten
             log_total_N += 0 * norm_N
     # the peak first: lse has the rounding of a logit, which may be larger than logp
     token_logps_N = softmax.label_logit_N - softmax.peak_N - log_total_N
-    label_share_N = -token_logps_N.expm1()  # NaN as token_logps_N
+    dlogp_dlabel_N = -token_logps_N.expm1()  # NaN as token_logps_N
     if settings.softcap is not None:
-        label_share_N *= 1 - (softmax.label_logit_N / settings.softcap).square()
-    return token_logps_N, log_total_N, label_share_N
+        dlogp_dlabel_N *= 1 - (softmax.label_logit_N / settings.softcap).square()
+    return token_logps_N, log_total_N, dlogp_dlabel_N
 
 
-def _finish_directions(
-    u_of_terms: list[Tensor | None], tiles: Tiles, total_N, label_share_N
+def _finish_dlogp_dx(
+    u_of_terms: list[Tensor | None], tiles: Tiles, total_N, dlogp_dlabel_N
 ) -> None:
-    """Make scale * (label_share w[label] - u / total) of each u: dx is a row scale of it."""
+    """Turn each u, in place, into dlogp/dx = scale * (dlogp_dlabel * w[label] - u / total)."""
     for term, u_NK in zip(tiles.terms, u_of_terms, strict=True):
         if u_NK is None:
             continue
@@ -103,7 +107,7 @@ def _finish_directions(
         for chunk in tiles.row_chunks(term):
             u_NK[chunk].div_(-total_N[chunk, None]).addcmul_(
                 term.w_pieces.at(tiles.labels_N[chunk].clamp(0, last)).to(u_NK.dtype),
-                label_share_N[chunk, None],
+                dlogp_dlabel_N[chunk, None],
             ).mul_(tiles.settings.scale)
 
 
@@ -125,12 +129,13 @@ def linear_logps(
 
     hidden_ND, head_VD: float16, bfloat16 or float32 (float64 with backend="torch", which then
     returns it). head_VD may be a HeadRows, dequantised a tile at a time, the labels' rows once
-    more at the end. On a GPU it is taken in hidden_ND's dtype, or autocast's.
+    more at the end. On a GPU head_VD is converted to hidden_ND's dtype, or to autocast's.
     labels_N: int64 in [0, V), unchecked: looking would make the CPU wait for the GPU. A label
     outside, or a hidden state that is not finite, makes its row's answer NaN, its gradient too,
     and those of head and bias. Gradients flow to hidden_ND, head_VD, bias_V and low_rank, summed
-    in float32. Autocast rules the products' operands as it does everywhere, and torch's switch for
-    TF32, which transformers may set with torch_compile, those of float32 on a GPU.
+    in float32. Under autocast the products' operands are narrowed as in any matmul. On a GPU,
+    products of float32 operands obey torch's TF32 switch, which transformers may set with
+    torch_compile.
 
     low_rank: (down_NR, up_VR), a term down_NR upᵀ beside hidden headᵀ; of a LoRA adapter A, B,
         it is (s * hidden Aᵀ, B).
@@ -139,9 +144,10 @@ def linear_logps(
     stats: of "lse", "entropy", "mean_logit", "log_sum_p2" (log sum_v p_v²), float32, and
         "is_top1" (bool; a tie counts), from the same pass and without gradient; the answer is
         then (token_logps_N, {name: (N,)}).
-    head_cache_bytes: tiles of p kept for a trained weight's gradient, beside those that the memory
-        of the gradient has room for: D of N rows, where both have one width. Every other tile costs
-        a product more. No setting changes the result by more than rounding.
+    head_cache_bytes: for tiles of p kept from the forward for a trained weight's gradient, beyond
+        those that fit into the gradient's own memory (p of D of the N rows, where both have the
+        same dtype). A tile that is not kept costs one more product. Results differ by rounding
+        alone.
     skip_below: leave columns of the vocabulary out of the second product whose p c is less than
         this in every row of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12).
         Log-probabilities and the gradients of head_VD, up_VR and bias_V do not change; a row of

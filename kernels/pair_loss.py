@@ -64,8 +64,8 @@ def _forward_kernel(
     f_alpha_divergence_coef,
     discopop_tau,
     ld_alpha,
-    LOSS_TYPES: tl.constexpr,
-    LOSS_WEIGHTS: tl.constexpr,
+    NAMES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     F_DIVERGENCE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -86,9 +86,9 @@ def _forward_kernel(
         F_DIVERGENCE, rejected_logratio, f_alpha_divergence_coef
     )
     loss, dchosen, drejected = 0.0, 0.0, 0.0
-    for i in tl.static_range(len(LOSS_TYPES)):
+    for i in tl.static_range(len(NAMES)):
         term, dterm_chosen, dterm_rejected = pair_term(
-            tl.constexpr(LOSS_TYPES[i]),  # Triton 3.6 hands over the bare str
+            tl.constexpr(NAMES[i]),  # Triton 3.6 hands over the bare str
             beta * chosen_score,
             beta * rejected_score,
             tl.maximum(chosen_end - chosen_start, 1).to(tl.float32),
@@ -97,9 +97,9 @@ def _forward_kernel(
             label_smoothing,
             discopop_tau,
         )
-        loss += LOSS_WEIGHTS[i] * term
-        dchosen += LOSS_WEIGHTS[i] * dterm_chosen
-        drejected += LOSS_WEIGHTS[i] * dterm_rejected
+        loss += WEIGHTS[i] * term
+        dchosen += WEIGHTS[i] * dterm_chosen
+        drejected += WEIGHTS[i] * dterm_rejected
     tl.store(loss_ptr + b, loss)
     tl.store(slope_ptr + b, beta * dchosen * chosen_dscore)
     tl.store(slope_ptr + B + b, beta * drejected * rejected_dscore)
@@ -219,8 +219,8 @@ def pair_loss(
         "f_alpha_divergence_coef": float(f_alpha_divergence_coef),
         "discopop_tau": float(discopop_tau),
         "ld_alpha": 1.0 if ld_alpha is None else float(ld_alpha),
-        "LOSS_TYPES": tuple(loss_type),
-        "LOSS_WEIGHTS": tuple(map(float, loss_weights)),
+        "NAMES": tuple(loss_type),
+        "WEIGHTS": tuple(map(float, loss_weights)),
         "F_DIVERGENCE": f_divergence_type,
     }
     return _PairLoss.apply(

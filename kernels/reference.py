@@ -1,8 +1,9 @@
 """Every kernel in plain PyTorch, by the same name: what each must equal.
 
 Full logits, autograd, no tricks. Inputs are promoted to float32, or stay float64. The arguments
-are the kernel's own, but for those that only decide how it computes. completion_sums has no kernel:
-the engine uses it as it stands.
+are the kernel's own, but for those that only decide how it computes. linear_logps is a
+specification alone. pair_loss also runs as it stands on a CPU, and on a GPU with BATCH_LOSSES;
+completion_sums, which has no kernel, everywhere.
 """
 
 import math
@@ -224,16 +225,18 @@ LOSSES = {
     "discopop": _discopop,
 }
 
-# The losses of a whole batch: what one of its pairs costs depends on the others, so they have no
-# kernel. Functions of the policy's and the reference's logps, which also take `token_logps_C`,
-# `cu_seqlens` and what the losses above take, and name those that they read. A cost for each pair.
+# Losses in which a pair's depends on the other pairs of its batch, so they have no kernel.
+# Functions of the policy's and the reference's logps, which also take `token_logps_C`,
+# `cu_seqlens` and what the losses above take, and name those that they read. They return a loss
+# for each pair.
 
 
 def _aot(logps_S, reference_logps_S, *, beta, label_smoothing, **_):
     """AOT of pairs, arXiv:2406.05882, with hard sorting and the logistic loss, as in TRL.
 
-    The policy's chosen minus rejected is to exceed the reference's as a distribution: it is held
-    against the one of its own rank in the batch. label_smoothing as in conservative DPO.
+    The policy's distribution of chosen minus rejected should lie above the reference's: with both
+    sorted, each value is compared with the reference's of the same rank. label_smoothing as in
+    conservative DPO.
     """
     chosen_B, rejected_B = logps_S.chunk(2)
     reference_chosen_B, reference_rejected_B = reference_logps_S.chunk(2)
@@ -250,10 +253,8 @@ def _aot_unpaired(logps_S, reference_logps_S, *, beta, label_smoothing, **_):
 
 
 def _of_same_rank(values_B, like_B):
-    """For each of like_B the one of values_B that is as many places from the smallest.
-
-    Equal ones of like_B keep the order of the batch.
-    """
+    """The element of values_B that has the rank of like_B[b] in its own, for each b; equal ones
+    rank in the batch's order."""
     ranks_B = like_B.detach().argsort(stable=True).argsort()
     return values_B.sort().values.gather(0, ranks_B)
 
@@ -261,7 +262,8 @@ def _of_same_rank(values_B, like_B):
 def _sft(logps_S, reference_logps_S, *, token_logps_C, cu_seqlens, **_):
     """Cross-entropy of the chosen completions, a mean over all their tokens in the batch.
 
-    A pair's cost is its tokens' share, times B: their mean is that mean. No token weighs ld_alpha.
+    A pair's loss is B times its tokens' share of that mean, so the mean over pairs is the mean over
+    tokens. ld_alpha does not apply.
     """
     B = len(logps_S) // 2
     chosen_logps_B = completion_sums(token_logps_C, cu_seqlens)[:B]
@@ -271,7 +273,7 @@ def _sft(logps_S, reference_logps_S, *, token_logps_C, cu_seqlens, **_):
 BATCH_LOSSES = {"aot": _aot, "aot_unpaired": _aot_unpaired, "sft": _sft}
 
 # The scores of log-ratios log t: f'(t) of an f-divergence f (f-DPO, arXiv:2309.16240, theorem 1),
-# with TRL's constant, which only the losses of rewards per token see.
+# up to an additive constant, TRL's, which cancels but in losses of rewards per token.
 
 
 def _reverse_kl(logratios_S, alpha):

@@ -5,18 +5,22 @@ from torch import Tensor
 
 from fastdpo.kernels.fold import RunningSoftmax
 from fastdpo.kernels.products import Term
-from fastdpo.kernels.vocabulary_walk import Tiles
+from fastdpo.kernels.tiles import Tiles
 
 STATS = ("lse", "entropy", "mean_logit", "is_top1", "log_sum_p2")
 
 
-def sums_needed(tiles: Tiles) -> tuple[str, ...]:
-    """The sums over the vocabulary that the statistics need and nothing else yields."""
-    u_gives_means = _is_plain(tiles) and all(term.x_needs_grad for term in tiles.terms)
-    u_gives_means &= not tiles.settings.skip_below  # u is then not whole
-    u_gives_means &= tiles.settings.operand_dtype == tiles.settings.wide  # in 16 bits p is rounded
+def stats_with_sums(tiles: Tiles) -> tuple[str, ...]:
+    """Which of the statistics asked for need a sum of their own in the fold."""
+    settings = tiles.settings
+    u_gives_means = (
+        _is_plain(tiles)
+        and all(term.x_needs_grad for term in tiles.terms)
+        and not settings.skip_below  # u would lack what was skipped
+        and settings.operand_dtype == settings.wide  # p in 16 bits is rounded
+    )
     stats = {"log_sum_p2"} if u_gives_means else {"entropy", "mean_logit", "log_sum_p2"}
-    return tuple(stats & set(tiles.settings.stats))
+    return tuple(stats & set(settings.stats))
 
 
 def statistics(

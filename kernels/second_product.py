@@ -20,7 +20,7 @@ from fastdpo.kernels.products import product
 # leave out less; not timed
 BLOCKS = {2: (128, 64, 128), 4: (64, 32, 128)}
 NUM_WARPS = 8  # of such a block
-NUM_STAGES = 5  # of its loop: of 3, one is for the order, and each copy of p and w is waited for
+NUM_STAGES = 5  # of its loop: one loads the order; of 3, the product would wait for each p and w
 RESCALED_AT_ONCE = 1024  # columns of u
 
 
@@ -75,7 +75,7 @@ def _reached_product_kernel(
     N,
     T,
     K,
-    blocks,
+    order_stride,
     p_stride,
     w_stride,
     w_step,
@@ -89,7 +89,7 @@ def _reached_product_kernel(
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     p_ptrs = p_ptr + n.to(tl.int64)[:, None] * p_stride
     w_ptrs = w_ptr + k.to(tl.int64)[None, :] * w_step
-    order_ptr += tl.program_id(1) * blocks
+    order_ptr += tl.program_id(1) * order_stride
     sum_NK = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for i in range(0, tl.load(counts_ptr + tl.program_id(1))):
         t = tl.load(order_ptr + i).to(tl.int32) * BLOCK_T + tl.arange(0, BLOCK_T)

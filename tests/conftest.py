@@ -69,13 +69,13 @@ def backend(request) -> str:
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 4 rows by 2 blocks, so that a test's few rows are walked as thousands are."""
-    from fastdpo.kernels import fold, vocabulary_walk
+    from fastdpo.kernels import fold, tiles
     from fastdpo.kernels.fold import BLOCK_T
 
     monkeypatch.setattr(fold, "MOST_IN_REGISTERS", BLOCK_T)
     for device in ("cpu", "cuda"):
-        monkeypatch.setitem(vocabulary_walk.TILE_ROWS, device, 4)
-        monkeypatch.setitem(vocabulary_walk.TILE_COLUMNS, device, 2 * BLOCK_T)
+        monkeypatch.setitem(tiles.TILE_ROWS, device, 4)
+        monkeypatch.setitem(tiles.TILE_COLUMNS, device, 2 * BLOCK_T)
 
 
 @pytest.fixture

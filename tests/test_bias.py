@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_heads import inputs
 
-from fastdpo.kernels import reference, vocabulary_walk
+from fastdpo.kernels import reference, tiles
 from fastdpo.kernels.linear_logps import linear_logps
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -38,7 +38,7 @@ def test_a_narrow_biass_gradient_is_summed_in_float32(device):
 @pytest.mark.usefixtures("narrow_operands")
 def test_a_wide_biass_gradient_keeps_its_digits_on_a_gpu(monkeypatch, device):
     """p is in bfloat16, and its roundings average out; a sum in bfloat16 would have its own."""
-    monkeypatch.setitem(vocabulary_walk.TILE_ROWS, device.type, 4096)
+    monkeypatch.setitem(tiles.TILE_ROWS, device.type, 4096)
     hidden_ND, head_VD, labels_N, _ = inputs((4000, 4, 8), torch.bfloat16, device)
     args = hidden_ND, head_VD, labels_N, torch.zeros(8, device=device)
     exact_V = exact_dbias(*args)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from watches import Live, Watch
 
 from fastdpo.kernels import linear_logps as module
-from fastdpo.kernels import reference, second_product, vocabulary_walk
+from fastdpo.kernels import reference, second_product, tiles, vocabulary_walk
 from fastdpo.kernels.fold import BLOCK_T
 from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.products import has_fast_mkl, has_good_onednn
@@ -201,8 +201,8 @@ def gpu_folds(monkeypatch):
         monkeypatch.setattr(user, "product", lambda *args, **kinds: None)
     for kernel in ("_rescale_kernel", "_reached_kernel", "_reached_product_kernel"):
         monkeypatch.setattr(second_product, kernel, NoLaunch())
-    tile_shape = vocabulary_walk.tile_shape
-    monkeypatch.setattr(vocabulary_walk, "tile_shape", lambda _, *args: tile_shape("cuda", *args))
+    tile_shape = tiles.tile_shape
+    monkeypatch.setattr(tiles, "tile_shape", lambda _, *args: tile_shape("cuda", *args))
     monkeypatch.setattr(module, "_operand_dtypes", lambda hidden_ND: (torch.bfloat16, None))
     return folds
 
@@ -258,8 +258,8 @@ def test_tiles_in_the_gradients_own_memory_take_no_other(dtype):
         with Live() as live:
             settings = {"backend": "torch", "head_cache_bytes": 0}
             linear_logps(hidden_ND, head_VD, labels_N, **settings).sum().backward()
-        tiles = 3 * 4 * 4 * 2 * BLOCK_T + 2 * 4 * 16 * 2 * BLOCK_T
-        assert live.peak <= head_VD.nbytes + tiles + 32 * (4 * N * 8)
+        kept = 3 * 4 * 4 * 2 * BLOCK_T + 2 * 4 * 16 * 2 * BLOCK_T
+        assert live.peak <= head_VD.nbytes + kept + 32 * (4 * N * 8)
 
 
 def test_a_gradient_is_right_wherever_its_memory_had_tiles():
@@ -327,7 +327,7 @@ def test_a_rows_answer_does_not_depend_on_the_others(dtype, D, V):
 
 @pytest.mark.parametrize("N", [513, 1030, 261_633])
 def test_no_block_of_rows_is_left_with_a_few(N):
-    blocks = vocabulary_walk.even_slices(N, 512)
+    blocks = tiles.even_slices(N, 512)
     assert [0, *(block.stop for block in blocks)] == [*(block.start for block in blocks), N]
     sizes = {block.stop - block.start for block in blocks}
     assert max(sizes) <= 512 and max(sizes) - min(sizes) <= 1

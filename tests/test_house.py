@@ -30,7 +30,7 @@ KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "functools", "math", "ty
 KERNELS_MAY_IMPORT |= {"pathlib"}  # to tell one maker's CPUs from another's
 # what kernel files share or are made of
 PARTS_OF_KERNELS = {"fold", "products", "vocabulary_walk", "row_statistics", "closed_forms"}
-PARTS_OF_KERNELS |= {"second_product", "dlogits"}
+PARTS_OF_KERNELS |= {"second_product", "dlogits", "tiles", "kept_tiles"}
 
 
 def python(code, *flags, pythonpath=(), cwd=ROOT):

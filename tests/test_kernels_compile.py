@@ -71,7 +71,7 @@ def test_the_report_sees_spills_shared_memory_and_tensor_cores(tmp_path):
 LAUNCHING = """
 import contextlib, torch, triton
 from triton.backends.compiler import GPUTarget
-from fastdpo.kernels import fold, pair_loss, second_product, vocabulary_walk
+from fastdpo.kernels import fold, pair_loss, second_product, tiles
 from fastdpo.kernels.linear_logps import linear_logps
 
 grids, guarded = [], []
@@ -98,8 +98,8 @@ class PretendedGPU:
 
 triton.runtime.driver.set_active(PretendedGPU())
 torch.cuda.device_of = device_of
-vocabulary_walk.TILE_ROWS["cpu"] = vocabulary_walk.TILE_ROWS["cuda"] // 64
-vocabulary_walk.TILE_COLUMNS["cpu"] = vocabulary_walk.TILE_COLUMNS["cuda"]
+tiles.TILE_ROWS["cpu"] = tiles.TILE_ROWS["cuda"] // 64
+tiles.TILE_COLUMNS["cpu"] = tiles.TILE_COLUMNS["cuda"]
 
 def compiled(kernel):
     return len(next(iter(kernel.device_caches.values()))[0])

@@ -1,0 +1,70 @@
+"""The p of tiles, kept from the forward for the gradient of the weights."""
+
+import torch
+from torch import Tensor
+
+from fastdpo.kernels.tiles import Tiles
+
+
+class KeptTiles:
+    """The p of as many tiles as find room; a tile is known by where its block and columns start.
+
+    First in the memory of the first trained weight's gradient, which is allocated here: p of some
+    columns lies in the gradient's rows of those columns, which the backward writes only once it has
+    read that p. Then in a buffer of head_cache_bytes.
+
+        take_room    forward: memory for a tile's p, or None
+        keep         forward: the p that was made there, and the peaks it was made with
+        take         backward: both
+    """
+
+    def __init__(self, tiles: Tiles):
+        self._gradients = _new_gradients(tiles)
+        self._rooms = self._find_rooms(tiles) if tiles.settings.trained else {}
+        self._kept = {}
+
+    def _find_rooms(self, tiles: Tiles) -> dict[tuple[int, int], Tensor]:
+        rooms, elsewhere = {}, {}
+        for columns in tiles.columns:
+            free = self._memory_of_gradient(columns, tiles.p_scratch.dtype)
+            for block in tiles.blocks:
+                tile, size = (block.start, columns.start), tiles.size(block, columns)
+                if size <= len(free):
+                    rooms[tile], free = free[:size], free[size:]
+                else:
+                    elsewhere[tile] = size
+        budget = tiles.settings.head_cache_bytes // tiles.p_scratch.element_size()
+        free = tiles.p_scratch.new_empty(min(budget, sum(elsewhere.values())))
+        for tile, size in elsewhere.items():
+            if size <= len(free):
+                rooms[tile], free = free[:size], free[size:]
+        return rooms
+
+    def _memory_of_gradient(self, columns: slice, dtype: torch.dtype) -> Tensor:
+        """The rows of these columns in the first gradient, as flat memory of `dtype`."""
+        if not self._gradients or not self._gradients[0].is_contiguous():
+            return torch.empty(0, dtype=dtype)
+        memory = self._gradients[0][columns].view(-1)
+        whole = memory.nbytes // dtype.itemsize * dtype.itemsize
+        return memory[: whole // memory.element_size()].view(dtype)
+
+    def take_room(self, block: slice, columns: slice) -> Tensor | None:
+        """Memory for a tile's p, handed out once; None if there is none."""
+        return self._rooms.pop((block.start, columns.start), None)
+
+    def keep(self, block: slice, columns: slice, p_NT: Tensor, peak_N: Tensor) -> None:
+        """Keep p and a copy of the peaks that it was made with."""
+        self._kept[block.start, columns.start] = p_NT, peak_N.clone()
+
+    def take(self, block: slice, columns: slice) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """What was kept of a tile, once."""
+        return self._kept.pop((block.start, columns.start), (None, None))
+
+    def take_gradients(self, tiles: Tiles) -> list[Tensor]:
+        """Memory for each trained weight's gradient: the forward's, or new in a second backward."""
+        taken, self._gradients = self._gradients, None
+        return _new_gradients(tiles) if taken is None else taken
+
+
+def _new_gradients(tiles: Tiles) -> list[Tensor]:
+    return [torch.empty_like(term.w_VK) for term in tiles.terms if term.w_needs_grad]

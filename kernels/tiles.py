@@ -1,0 +1,121 @@
+"""How one call of linear_logps is cut into tiles: some rows by some of the vocabulary.
+
+Settings    what was asked for
+Tiles       the tiles of a call, and scratch memory for one
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdpo.kernels.products import HeadRows, Term
+
+# Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
+TILE_ROWS = {"cpu": 512, "cuda": 8192}
+TILE_COLUMNS = {"cpu": 1024, "cuda": 4096}
+LEAST_ROWS = 1024  # of a GPU's tile that is to fit the memory of a gradient
+# Rows of a tile start at multiples of this. cuBLAS wants them aligned; and on a CPU exp2 may round
+# elements left over from whole vectors differently: these are then the same columns in every row.
+ROW_MULTIPLE = 16
+
+
+class Settings(NamedTuple):
+    """What linear_logps was asked for, as its docstring says, and what follows from it."""
+
+    scale: float
+    softcap: float | None
+    stats: tuple[str, ...]
+    head_cache_bytes: int
+    skip_below: float
+    backend: str
+    operand_dtype: torch.dtype  # of the products' operands
+    rounded_to: torch.dtype | None  # what autocast makes of them, where that is narrower
+    terms_need_grad: tuple[tuple[bool, bool], ...]  # (hidden, head) and (down, up)
+    bias_needs_grad: bool
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of logits and sums."""
+        return torch.float64 if self.operand_dtype == torch.float64 else torch.float32
+
+    @property
+    def trained(self) -> bool:
+        return self.bias_needs_grad or any(w_needs for _, w_needs in self.terms_need_grad)
+
+    def terms(self, *factors: Tensor | HeadRows) -> list[Term]:
+        """The terms of the logits; factors: x and w of each, one after the other."""
+        pairs = zip(factors[::2], factors[1::2], self.terms_need_grad, strict=True)
+        dtypes = self.operand_dtype, self.rounded_to
+        return [Term(x, w, need_grad, *dtypes) for x, w, need_grad in pairs]
+
+
+class Tiles:
+    """The tiles of one call, each a block of rows by some columns; z_scratch and p_scratch, for the
+    logits and the p of one tile, are the same memory where their dtypes are equal."""
+
+    def __init__(
+        self, terms: list[Term], bias_V: Tensor | None, labels_N: Tensor, settings: Settings
+    ):
+        kind = "cpu" if labels_N.device.type == "cpu" else "cuda"
+        room = _rows_with_room(terms, settings.operand_dtype)
+        most_rows, width = tile_shape(kind, len(labels_N), *terms[0].w_VK.shape, room)
+        self.blocks = even_slices(len(labels_N), most_rows)
+        self.columns = slices(terms[0].w_VK.shape[0], width)
+        self.terms, self.settings, self.labels_N = terms, settings, labels_N
+        self.bias_V = None if bias_V is None else bias_V.contiguous()
+        size, dtype = most_rows * self._stride(width), settings.operand_dtype
+        self.z_scratch = torch.empty(size, dtype=settings.wide, device=labels_N.device)
+        is_wide = dtype == settings.wide
+        self.p_scratch = self.z_scratch if is_wide else self.z_scratch.new_empty(size, dtype=dtype)
+
+    def row_chunks(self, term: Term) -> list[slice]:
+        """All rows, in chunks whose float32 copy takes a quarter of a tile's memory."""
+        return slices(len(self.labels_N), max(1, len(self.z_scratch) // (4 * term.x_NK.shape[1])))
+
+    def size(self, block: slice, columns: slice) -> int:
+        """Elements of memory that one tile takes."""
+        return (block.stop - block.start) * self._stride(columns.stop - columns.start)
+
+    def of(self, memory: Tensor, block: slice, columns: slice) -> Tensor:
+        """One tile, (rows, columns), at the beginning of flat `memory`."""
+        width = columns.stop - columns.start
+        return memory[: self.size(block, columns)].view(-1, self._stride(width))[:, :width]
+
+    def _stride(self, columns: int) -> int:
+        return -(-columns // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def _rows_with_room(terms: list[Term], p_dtype: torch.dtype) -> int:
+    """How many rows' p the memory of the first trained weight's gradient has room for."""
+    trained = next((term.w_VK for term in terms if term.w_needs_grad), None)
+    return 0 if trained is None else trained.shape[1] * trained.itemsize // p_dtype.itemsize
+
+
+def tile_shape(kind: str, N: int, V: int, D: int, room: int) -> tuple[int, int]:
+    """Rows and columns of a tile; the rows are shared out evenly.
+
+    On a GPU, no more rows than there is `room` for where the p of a trained head may be kept, if
+    that is not too few. Fewer rows allow more columns, up to the point where the head's (columns,
+    D) slice, which may have to be converted or dequantised, would be larger than the tile of
+    logits.
+    """
+    rows, columns = TILE_ROWS[kind], TILE_COLUMNS[kind]
+    if kind == "cuda" and LEAST_ROWS <= room < rows:
+        rows = room
+    rows = -(-N // -(-N // rows))
+    if kind == "cuda":
+        columns = TILE_ROWS[kind] * columns // max(rows, D)
+        columns = max(1, columns // ROW_MULTIPLE) * ROW_MULTIPLE
+    return rows, min(V, columns)
+
+
+def slices(total: int, step: int) -> list[slice]:
+    """All of `total`, `step` at a time."""
+    return [slice(first, min(first + step, total)) for first in range(0, total, step)]
+
+
+def even_slices(total: int, most: int) -> list[slice]:
+    """The fewest slices of at most `most`, as equal as can be: none is left with a few rows."""
+    count = -(-total // most)
+    return [slice(i * total // count, (i + 1) * total // count) for i in range(count)]
