@@ -136,7 +136,7 @@ def _window_of(module: nn.Module) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-@torch.compiler.disable  # each batch has lengths of its own: compiled, it would be so every time
+@torch.compiler.disable  # lengths differ from batch to batch: it would be compiled anew for each
 def _along_tree(query, key, value, tree: Tree, *, scale, dropout, window, softcap) -> Tensor:
     query, key, value = _autocast(query, key, value)
     varlen = _varlen_kernel(query, value, window, softcap, dropout)
@@ -161,7 +161,7 @@ def _varlen_kernel(query: Tensor, value, window, softcap, dropout) -> Callable |
     if not (query.is_cuda and query.dtype in HALF):
         return None
     K, is_ampere = query.shape[-1], torch.cuda.get_device_capability(query.device) >= (8, 0)
-    # torch's operator fills no head up to a multiple of 8, and wants one size for all three
+    # torch's operator does not pad head sizes to multiples of 8, and wants one for all three
     if K > 256 or K % 8 or value.shape[-1] != K or not is_ampere:
         return None
     if flash_attn_varlen_func is not None:
@@ -198,7 +198,7 @@ def _attend(query, key, value, *, scale, window, softcap, dropout) -> Tensor:
     is_causal = n == seen and (window is None or window >= seen)
     mask = None if is_causal else _causal_mask(n, seen, window, query.device)
     if query.is_cuda and (mask is not None or query.dtype not in HALF):
-        # grouped heads with a mask or in float32: only the slowest kernel
+        # sdpa has only its slowest kernel for grouped heads with a mask or in float32
         key, value = _ungrouped(query, key, value)
     return F.scaled_dot_product_attention(
         query,
@@ -281,5 +281,5 @@ def _flash_attn(query, key, value, *bounds, scale, window_size, softcap, dropout
     )
 
 
-for name in ("eager", "sdpa"):  # of models that were pickled in another process
+for name in ("eager", "sdpa"):  # a model that was pickled once trained asks for these names
     _register(name)

@@ -4,10 +4,11 @@ A layout is a collator (collate.py, or a user's own): it may lay tokens out as i
 it says which rows of the hidden states predict which completion tokens. What its dictionary holds:
 
     input_ids            (S, L) padded, (1, T) packed
-    attention_mask       as input_ids: PairBatch's token_uses, by the name that transformers counts
-                         tokens by; of the padded layout and of collators written for TRL, 0 or 1
+    attention_mask       as input_ids: how many sequences a token belongs to, 0 for padding. It
+                         becomes PairBatch's token_uses; transformers counts tokens by this name
     scored_rows, completion_labels, cu_seqlens, completion_rows    as PairBatch has them
-    completion_mask      (S, L), 1 where a token is scored; padded and TRL's, whose stands for those
+    completion_mask      (S, L), 1 where a token is scored: of the padded layout, and of collators
+                         written for TRL, which give it in place of the line above
     position_ids, tree   packed
     ref_chosen_logps, ref_rejected_logps    (B,), where the pairs have them
     tokens               TokensRun

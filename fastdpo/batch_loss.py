@@ -41,7 +41,7 @@ class PackLoss:
     reference_logps_S: Tensor
 
     def with_gradient(self, token_logps_C: Tensor, cu_seqlens: Tensor) -> PairLoss:
-        """`pairs`, whose loss_B now has its gradient in token_logps_C, the pack's own again."""
+        """`pairs`, whose loss_B now carries its gradient to the pack's token_logps_C."""
         change_C = token_logps_C - token_logps_C.detach()  # 0, but for its gradient
         chosen_B, rejected_B = completion_sums(self.slope_C * change_C, cu_seqlens).chunk(2)
         return self.pairs._replace(loss_B=self.pairs.loss_B + chosen_B + rejected_B)

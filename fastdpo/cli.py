@@ -103,7 +103,7 @@ def _run_command(argv: list[str]) -> int:
 def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     """Train as `argv` says, from the last checkpoint if its output_dir holds one of this run."""
     from fastdpo.parser import TrainParser
-    from fastdpo.run_folder import held, mark_finished, mark_started, run_identity
+    from fastdpo.run_folder import locked, mark_finished, mark_started, run_identity
 
     with _bad_input():
         run, fresh, unknown = TrainParser(prog=prog).parse(argv)
@@ -126,7 +126,7 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     with contextlib.ExitStack() as stack:
         with _bad_input():
             if is_main:
-                stack.enter_context(held(folder.path))
+                stack.enter_context(locked(folder.path))
             if is_made:  # to be taken away again if the run never starts
                 stack.callback(_remove_if_empty, folder.path)
             trainer = _build_trainer(run)
@@ -162,8 +162,8 @@ def _train(trainer: "DPOTrainer", checkpoint: Path | None) -> None:
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except RowError as error:  # the rows of a stream are read only now, perhaps by a worker
-        told = str(error).rpartition(f"{RowError.__name__}: ")[2]  # behind its traceback
-        raise BadInput(_one_line(told)) from error
+        detail = str(error).rpartition(f"{RowError.__name__}: ")[2]  # behind its traceback
+        raise BadInput(_one_line(detail)) from error
 
 
 def verify(argv: Sequence[str]) -> int:
@@ -375,7 +375,7 @@ def _bad_input() -> Iterator[None]:
     """What is wrong with the flags, files, model or rows becomes one line.
 
     ImportError is among it: a flag asked for a package that is not installed. An error of another
-    kind, from deep inside a library, is told with its kind; too little memory stays what it is.
+    kind, from deep inside a library, is reported with its kind; too little memory stays what it is.
     """
     import torch
 
@@ -386,8 +386,8 @@ def _bad_input() -> Iterator[None]:
     except (ValueError, OSError, ImportError) as error:
         raise BadInput(_one_line(error)) from error
     except Exception as error:
-        told = f"{type(error).__name__}: {_one_line(error)} (FASTDPO_DEBUG=1 shows where)"
-        raise BadInput(told) from error
+        detail = f"{type(error).__name__}: {_one_line(error)} (FASTDPO_DEBUG=1 shows where)"
+        raise BadInput(detail) from error
 
 
 def _one_line(error: Exception | str) -> str:

@@ -52,8 +52,8 @@ def _csv_lines(path: str) -> Iterator[list[str]]:
                 if len(cells) > 1 or "".join(cells).strip():
                     yield cells
         except (csv.Error, UnicodeDecodeError) as error:
-            told = f"{path}, after line {reader.line_num}: want CSV in UTF-8, got {error}"
-            raise RowError(told) from None
+            detail = f"{path}, after line {reader.line_num}: want CSV in UTF-8, got {error}"
+            raise RowError(detail) from None
 
 
 def _numbers(row: dict[str, str | None]) -> dict[str, float]:

@@ -3,9 +3,9 @@
     loss = E * sum_e f_e P_e        Switch Transformers, arXiv:2101.03961, equation 4, over layers
 
 f_e is the share of tokens routed to expert e (each token goes to k experts), P_e the router's mean
-probability of e; a token counts once for each sequence that contains it. f_e has no gradient: with
-the batch's f_e, a pack's own sum of probabilities is its part of the loss, and its gradient that of
-the batch's.
+probability of e; a token counts once for each sequence that contains it. f_e carries no gradient:
+with the whole batch's f_e and number of tokens, the packs' losses add up to the batch's, and so do
+their gradients.
 """
 
 from collections.abc import Callable

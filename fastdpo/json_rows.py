@@ -1,4 +1,4 @@
-"""A JSON file, line by line or as one array, read so that what is wrong is told by its line."""
+"""A JSON file, line by line or as one array, read so that an error names its line."""
 
 import codecs
 import json
@@ -110,11 +110,11 @@ def _array_rows(path: Path, whole: bytes) -> Iterator[tuple[int, Any]]:
         raise RowError(f"{path}, line {line}: want UTF-8, got {error}") from None
     try:
         # with one comma between two rows, and nothing behind the array
-        json.loads(text, parse_int=str)  # a number that is too long is told with its row, below
+        json.loads(text, parse_int=str)  # a number that is too long is reported with its row, below
     except json.JSONDecodeError as error:
         raise RowError(f"{path}, line {error.lineno}: want one array of JSON: {error}") from None
     except RecursionError:
-        pass  # told with its row, too
+        pass  # reported with its row, too
     decode = json.JSONDecoder(object_pairs_hook=_each_once).raw_decode
     line, counted = 1, 0
     at = BETWEEN_ROWS.match(text, text.index("[") + 1).end()

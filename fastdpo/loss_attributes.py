@@ -25,7 +25,7 @@ class LossAttributes:
 
     @property
     def loss_types(self) -> list[str]:
-        """args.loss_type; other losses than before weigh 1 each, as those did, or need weights."""
+        """args.loss_type. Setting it drops weights that are all 1; others must be set to match."""
         return self.args.loss_type
 
     @loss_types.setter
@@ -36,7 +36,8 @@ class LossAttributes:
 
     @property
     def loss_weights(self) -> list[float]:
-        """args.loss_weights, a number for each loss even where none was given."""
+        """args.loss_weights; the first read writes 1s where none were given, so that a callback may
+        change one in place."""
         if self.args.loss_weights is None:
             self.args.loss_weights = [1.0] * len(self.args.loss_type)
         return self.args.loss_weights

@@ -40,7 +40,7 @@ class PairLoss(NamedTuple):
     @property
     def logps_S(self) -> Tensor:
         """The policy's log-probabilities of 2B completions, chosen 0..B-1, then rejected."""
-        return self.metrics_MB[4:].flatten()
+        return self.metrics_MB[PAIR_METRICS.index("logps/chosen") :].flatten()
 
 
 def pair_loss(

@@ -28,8 +28,8 @@ class MeasuringTrainer(PackTrainer):
 
     counts: of the current or last training; train() starts anew. _metrics: numbers that a subclass
     appends to a name's list for "train" or "eval", as under TRL; a log has their mean.
-    has_own_loss: whether it makes the loss by itself, which an evaluation then has as transformers
-    averages it.
+    has_own_loss: whether the subclass computes the loss itself; eval_loss is then transformers'
+    average, not the mean over pairs.
     """
 
     restored_on_retry = ("counts", "_metrics")

@@ -94,8 +94,8 @@ def _in_one_kind(parts: list[Rows], names: list[str], *, skip_bad: bool) -> list
         if "chosen" in each
     }
     if len({*kinds.values()}) > 1:
-        told = ", ".join(f"{name} as {kind}" for name, kind in kinds.items())
-        raise ValueError(f"want `datasets` all as {' or all as '.join(KINDS)}, got {told}")
+        detail = ", ".join(f"{name} as {kind}" for name, kind in kinds.items())
+        raise ValueError(f"want `datasets` all as {' or all as '.join(KINDS)}, got {detail}")
     is_stream = isinstance(parts[0], IterableDataset)
     if not is_stream and all(each == features[0] for each in features):
         return parts

@@ -37,7 +37,8 @@ TOKEN_STATS = ("entropy", "mean_logit", "is_top1")  # what metrics are made of
 
 @dataclass
 class ScoredOutput(ModelOutput):
-    """What a forward with `scored_rows` returns: one value per scored row, or completion token.
+    """What a forward with `scored_rows` returns: a value per scored row, which `score` expands to
+    one per completion token.
 
     token_logps_C: float32, carries the gradient. entropy_C, mean_logit_C, log_sum_p2_C (log of the
     sum of the vocabulary's squared probabilities): float32, is_top1_C: bool, no gradient, None
@@ -174,8 +175,8 @@ def _score(
         counts = nn.functional.pad(token_uses, (causal_lm._virtual_tokens, 0), value=1)
         top_k = experts_per_token(causal_lm)
         aux_loss, expert_counts = balancing_loss(outputs.router_logits, top_k, counts, batch_counts)
-    # _C of the N scored rows already: `score` gives each completion token its row's value. The head
-    # of a model on several GPUs may be on another than the batch.
+    # named _C though still of the N scored rows: `score` expands them. The head of a model on
+    # several GPUs may be on another than the batch.
     stats_N = {f"{name}_C": value_N.to(device) for name, value_N in stats_N.items()}
     return ScoredOutput(
         token_logps_C=token_logps_N.to(device),

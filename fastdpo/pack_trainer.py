@@ -199,6 +199,12 @@ class PackTrainer(Trainer):
         run = functools.partial(self._run_packs, step, model)
         if not self.budget.may_shrink:
             return run(inputs)
+        return self._run_until_it_fits(run, model, inputs)
+
+    def _run_until_it_fits(
+        self, run: Callable[[Batch], Tensor], model: nn.Module, inputs: Batch
+    ) -> Tensor:
+        """The batch's loss; while memory runs out, the update starts again from its first batch."""
         if not self._done_batches:
             self._save_state()
         with self.accelerator.no_sync(model):

@@ -153,10 +153,10 @@ def make_ready(
 
 
 def forget_trainer(model: nn.Module) -> None:
-    """Take from a model what accelerate leaves on one that it has prepared.
+    """Remove what accelerate leaves on a model that it has prepared.
 
-    Its autocast, which stays around forward and rounds what then looks like float32, and its mark,
-    with which it would be neither autocast nor wrapped by DDP again.
+    That is the autocast around forward, which would still round a model that looks like float32,
+    and the mark with which accelerate would neither autocast it nor wrap it in DDP again.
     """
     for each in (model, causal_lm_of(model)):
         vars(each).pop("_is_accelerate_prepared", None)
@@ -219,8 +219,8 @@ def _read(reader: type, wanted: str, name: str, **settings: Any) -> Any:
     try:
         return reader.from_pretrained(name, **settings)
     except Exception as error:
-        told = f"{type(error).__name__}: {error}"
-        raise ValueError(f"want {wanted} in {name}, got none: {told}") from error
+        detail = f"{type(error).__name__}: {error}"
+        raise ValueError(f"want {wanted} in {name}, got none: {detail}") from error
 
 
 def _check_found(name: str) -> None:

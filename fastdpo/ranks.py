@@ -1,4 +1,4 @@
-"""What ranks do in turn, and collectives between forwards; with a single process nothing."""
+"""Collectives between forwards, and what one rank does before others; of one process nothing."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext

@@ -64,8 +64,8 @@ class ReferenceCache:
     def add(self, keys: list[bytes], logps_N2: ndarray) -> None:
         """Append these, with a warning where the file cannot be written."""
         pairs = zip(keys, logps_N2.astype("<f8"), strict=True)
-        texts = ((key, logps_2.tobytes()) for key, logps_2 in pairs)
-        records = b"".join(RECORD.pack(*text, self._check(*text)) for text in texts)
+        entries = ((key, logps_2.tobytes()) for key, logps_2 in pairs)
+        records = b"".join(RECORD.pack(*entry, self._checksum(*entry)) for entry in entries)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab", buffering=0) as file:
@@ -79,17 +79,22 @@ class ReferenceCache:
     def _records(self) -> dict[bytes, bytes]:
         """Log-probabilities by key, of the records that are whole and of this reference."""
         try:
-            data = self.path.read_bytes() if self.path.exists() else b""
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return {}
         except OSError as error:
             logger.warning(f"the reference's log-probabilities of earlier runs: {error}")
             return {}
         whole = data[: len(data) // RECORD.size * RECORD.size]
-        records = RECORD.iter_unpack(whole)
-        return {key: logps for key, logps, check in records if check == self._check(key, logps)}
+        return {
+            key: logps
+            for key, logps, checksum in RECORD.iter_unpack(whole)
+            if checksum == self._checksum(key, logps)
+        }
 
-    def _check(self, key: bytes, logps: bytes) -> bytes:
+    def _checksum(self, key: bytes, logps: bytes) -> bytes:
         reference = self.path.stem.encode()
-        return hashlib.blake2b(key + logps, key=reference[-64:], digest_size=8).digest()
+        return hashlib.blake2b(key + logps, key=reference, digest_size=8).digest()
 
     def _key(self, prompt: ndarray, chosen: ndarray, rejected: ndarray) -> bytes:
         digest = hashlib.blake2b(digest_size=16)
@@ -100,7 +105,7 @@ class ReferenceCache:
 
 
 def open_cache(
-    reference: nn.Module, *, adapters_off: bool, cut: Cut, settings: Mapping[str, Any]
+    reference: nn.Module, cut: Cut, *, adapters_off: bool, settings: Mapping[str, Any]
 ) -> ReferenceCache | None:
     """The cache of `reference`, in the folder fastdpo of `datasets`' own.
 

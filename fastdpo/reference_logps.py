@@ -5,8 +5,9 @@
     FrozenModel     a second model, or a copy of what trains in the policy
 
 `make_reference` picks one. Each has `logps(policy, batch, ld_alpha) -> (S,)` and a `source`, which
-describes it. ld_alpha weighs tokens as kernels.reference.completion_sums does, None weighs all
-alike; log-probabilities in the rows are taken as they are.
+describes it; models also `cache(cut, **settings)`, what they gave in earlier runs. ld_alpha weighs
+tokens as kernels.reference.completion_sums does, None weighs all alike; log-probabilities in the
+rows are taken as they are.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +28,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from fastdpo.batch import PairBatch
-from fastdpo.columns import REFERENCE_COLUMNS
+from fastdpo.columns import REFERENCE_COLUMNS, Cut
 from fastdpo.kernels.reference import completion_sums
 from fastdpo.model import attach_scorer, token_logps_without_grad
-from fastdpo.reference_cache import ReferenceCache
+from fastdpo.reference_cache import ReferenceCache, open_cache
 
 BATCHES_AT_ONCE = 16  # scored before the CPU waits for them and keeps them
 
@@ -45,6 +47,9 @@ class AdaptersOff:
         with _adapters_off(self.peft_model):
             return _frozen_logps(policy, batch, ld_alpha)
 
+    def cache(self, cut: Cut, **settings: Any) -> ReferenceCache | None:
+        return open_cache(self.peft_model, cut, adapters_off=True, settings=settings)
+
 
 @dataclass(frozen=True, slots=True)
 class FrozenModel:
@@ -55,6 +60,9 @@ class FrozenModel:
 
     def logps(self, policy: nn.Module, batch: PairBatch, ld_alpha: float | None = None) -> Tensor:
         return _frozen_logps(self.model, batch, ld_alpha)
+
+    def cache(self, cut: Cut, **settings: Any) -> ReferenceCache | None:
+        return open_cache(self.model, cut, adapters_off=False, settings=settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +209,7 @@ def after_precompute(
     is_gone = isinstance(reference, FrozenModel) and reference.model is policy
     source = f"{reference.source}, all rows scored before training"
     if cache and cache.found:
-        source += f" ({cache.found:,} in earlier runs)"
+        source += f" ({cache.found:,} found in the cache)"
     return RowLogps(source, None if is_gone else reference)
 
 

@@ -15,11 +15,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 
 class ResumingTrainer(Trainer):
-    """Loads a PEFT model's adapters whatever their names, and weights that a checkpoint names
-    otherwise than the model (of experts), to resume and as the best model.
+    """Restores what transformers.Trainer would not, to resume and as the best model: a PEFT model's
+    adapters whatever their names, and weights stored under other names than the model's (experts).
 
-    A run that had all its updates resumes to none, a stream in the pass that it was in, and every
-    sampler is told the epoch.
+    A finished run resumes without another update, a stream in the pass it was in, and every sampler
+    gets the epoch.
     """
 
     @property

@@ -65,7 +65,7 @@ class RowTrainer(MeasuringTrainer):
 
     def _remove_unused_columns(self, dataset, description=None):
         pairs = super()._remove_unused_columns(dataset, description)
-        # a collator written for TRL adds lists up, which arrays would take for a sum
+        # a collator written for TRL joins lists with +, which would add arrays element by element
         if not isinstance(pairs, Dataset) or not isinstance(self.data_collator, COLLATORS):
             return pairs
         return pairs.with_format("numpy", columns=[*ID_COLUMNS], output_all_columns=True)
@@ -82,7 +82,8 @@ class RowTrainer(MeasuringTrainer):
             return super().get_eval_dataloader(eval_dataset)
 
     def _forget_other_loader(self, eval_dataset) -> None:
-        """With persistent workers, transformers keeps loaders by name, whatever they are of."""
+        """With persistent workers, transformers keeps loaders by name, even once other rows go by
+        that name."""
         loaders = getattr(self, "_eval_dataloaders", {})
         name = eval_dataset if isinstance(eval_dataset, str) else "eval"
         rows = self.eval_dataset if eval_dataset is None else eval_dataset

@@ -124,7 +124,7 @@ def choose_run_folder(
     if fresh and not _is_free(path):
         path = _make_next_free(path)
     if path.is_dir():
-        with held(path):  # what is in there stands still now, or the folder is another run's
+        with locked(path):  # what is in there stands still now, or the folder is another run's
             pass
     _check_ownership(path, identity, named=named, resume_last=resume_last)
     if _read(path).get("finished"):
@@ -141,7 +141,7 @@ def choose_run_folder(
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Keep other runs on this machine out of `path`, which is made if it is not there.
 
     ValueError where one is in it, and stays. A file system without locks keeps nobody out.
@@ -150,7 +150,7 @@ def held(path: Path) -> Iterator[None]:
     folder = os.open(path, os.O_RDONLY)
     due = time.monotonic() + PATIENCE_S
     try:
-        while not _has_lock(folder):
+        while not _take_lock(folder):
             if time.monotonic() > due:
                 raise ValueError(f"want an output_dir that no other run is writing to, got {path}")
             time.sleep(0.1)
@@ -161,8 +161,9 @@ def held(path: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _has_lock(folder: int) -> bool:
-    """Whether the lock of an open folder is now ours, or there is no such thing."""
+def _take_lock(folder: int) -> bool:
+    """Take the lock of an open folder; False while another process has it. True, too, on a file
+    system without locks."""
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

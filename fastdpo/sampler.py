@@ -31,10 +31,10 @@ class SeededByEpoch(Sampler[int]):
 
 
 class WholeStream(IterableDataset):
-    """`pairs`, of which accelerate gives each rank its part of every batch.
+    """Hides from accelerate that `pairs` is a datasets.IterableDataset.
 
-    It would give a rank some of the files of a datasets.IterableDataset, and where those have
-    fewer rows than another's, that one would wait forever. The price: every rank reads them all.
+    It would share that out by files, and a rank with more rows than another would wait forever. So
+    each rank takes its part of every batch, and reads all rows.
     """
 
     def __init__(self, pairs: datasets.IterableDataset):

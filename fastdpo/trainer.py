@@ -1,9 +1,19 @@
 """DPOTrainer: transformers.Trainer wired to the stages of a DPO step, and no more.
 
-    rows --prepare_pairs--> pairs --collator--> PairBatch --score--> token logps --\\
-                                    reference.logps --> reference logps ------------> loss
+    rows --prepare_pairs--> pairs --collator--> inputs --from_inputs--> batch
+    batch --score--> token logps        batch --reference.logps--> reference logps
+    token logps, reference logps --pair_loss--> losses
 
-The loop, checkpoints, mixed precision and distribution are transformers' and accelerate's.
+Its classes, the first to override first; each file is named after its class:
+
+    DPOTrainer          models, reference and layout set up; the loss of a batch or pack
+    LossAttributes      args' loss settings by TRL's names
+    RowTrainer          rows -> pairs -> data loaders, to train, evaluate and predict
+    MeasuringTrainer    what is logged and evaluated
+    PackTrainer         a batch in packs, within a token budget
+    ResumingTrainer     checkpoints
+    transformers.Trainer, with accelerate: the loop, saving, mixed precision, distribution
+
 README.md has a step in the order of its calls.
 """
 
@@ -37,9 +47,8 @@ from fastdpo.model import (
 from fastdpo.pair_check import check_pairs
 from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
 from fastdpo.ranks import one_rank_first
-from fastdpo.reference_cache import ReferenceCache, open_cache
+from fastdpo.reference_cache import ReferenceCache
 from fastdpo.reference_logps import (
-    AdaptersOff,
     FrozenModel,
     RowLogps,
     after_precompute,
@@ -290,12 +299,8 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         """The main process's, unless a collator of the user's own cuts the pairs."""
         if self.is_sharded or self.layout is COLLATORS_LAYOUT or not self.is_world_process_zero():
             return None
-        adapters_off = isinstance(self.reference, AdaptersOff)
-        return open_cache(
-            self.reference.peft_model if adapters_off else self.reference.model,
-            adapters_off=adapters_off,
-            cut=self.args.cut,
-            settings={"autocast": self.accelerator.mixed_precision, "ld_alpha": self.args.ld_alpha},
+        return self.reference.cache(
+            self.args.cut, autocast=self.accelerator.mixed_precision, ld_alpha=self.args.ld_alpha
         )
 
     def before_packs(self, model: nn.Module, packs: list[dict]) -> list[dict]:
@@ -352,8 +357,8 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         aux_loss = scored.aux_loss
         if aux_loss is not None:
             if experts:
-                # the pack's part times N / B: its B pairs, divided by the update's, then carry
-                # exactly that part of the batch's N pairs
+                # each of the pack's B pairs carries it below: in all N times the pack's part, as
+                # each of a whole batch's N pairs carries the whole
                 aux_loss = aux_loss * experts.num_pairs / batch.num_pairs
             losses = losses._replace(loss_B=losses.loss_B + self.router_aux_loss_coef * aux_loss)
         num_pairs = num_items_in_batch if self.loss_is_scaled_for_ga else None

@@ -130,9 +130,9 @@ def _check_checkpointing(settings: dict[str, Any]) -> None:
         one = torch.zeros(1, requires_grad=True)
         checkpoint(torch.nn.Identity(), one, **({"use_reentrant": False} | settings))
     except Exception as error:
-        told = f"{settings}: {error}"
+        detail = f"{settings}: {error}"
         raise ValueError(
-            f"want gradient_checkpointing_kwargs that torch can take, got {told}"
+            f"want gradient_checkpointing_kwargs that torch can take, got {detail}"
         ) from error
 
 
@@ -163,9 +163,9 @@ def check_optimizer_and_schedule(args: DPOConfig) -> None:
             if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
                 optimizer = kind(parameters, **settings)
     except Exception as error:
-        told = f"{type(error).__name__}: {error}"
+        detail = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"want settings that optim={args.optim.value} can take, got {told}"
+            f"want settings that optim={args.optim.value} can take, got {detail}"
         ) from error
     name, num_updates = args.lr_scheduler_type.value, max(args.max_steps, 1000)
     try:
@@ -179,9 +179,9 @@ def check_optimizer_and_schedule(args: DPOConfig) -> None:
         for rate in getattr(schedule, "lr_lambdas", ()):
             rate(num_updates - 1)
     except Exception as error:
-        told = f"{args.lr_scheduler_kwargs}: {type(error).__name__}: {error}"
+        detail = f"{args.lr_scheduler_kwargs}: {type(error).__name__}: {error}"
         raise ValueError(
-            f"want lr_scheduler_kwargs that lr_scheduler_type={name} can take, got {told}"
+            f"want lr_scheduler_kwargs that lr_scheduler_type={name} can take, got {detail}"
         ) from error
 
 

@@ -8,9 +8,9 @@ Compared are the log-probability of every completion token, the loss of every pa
 of every trained parameter. Both ways run in the precision of the run. On a CPU pair_loss is the
 same function both ways: a mistake of its own shows on a GPU alone.
 
-The reference's log-probabilities are the policy's own plus offsets: equal ones would give every
-pair the same loss. They are of up to 1 / beta, and of no more than 5 nats where the f-divergence is
-an exponential of them. The reference model, dropout, gradient checkpointing and the experts'
+The reference's log-probabilities are the policy's own plus offsets, as equal ones would give every
+pair the same loss. Offsets are at most 1 / beta, and at most 5 nats where the f-divergence is
+exponential in them. The reference model, dropout, gradient checkpointing and the experts'
 load-balancing loss are left out.
 
 A loss of a whole batch (aot, aot_unpaired, sft) mixes per_device_train_batch_size pairs both ways.
@@ -282,7 +282,7 @@ def describe(subject: Subject, plain: Plain) -> str:
         f"  token      {logp:.1e} nats rms, {LARGEST} times that for one: {LOGP_ROUNDINGS} "
         f"roundings, at least {LEAST_LOGP:g}, times the logits' standard deviation "
         f"({plain.spread:.2g}, at least 1)",
-        "  loss       what tokens that far off, each in its own direction, make of it",
+        "  loss       what independent errors of that size in its tokens add up to",
         f"  gradient   {gradient:.1e} of a parameter's own: {GRADIENT_ROUNDINGS} roundings, "
         f"at least {LEAST_GRADIENT:g}",
     )
@@ -334,7 +334,7 @@ def _compare_tokens(subject, layout, plain: Plain, answer: Answer, tolerance: To
 
 
 def _compare_losses(subject, layout, plain: Plain, answer: Answer, tolerance: Tolerance) -> Finding:
-    """A loss may be as far off as its tokens, each its tolerance off and in its own direction."""
+    """A loss may be off by what independent errors of its tokens, each as allowed, add up to."""
     loss_B = plain.answer.loss_B
     rounding_B = 16 * torch.finfo(loss_B.dtype).eps * (1 + loss_B.abs())
     return _finding(

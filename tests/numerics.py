@@ -1,3 +1,5 @@
+"""Tolerances made from the data."""
+
 import torch
 from torch import Tensor
 

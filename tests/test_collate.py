@@ -1,3 +1,5 @@
+"""What a forward is given of a batch, in each layout: tokens, positions, labels, what is shared."""
+
 import itertools
 from types import SimpleNamespace
 

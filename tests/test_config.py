@@ -1,3 +1,5 @@
+"""DPOConfig: TRL's defaults, what each setting reaches, and what is refused."""
+
 import logging
 import math
 import re

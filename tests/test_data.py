@@ -1,3 +1,5 @@
+"""Rows of text, conversations and token ids as tokenised pairs."""
+
 import copy
 import json
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""The load-balancing loss: as the model makes it, in every layout and in packs."""
+
 import types
 
 import families

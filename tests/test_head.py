@@ -1,3 +1,5 @@
+"""What a head may look like: adapters, scalings and caps; what is refused."""
+
 import families
 import pytest
 import tiny

@@ -1,3 +1,5 @@
+"""linear_logps against its twin in float64: values, gradients, statistics, refusals."""
+
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,3 +1,5 @@
+"""Scores against the model's own logits, through whatever wraps the model."""
+
 import copy
 
 import families

@@ -1,3 +1,5 @@
+"""Triton or torch, and that both refuse alike."""
+
 import pytest
 import torch
 

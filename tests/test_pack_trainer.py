@@ -1,3 +1,5 @@
+"""Packs train as whole batches do: with experts, short of memory, on two ranks."""
+
 import json
 from pathlib import Path
 
@@ -397,8 +399,8 @@ def test_two_ranks_train_as_one(two_ranks, alone, run):
 
 
 def test_ranks_find_what_an_earlier_run_scored(two_ranks):
-    assert "earlier" not in two_ranks["even"][0]["reference"]
-    assert "(32 in earlier runs)" in two_ranks["again"][0]["reference"]
+    assert "cache" not in two_ranks["even"][0]["reference"]
+    assert "(32 found in the cache)" in two_ranks["again"][0]["reference"]
 
 
 def test_ranks_have_as_many_forwards_where_these_are_collective(two_ranks):

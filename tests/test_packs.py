@@ -1,3 +1,5 @@
+"""How a batch is parted into packs."""
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st

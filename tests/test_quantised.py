@@ -1,3 +1,5 @@
+"""Heads of bitsandbytes' layers, dequantised a tile at a time."""
+
 from types import SimpleNamespace
 
 import pytest

@@ -49,7 +49,7 @@ def only_reference(cache):
 def test_another_run_with_other_hyperparameters_scores_nothing(tmp_path, tokenizer, scored):
     first = start(tmp_path, tokenizer)
     assert sum(scored) == len(first.train_dataset) == 8
-    assert "earlier" not in first.summary()
+    assert "cache" not in first.summary()
     scored.clear()
     second = start(
         tmp_path,
@@ -63,11 +63,23 @@ def test_another_run_with_other_hyperparameters_scores_nothing(tmp_path, tokeniz
         seed=7,
     )
     assert scored == []
-    assert "all rows scored before training (8 in earlier runs)" in second.summary()
+    assert "all rows scored before training (8 found in the cache)" in second.summary()
     for column, values in logps_of(first).items():
         assert np.array_equal(values, logps_of(second)[column])
     first.train()
     assert logged(first)[0] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_the_reference_scores_as_many_pairs_at_a_time_as_asked(
+    tmp_path, tokenizer, scored, monkeypatch
+):
+    monkeypatch.setattr(datasets, "is_caching_enabled", lambda: False)
+    rows = tiny.rows()
+    settings = {"rows": rows[:5], "per_device_eval_batch_size": 2}
+    settings["eval_dataset"] = Dataset.from_list(rows[5:])
+    start(tmp_path, tokenizer, **settings)
+    start(tmp_path, tokenizer, precompute_ref_batch_size=3, **settings)
+    assert scored == [4, 1, 2, 1, 3, 2, 3]
 
 
 def test_rows_that_were_scored_are_found_among_others(tmp_path, tokenizer, scored):
@@ -205,15 +217,12 @@ def test_a_number_that_is_none_is_scored_again(tmp_path, tokenizer, scored):
 
 
 def test_a_run_without_caching_or_with_its_own_collator_keeps_nothing(
-    tmp_path, tokenizer, scored, cache
+    tmp_path, tokenizer, scored, cache, monkeypatch
 ):
     own = PaddedCollator(pad_token_id=tokenizer.pad_token_id)
     start(tmp_path, tokenizer, data_collator=own)
-    datasets.disable_caching()
-    try:
-        start(tmp_path, tokenizer)
-    finally:
-        datasets.enable_caching()
+    monkeypatch.setattr(datasets, "is_caching_enabled", lambda: False)
+    start(tmp_path, tokenizer)
     assert not list(cache.glob("reference-*"))
     assert sum(scored) == 16
 

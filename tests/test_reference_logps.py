@@ -17,7 +17,6 @@ from peft import (
 )
 from trainers import LORA, logged, make_trainer, trained_before, weights
 
-import fastdpo
 from fastdpo import DPOTrainer
 from fastdpo.batch import PairBatch
 from fastdpo.reference_logps import AdaptersOff, FrozenModel, frozen_copy, make_reference
@@ -62,32 +61,16 @@ def test_the_reference_weighs_tokens_as_the_loss_does(tmp_path, tokenizer, adapt
     assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_every_set_of_rows_is_scored_before_training(tmp_path, tokenizer, monkeypatch):
-    def scored(**settings):
+def test_every_set_of_rows_is_scored_before_training(tmp_path, tokenizer):
+    rows = Dataset.from_list(tiny.rows(5))
+    for given in (rows, {"one": rows, "other": rows}):
         trainer = make_trainer(
-            tmp_path,
-            tokenizer,
-            precompute_ref_log_probs=True,
-            per_device_eval_batch_size=3,
-            **settings,
+            tmp_path, tokenizer, eval_dataset=given, precompute_ref_log_probs=True
         )
         evaluated = trainer.eval_dataset
         several = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-        return [trainer.train_dataset, *several]
-
-    own, sizes = fastdpo.trainer.with_reference_logps, []
-
-    def with_reference_logps(dataset, *, batch_size, **arguments):
-        sizes.append(batch_size)
-        return own(dataset, batch_size=batch_size, **arguments)
-
-    monkeypatch.setattr("fastdpo.trainer.with_reference_logps", with_reference_logps)
-    rows = Dataset.from_list(tiny.rows(5))
-    for given in (rows, {"one": rows, "other": rows}):
-        for dataset in scored(eval_dataset=given):
+        for dataset in (trainer.train_dataset, *several):
             assert set(SCORED) <= set(dataset.column_names)
-    scored(eval_dataset=given, precompute_ref_batch_size=2)
-    assert sizes == [4, 3, 4, 3, 3, 2, 2, 2]
 
 
 def test_an_explicit_reference_is_used_and_not_trained(tmp_path, tokenizer):

@@ -1,3 +1,5 @@
+"""Files, folders and Hub names as rows; what is wrong in them is named or counted."""
+
 import io
 import json
 import re

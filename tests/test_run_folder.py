@@ -23,7 +23,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
 from fastdpo.run_folder import (
     choose_run_folder,
-    held,
+    locked,
     mark_finished,
     mark_started,
     run_identity,
@@ -58,22 +58,22 @@ def identity_of(tmp_path, *, script=None, model=None, mixture=None, **training):
 
 def test_a_folder_that_a_run_writes_to_is_no_others(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "PATIENCE_S", 0)
-    with held(tmp_path / "out"):
-        for enter in (lambda: held(tmp_path / "out").__enter__(), partial(choose, tmp_path)):
+    with locked(tmp_path / "out"):
+        for enter in (lambda: locked(tmp_path / "out").__enter__(), partial(choose, tmp_path)):
             with pytest.raises(ValueError, match="no other run is writing to, got .*out"):
                 enter()
         (tmp_path / "out/mine").write_text("")
         assert choose(tmp_path, fresh=True).path == tmp_path / "out-2"
     assert choose(tmp_path).path == tmp_path / "out"
-    with held(tmp_path / "out"):
+    with locked(tmp_path / "out"):
         pass
 
 
 def test_a_killed_runs_loaders_are_waited_for(tmp_path):
     with contextlib.ExitStack() as other:
-        other.enter_context(held(tmp_path / "out"))
+        other.enter_context(locked(tmp_path / "out"))
         threading.Timer(0.5, other.close).start()
-        with held(tmp_path / "out"):
+        with locked(tmp_path / "out"):
             pass
 
 
@@ -86,7 +86,7 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkey
         raise OSError("no locks here")
 
     monkeypatch.setattr(run_folder.fcntl, "flock", flock)
-    with held(tmp_path / "out"):
+    with locked(tmp_path / "out"):
         assert (tmp_path / "out").is_dir()
 
 

@@ -1,3 +1,5 @@
+"""What the check before training finds out about a model."""
+
 import families
 import pytest
 import tiny

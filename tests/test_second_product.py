@@ -1,3 +1,5 @@
+"""u += p w of one tile, whole and filtered, against float64."""
+
 import dataclasses
 
 import pytest

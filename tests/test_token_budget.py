@@ -1,3 +1,5 @@
+"""How many tokens memory has room for, and which packs a budget takes."""
+
 import families
 import pytest
 import tiny

@@ -1,3 +1,5 @@
+"""DPOTrainer as a user sees it: it learns, logs, saves and says what is wrong."""
+
 import copy
 import logging
 import math
