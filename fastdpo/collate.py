@@ -8,7 +8,6 @@ Pairs have the columns of columns.py. B of them become S = 2B sequences, prompt 
 0..B-1, then rejected, each cut to max_length.
 """
 
-import functools
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,9 +18,9 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from fastdpo.batch import TokensRun, cu_seqlens_of, scored_positions
+from fastdpo.batch import TokensRun, scored_positions
 from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS, Cut, Pair
-from fastdpo.tree import Branch, Tree, Trunk, ranges
+from fastdpo.packed_row import PackedRow
 
 SAMPLED_PAIRS = 32  # start-up checks take the longest of the first: it reaches past most windows
 
@@ -110,56 +109,6 @@ class PaddedCollator:
         return -(-longest // multiple) * multiple
 
 
-class _Group:
-    """Sequences that are laid out together: one prompt, and the completions that follow it."""
-
-    def __init__(self, prompt: ndarray):
-        self.prompt = prompt
-        self.completions: list[ndarray] = []  # no two alike
-        self.uses: list[int] = []  # how many sequences have each of them
-        self._places: dict[bytes, int] = {}
-
-    def add(self, completion: ndarray) -> int:
-        """The place of `completion` among this group's."""
-        place = self._places.setdefault(completion.tobytes(), len(self.completions))
-        if place == len(self.completions):
-            self.completions.append(completion)
-            self.uses.append(0)
-        self.uses[place] += 1
-        return place
-
-    # what follows is read once all completions are there
-
-    @functools.cached_property
-    def shared_completion(self) -> int:
-        """How many tokens all completions begin with alike."""
-        return _common_prefix(self.completions)
-
-    @functools.cached_property
-    def shared(self) -> int:
-        """How many tokens all sequences begin with alike, from the prompt's first."""
-        return len(self.prompt) + self.shared_completion
-
-    @functools.cached_property
-    def first(self) -> int:
-        """The place of the completion that continues the shared beginning in the trunk."""
-        lengths = map(len, self.completions)
-        # one that ends with the shared beginning has nothing to continue it with
-        return next((i for i, n in enumerate(lengths) if n > self.shared_completion), 0)
-
-
-def _common_prefix(arrays: list[ndarray]) -> int:
-    """How many elements all arrays begin with alike."""
-    first, *others = arrays
-    length = len(first)
-    for other in others:
-        length = min(length, len(other))
-        differs = first[:length] != other[:length]
-        if differs.any():
-            length = int(differs.argmax())
-    return length
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedCollator:
     """Lays sequences end to end in one row; with `share`, those of one prompt as a tree."""
@@ -169,12 +118,11 @@ class PackedCollator:
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[str, Any]:
         sequences = _sequences(pairs, self.cut)
-        groups, members = self._groups(sequences)
-        packed = _PackedRow(groups)
+        packed = PackedRow(sequences, share=self.share)
         lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
         return {
             **packed.inputs(),
-            **packed.scored(members),
+            **packed.scored(),
             **_reference(pairs),
             "tokens": TokensRun(
                 run=packed.size,
@@ -195,113 +143,6 @@ class PackedCollator:
     def tokens(self, size: Size) -> int | ndarray:
         """Tokens in a forward of this size."""
         return size.tokens
-
-    def _groups(
-        self, sequences: list[tuple[ndarray, ndarray]]
-    ) -> tuple[list[_Group], list[tuple[int, int]]]:
-        """Groups, and for each sequence its group and its completion's place there."""
-        groups: list[_Group] = []
-        members, places = [], {}
-        for s, (prompt, completion) in enumerate(sequences):
-            place = places.setdefault(prompt.tobytes() if self.share else s, len(groups))
-            if place == len(groups):
-                groups.append(_Group(prompt))
-            members.append((place, groups[place].add(completion)))
-        return groups, members
-
-
-class _PackedRow:
-    """Where everything is: trunks first, the other branches of all groups behind them.
-
-    A segment is a run of tokens at consecutive positions that belong to as many sequences each.
-    """
-
-    def __init__(self, groups: list[_Group]):
-        self.groups = groups
-        self.trunks: list[Trunk] = []
-        self.branches: list[Branch] = []
-        self.starts: dict[tuple[int, int], int] = {}  # (group, completion) -> where its rest starts
-        self.size = 0
-        self._tokens: list[ndarray] = []  # of each segment; then its first position, its uses
-        self._positions: list[int] = []
-        self._uses: list[int] = []
-        for g, group in enumerate(groups):
-            shared, rest = np.split(group.completions[group.first], [group.shared_completion])
-            start = self._take(group.prompt, 0, sum(group.uses))
-            self._take(shared, len(group.prompt), sum(group.uses))
-            self.starts[g, group.first] = self._take(rest, group.shared, group.uses[group.first])
-            self.trunks.append(Trunk(start, self.size))
-        for g, group in enumerate(groups):
-            for c, completion in enumerate(group.completions):
-                if c != group.first:
-                    rest = completion[group.shared_completion :]
-                    start = self.starts[g, c] = self._take(rest, group.shared, group.uses[c])
-                    if len(rest):
-                        branch = Branch(start, self.size, self.trunks[g].start, group.shared)
-                        self.branches.append(branch)
-
-    def _take(self, tokens: ndarray, position: int, uses: int) -> int:
-        """Lay a segment behind those before it; where its first token is."""
-        start, self.size = self.size, self.size + len(tokens)
-        self._tokens.append(tokens)
-        self._positions.append(position)
-        self._uses.append(uses)
-        return start
-
-    def inputs(self) -> dict[str, Any]:
-        """Token ids, positions, how many sequences each token belongs to, and the tree."""
-        lengths = [len(tokens) for tokens in self._tokens]
-        counts_T = np.repeat(np.array(self._uses, np.int64), lengths)
-        return {
-            "input_ids": torch.from_numpy(np.concatenate(self._tokens))[None],
-            "position_ids": torch.from_numpy(ranges(self._positions, lengths))[None],
-            # no mask: PairBatch's token_uses, by the name that transformers counts tokens by
-            "attention_mask": torch.from_numpy(counts_T)[None],
-            "tree": Tree.of(self.trunks, self.branches),
-        }
-
-    def scored(self, members: list[tuple[int, int]]) -> dict[str, Any]:
-        """Scored rows and labels, each once, and where each completion's tokens are among them.
-
-        A completion is two pieces: (its group, None), what all of the group begin with, and (its
-        group, its place), the rest. A piece that several completions have is scored once.
-        """
-        numbers: dict[tuple, int] = {}  # of each piece, in the order they are met
-        row_ranges, labels = [], []  # of each, in that order
-        pieces = []  # both of each completion, by their numbers
-        for group, place in members:
-            for piece in ((group, None), (group, place)):
-                if piece not in numbers:
-                    numbers[piece] = len(numbers)
-                    its_ranges, its_labels = self._scored_piece(*piece)
-                    row_ranges += its_ranges
-                    labels.append(its_labels)
-                pieces.append(numbers[piece])
-        counts = np.array([len(its_labels) for its_labels in labels])
-        inputs = {
-            "scored_rows": torch.from_numpy(ranges(*np.array(row_ranges).T)),
-            "completion_labels": torch.from_numpy(np.concatenate(labels)),
-            "cu_seqlens": cu_seqlens_of(counts[pieces].reshape(-1, 2).sum(1)),
-        }
-        if counts[pieces].sum() != counts.sum():  # else every row is read once, in this very order
-            starts = np.cumsum(counts) - counts
-            inputs["completion_rows"] = torch.from_numpy(ranges(starts[pieces], counts[pieces]))
-        return inputs
-
-    def _scored_piece(self, g: int, c: int | None) -> tuple[list[tuple[int, int]], ndarray]:
-        """The shared beginning's completion tokens (c None) or c's rest, and the rows that predict
-        them, as ranges: (first row, length). A sequence's first token has none that predicts it."""
-        group, trunk = self.groups[g], self.trunks[g]
-        if c is None:
-            labels = group.completions[0][: group.shared_completion]
-            if not len(group.prompt):
-                return [(trunk.start, max(0, len(labels) - 1))], labels[1:]
-            return [(trunk.start + len(group.prompt) - 1, len(labels))], labels
-        labels = group.completions[c][group.shared_completion :]
-        own = (self.starts[g, c], max(0, len(labels) - 1))
-        if not group.shared:
-            return [own], labels[1:]
-        return [(trunk.start + group.shared - 1, min(1, len(labels))), own], labels
 
 
 LAYOUTS = ("shared", "packed", "padded")

@@ -4,7 +4,7 @@
     a trunk     is one causal sequence
     a branch    sees the first `shared` tokens of its trunk, and itself causally
 
-collate.py lays pairs out so; attention.py runs attention along it.
+packed_row.py lays pairs out so; attention.py runs attention along it.
 """
 
 from dataclasses import dataclass, fields, replace

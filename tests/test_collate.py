@@ -130,6 +130,18 @@ def test_token_ids_may_be_lists_or_arrays_of_any_integers(layout):
             assert torch.equal(ours[name], theirs[name]), name
 
 
+def test_a_group_is_laid_out_as_the_docstring_of_packed_row_draws_it():
+    row = {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 2], "rejected_ids": [7, 9, 2]}
+    inputs = collate([row], "shared")
+    assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 2, 9, 2]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4]]
+    assert inputs["attention_mask"].tolist() == [[2, 2, 2, 1, 1, 1, 1]]
+    assert inputs["scored_rows"].tolist() == [1, 2, 3, 2, 5]
+    assert inputs["completion_labels"].tolist() == [7, 8, 2, 9, 2]
+    assert inputs["completion_rows"].tolist() == [0, 1, 2, 0, 3, 4]
+    assert inputs["tree"].trunks == ((0, 5),) and inputs["tree"].branches == ((5, 7, 0, 3),)
+
+
 @pytest.mark.parametrize("chosen, rejected", [([4, 5], [4, 5, 9]), ([4, 5, 9], [4, 5])])
 def test_a_completion_that_another_continues_is_no_branch_of_its_own(chosen, rejected):
     row = {"prompt_ids": [1, 2], "chosen_ids": chosen, "rejected_ids": rejected}

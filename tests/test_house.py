@@ -22,7 +22,7 @@ GROUPS = {
     "model": "policy model head quantised experts scorer_check attention layout layout_check "
     "reference_logps reference_cache",
     "loss": "losses batch_loss ops",
-    "batches": "collate tree packs token_budget batch",
+    "batches": "collate packed_row tree packs token_budget batch",
     "rows": "rows csv_rows json_rows columns preferences messages row_errors data row_report "
     "pairs_cache",
 }
