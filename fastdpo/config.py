@@ -35,8 +35,7 @@ class DPOConfig(TrainingArguments):
     """Every setting of a DPO run; ValueError names the field, what was wanted and what came.
 
     Only DPO's own settings are here; the rest are transformers.TrainingArguments. TRL's features
-    that fastdpo does not run yet (sync_ref_model, activation_offloading) are refused when switched
-    on; settings that only such a feature reads have no effect.
+    that fastdpo does not run yet (activation_offloading) are refused when switched on.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
@@ -139,9 +138,16 @@ class DPOConfig(TrainingArguments):
     precompute_ref_batch_size: int | None = setting(
         None, "Pairs per forward while doing so; unset: the train or eval batch size."
     )
-    sync_ref_model: bool = setting(False, "TR-DPO: let the reference follow. Not there yet.")
-    ref_model_mixup_alpha: float = setting(0.6, "Used by sync_ref_model.")
-    ref_model_sync_steps: int = setting(512, "Used by sync_ref_model.")
+    sync_ref_model: bool = setting(
+        False,
+        "TR-DPO (arXiv:2404.09656): let the reference follow the policy, in full fine-tuning.",
+    )
+    ref_model_mixup_alpha: float = setting(
+        0.6, "Used by sync_ref_model: the policy's share in the new reference, in (0, 1]."
+    )
+    ref_model_sync_steps: int = setting(
+        512, "Used by sync_ref_model: updates from one to the next."
+    )
 
     # The loss
     loss_type: list[str] = setting(
@@ -313,6 +319,14 @@ class DPOConfig(TrainingArguments):
         coef, batch_size = self.router_aux_loss_coef, self.precompute_ref_batch_size
         _want(coef is None or 0 <= coef < math.inf, "router_aux_loss_coef >= 0", coef)
         _want(batch_size is None or batch_size > 0, "precompute_ref_batch_size > 0", batch_size)
+        share, steps = self.ref_model_mixup_alpha, self.ref_model_sync_steps
+        _want(0 < share <= 1, "ref_model_mixup_alpha in (0, 1]", share)
+        _want(steps >= 1, "ref_model_sync_steps >= 1", steps)
+        _want(
+            not (self.sync_ref_model and self.precompute_ref_log_probs),
+            "precompute_ref_log_probs=False with sync_ref_model (the reference changes)",
+            self.precompute_ref_log_probs,
+        )
         weights, alpha = self.loss_weights, self.f_alpha_divergence_coef
         _want(weights is None or _are_finite(weights), "loss_weights as finite numbers", weights)
         _want(_are_finite([alpha]), "a finite f_alpha_divergence_coef", alpha)
@@ -367,9 +381,8 @@ class DPOConfig(TrainingArguments):
 
     def _check_unsupported(self):
         """What fastdpo does not run yet: refused where it is switched on."""
-        for name in ("sync_ref_model", "activation_offloading"):
-            value = getattr(self, name)
-            _want(not value, f"{name}=False (True is not there yet)", value)
+        offloading = self.activation_offloading
+        _want(not offloading, "activation_offloading=False (True is not there yet)", offloading)
         dispatch = self.accelerator_config.dispatch_batches
         _want(not dispatch, "dispatch_batches=False in accelerator_config", dispatch)
         liger = (self.liger_kernel_config or {}).get("fused_linear_cross_entropy")

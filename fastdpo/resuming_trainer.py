@@ -13,14 +13,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from fastdpo.following_reference import FollowPolicy
+
 
 class ResumingTrainer(Trainer):
     """Restores what transformers.Trainer would not, to resume and as the best model: a PEFT model's
     adapters whatever their names, and weights stored under other names than the model's (experts).
 
     A finished run resumes without another update, a stream in the pass it was in, and every sampler
-    gets the epoch.
+    gets the epoch. follower: what moves the reference of TR-DPO, which checkpoints then hold.
     """
+
+    follower: FollowPolicy | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -83,6 +87,16 @@ class ResumingTrainer(Trainer):
                 "want a stream with batches for gradient_accumulation_steps="
                 f"{self.args.gradient_accumulation_steps}, got fewer in a whole pass"
             )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.follower and self.args.should_save:
+            self.follower.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.follower and checkpoint is not None:
+            self.follower.load(checkpoint)
 
     def _load_best_model(self):
         if not self._loads(self.state.best_model_checkpoint):

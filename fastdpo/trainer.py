@@ -32,6 +32,7 @@ from fastdpo.collate import first_pairs_longest_first
 from fastdpo.columns import Pair
 from fastdpo.config import DPOConfig
 from fastdpo.experts import ExpertCounts, aux_loss_weight, with_batch_experts
+from fastdpo.following_reference import FollowPolicy
 from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck
 from fastdpo.loss_attributes import LossAttributes
@@ -207,6 +208,9 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             is_sharded=self.is_sharded,
             device=args.device,
         )
+        if args.sync_ref_model:
+            self.follower = FollowPolicy(self.model, self.reference, is_sharded=self.is_sharded)
+            self.add_callback(self.follower)
         check_pairs(datasets, self.models().values(), args)
         if not self.is_sharded:
             ids = (pair["prompt_ids"] + pair["chosen_ids"])[:32]

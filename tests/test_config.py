@@ -220,6 +220,9 @@ def test_the_ends_of_a_range_are_in_it(tmp_path, name, value):
         ("router_aux_loss_coef", math.inf),
         ("f_alpha_divergence_coef", math.nan),
         ("precompute_ref_batch_size", 0),
+        ("ref_model_mixup_alpha", 0.0),
+        ("ref_model_mixup_alpha", 1.5),
+        ("ref_model_sync_steps", 0),
         ("beta", math.inf),
         ("learning_rate", -1e-6),
         ("learning_rate", math.nan),
@@ -246,7 +249,6 @@ def test_a_value_out_of_range_is_refused_by_name(tmp_path, name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("sync_ref_model", True),
         ("activation_offloading", True),
     ],
 )

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 GROUPS = {
     "commands": "cli parser run_folder checkpoints mixture verify subject demo demo_task",
     "training": "trainer row_trainer measuring_trainer pack_trainer resuming_trainer "
-    "loss_attributes metrics ranks sampler summary trainer_check pair_check start_check",
+    "following_reference loss_attributes metrics ranks sampler summary "
+    "trainer_check pair_check start_check",
     "settings": "config arguments",
     "model": "policy model head quantised experts scorer_check attention layout layout_check "
     "reference_logps reference_cache",

@@ -109,6 +109,12 @@ def test_every_loss_logs_the_numbers_of_trl(model, tmp_path, settings):
     assert_logs_alike(model, tmp_path, max_steps=3, **settings)
 
 
+@pytest.mark.parametrize("ref_seed", [None, 1], ids=["a copy", "another model"])
+def test_a_reference_follows_the_policy_as_under_trl(model, tmp_path, ref_seed):
+    settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.7}
+    assert_logs_alike(model, tmp_path, ref_seed=ref_seed, max_steps=6, **settings)
+
+
 @pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired", "sft"])
 def test_accumulated_batches_are_mixed_each_on_its_own(model, tmp_path, loss_type):
     settings = {"loss_type": loss_type, "gradient_accumulation_steps": 2, "max_steps": 3}

@@ -1,0 +1,83 @@
+"""TR-DPO: a reference that follows the policy, also through a checkpoint."""
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig
+from trainers import LORA, logged, make_trainer, weights
+
+from fastdpo import DPOTrainer
+from fastdpo.following_reference import FILE, FollowPolicy
+
+FOLLOWING = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.25}
+
+
+def test_the_reference_moves_to_the_policy_every_few_updates(tmp_path, tokenizer):
+    start = weights(tiny.model("llama", len(tokenizer)))
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=3, **FOLLOWING)
+    at_step_2 = {}
+    own = trainer.follower.on_step_end
+
+    def noted(args, state, control, **others):
+        own(args, state, control, **others)
+        if state.global_step == 2:
+            at_step_2.update(weights(trainer.model))
+
+    trainer.follower.on_step_end = noted
+    trainer.train()
+    for name, weight in trainer.ref_model.named_parameters():
+        wanted = 0.25 * at_step_2[name] + 0.75 * start[name]
+        torch.testing.assert_close(weight, wanted, rtol=0, atol=1e-7)
+        assert not weight.requires_grad
+    assert abs(logged(trainer)[0] - 0.6931) < 1e-4
+
+
+def test_what_the_reference_has_in_common_with_the_policy_stays(tmp_path, tokenizer):
+    model = tiny.model("llama", len(tokenizer))
+    model.model.embed_tokens.requires_grad_(False)
+    before = model.model.embed_tokens.weight.clone()
+    trainer = make_trainer(tmp_path, tokenizer, model=model, **FOLLOWING)
+    assert trainer.ref_model.model.embed_tokens.weight is model.model.embed_tokens.weight
+    trainer.train()
+    assert torch.equal(model.model.embed_tokens.weight, before)
+
+
+def test_a_resumed_run_goes_on_with_its_reference(tmp_path, tokenizer):
+    settings = FOLLOWING | {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    whole = make_trainer(tmp_path, tokenizer, **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path, tokenizer, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert logged(resumed) == logged(whole)
+    for (name, one), other in zip(
+        resumed.ref_model.named_parameters(), whole.ref_model.parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    (tmp_path / "checkpoint-3" / FILE).unlink()
+    with pytest.raises(ValueError, match=f"want the reference's parameters in .*{FILE}, got none"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_run_whose_reference_stays_saves_none(tmp_path, tokenizer):
+    make_trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=2).train()
+    assert (tmp_path / "checkpoint-2").exists() and not (tmp_path / "checkpoint-2" / FILE).exists()
+
+
+def test_what_cannot_follow_is_refused(tmp_path, tokenizer):
+    def refused(wanted, **settings):
+        with pytest.raises(ValueError, match=wanted):
+            make_trainer(tmp_path, tokenizer, **FOLLOWING, **settings)
+
+    refused("full fine-tuning .*got adapters", peft_config=LoraConfig(**LORA))
+    scored = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -30.0}
+    refused("a reference model .*in the rows", rows=[row | scored for row in tiny.rows()])
+    refused("precompute_ref_log_probs=False", precompute_ref_log_probs=True)
+    smaller = tiny.model("llama", len(tokenizer), seed=1)
+    del smaller.model.layers[-1]
+    refused(r"differs in model\.layers\.\d", ref_model=smaller)
+
+
+def test_weights_in_pieces_do_not_follow(tmp_path, tokenizer):
+    trainer: DPOTrainer = make_trainer(tmp_path, tokenizer)
+    with pytest.raises(ValueError, match="got FSDP or DeepSpeed"):
+        FollowPolicy(trainer.model, trainer.reference, is_sharded=True)
