@@ -5,9 +5,9 @@
     FrozenModel     a second model, or a copy of what trains in the policy
 
 `make_reference` picks one. Each has `logps(policy, batch, ld_alpha) -> (S,)` and a `source`, which
-describes it; models also `cache(cut, **settings)`, what they gave in earlier runs. ld_alpha weighs
-tokens as kernels.reference.completion_sums does, None weighs all alike; log-probabilities in the
-rows are taken as they are.
+describes it; models also `cache(...)`, what they gave in earlier runs (reference_cache.open_cache).
+ld_alpha weighs tokens as kernels.reference.completion_sums does, None weighs all alike;
+log-probabilities in the rows are taken as they are.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ class AdaptersOff:
         with _adapters_off(self.peft_model):
             return _frozen_logps(policy, batch, ld_alpha)
 
-    def cache(self, cut: Cut, **settings: Any) -> ReferenceCache | None:
-        return open_cache(self.peft_model, cut, adapters_off=True, settings=settings)
+    def cache(self, cut: Cut, probe_logps_S: Tensor, **settings: Any) -> ReferenceCache | None:
+        return open_cache(self.peft_model, cut, probe_logps_S, adapters_off=True, **settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class FrozenModel:
     def logps(self, policy: nn.Module, batch: PairBatch, ld_alpha: float | None = None) -> Tensor:
         return _frozen_logps(self.model, batch, ld_alpha)
 
-    def cache(self, cut: Cut, **settings: Any) -> ReferenceCache | None:
-        return open_cache(self.model, cut, adapters_off=False, settings=settings)
+    def cache(self, cut: Cut, probe_logps_S: Tensor, **settings: Any) -> ReferenceCache | None:
+        return open_cache(self.model, cut, probe_logps_S, adapters_off=False, **settings)
 
 
 @dataclass(frozen=True, slots=True)

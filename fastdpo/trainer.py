@@ -22,6 +22,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+from datasets import is_caching_enabled
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -48,7 +49,7 @@ from fastdpo.model import (
 from fastdpo.pair_check import check_pairs
 from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
 from fastdpo.ranks import one_rank_first
-from fastdpo.reference_cache import ReferenceCache
+from fastdpo.reference_cache import ReferenceCache, probe_pairs
 from fastdpo.reference_logps import (
     FrozenModel,
     RowLogps,
@@ -301,11 +302,12 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
 
     def _reference_cache(self) -> ReferenceCache | None:
         """The main process's, unless a collator of the user's own cuts the pairs."""
-        if self.is_sharded or self.layout is COLLATORS_LAYOUT or not self.is_world_process_zero():
+        is_none = self.is_sharded or self.layout is COLLATORS_LAYOUT or not is_caching_enabled()
+        if is_none or not self.is_world_process_zero():
             return None
-        return self.reference.cache(
-            self.args.cut, autocast=self.accelerator.mixed_precision, ld_alpha=self.args.ld_alpha
-        )
+        inputs = self.to_device(self.data_collator(probe_pairs(causal_lm_of(self.model))))
+        logps_S = self._reference_logps(self.model, PairBatch.from_inputs(inputs))
+        return self.reference.cache(self.args.cut, logps_S, ld_alpha=self.args.ld_alpha)
 
     def before_packs(self, model: nn.Module, packs: list[dict]) -> list[dict]:
         """The packs, each with what its part of the batch's loss needs to know of the others."""

@@ -2,7 +2,6 @@
 
 import logging
 
-import datasets
 import numpy as np
 import pytest
 import tiny
@@ -11,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trainers import LORA, logged, make_trainer, trained_before
 
+import fastdpo
 from fastdpo import reference_logps
 from fastdpo.collate import PaddedCollator
 from fastdpo.reference_cache import RECORD
@@ -21,12 +21,20 @@ COLUMNS = [*reference_logps.REFERENCE_COLUMNS]
 
 @pytest.fixture
 def scored(monkeypatch):
-    """How many pairs a reference has scored, batch by batch."""
-    counts = []
+    """How many pairs a reference has scored, batch by batch, but for the probe."""
+    counts, probes = [], []
+
+    def probe_pairs(causal_lm, own=fastdpo.trainer.probe_pairs):
+        probes.append(own(causal_lm))
+        return probes[-1]
+
+    monkeypatch.setattr(fastdpo.trainer, "probe_pairs", probe_pairs)
     for kind in (AdaptersOff, FrozenModel):
 
         def logps(self, policy, batch, ld_alpha=None, own=kind.logps):
             counts.append(batch.num_pairs)
+            if probes:
+                assert counts.pop() == len(probes.pop())
             return own(self, policy, batch, ld_alpha)
 
         monkeypatch.setattr(kind, "logps", logps)
@@ -58,7 +66,6 @@ def test_another_run_with_other_hyperparameters_scores_nothing(tmp_path, tokeniz
         beta=0.3,
         loss_type="ipo",
         per_device_train_batch_size=3,
-        layout="padded",
         head_cache_bytes=0,
         seed=7,
     )
@@ -73,7 +80,7 @@ def test_another_run_with_other_hyperparameters_scores_nothing(tmp_path, tokeniz
 def test_the_reference_scores_as_many_pairs_at_a_time_as_asked(
     tmp_path, tokenizer, scored, monkeypatch
 ):
-    monkeypatch.setattr(datasets, "is_caching_enabled", lambda: False)
+    monkeypatch.setattr("fastdpo.trainer.is_caching_enabled", lambda: False)
     rows = tiny.rows()
     settings = {"rows": rows[:5], "per_device_eval_batch_size": 2}
     settings["eval_dataset"] = Dataset.from_list(rows[5:])
@@ -114,12 +121,22 @@ def other_activation(model):
     model.config.hidden_act = "gelu"
 
 
+def other_frequencies(model):
+    model.model.rotary_emb.inv_freq[0] += 0.1  # a buffer that no checkpoint has
+
+
+def steered(model):
+    model.model.layers[1].register_forward_hook(lambda module, args, hidden: 1.01 * hidden)
+
+
 CHANGES = {
     "a weight": {"change": other_weight},
     "the order of layers": {
         "change": lambda model: model.model.layers.insert(0, model.model.layers.pop(1))
     },
     "the configuration": {"change": other_activation},
+    "the rotation": {"change": other_frequencies},
+    "a hook": {"change": steered},
     "the dtype": {"change": lambda model: model.to(torch.bfloat16)},
     "autocast": {"bf16": True},
     "ld_alpha": {"ld_alpha": 0.5},
@@ -152,6 +169,36 @@ def test_adapters_that_are_on_are_part_of_the_reference(tmp_path, tokenizer, sco
     assert sum(scored) == 16 and not np.array_equal(first[COLUMNS[0]], other[COLUMNS[0]])
     started(8)
     assert sum(scored) == 16
+
+
+def test_adapters_that_are_switched_off_are_none(tmp_path, tokenizer, scored):
+    def started(*, off):
+        reference = trained_before(tokenizer, LoraConfig(**LORA))
+        if off:
+            reference.base_model.disable_adapter_layers()
+        start(tmp_path, tokenizer, ref_model=reference)
+
+    for times, off in enumerate((False, True), start=1):
+        started(off=off)
+        assert sum(scored) == 8 * times
+
+
+class Counting(torch.nn.Identity):
+    """A module whose state is no tensor."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_module_may_have_a_state_of_its_own(tmp_path, tokenizer, scored):
+    for _ in range(2):
+        model = tiny.model("llama", len(tokenizer))
+        model.model.norm = torch.nn.Sequential(model.model.norm, Counting())
+        start(tmp_path, tokenizer, model=model)
+    assert sum(scored) == 8
 
 
 def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path, tokenizer, scored, monkeypatch):
@@ -204,16 +251,15 @@ def test_a_record_that_is_not_whole_is_not_taken(tmp_path, tokenizer, scored, ca
             assert np.array_equal(values, logps_of(again)[column])
 
 
-def test_a_number_that_is_none_is_scored_again(tmp_path, tokenizer, scored):
-    def broken():
+def test_a_number_that_is_none_is_scored_again_and_never_kept(tmp_path, tokenizer, scored, cache):
+    for times in (1, 2):
         model = tiny.model("llama", len(tokenizer))
-        with torch.no_grad():
+        with torch.no_grad():  # a letter that not all rows have
             model.get_input_embeddings().weight[tokenizer("cat").input_ids[0]] = torch.nan
-        return model
-
-    before = logps_of(start(tmp_path, tokenizer, model=broken()))
-    assert np.isnan(before[COLUMNS[0]]).any()
-    start(tmp_path, tokenizer, model=broken())
+        logps = logps_of(start(tmp_path, tokenizer, model=model))
+        bad = int(np.isnan(np.stack([*logps.values()])).any(0).sum())
+        assert 0 < bad < 8 and sum(scored) == (8 if times == 1 else 8 + bad)
+        assert only_reference(cache).stat().st_size == (8 - bad) * RECORD.size
 
 
 def test_a_run_without_caching_or_with_its_own_collator_keeps_nothing(
@@ -221,7 +267,7 @@ def test_a_run_without_caching_or_with_its_own_collator_keeps_nothing(
 ):
     own = PaddedCollator(pad_token_id=tokenizer.pad_token_id)
     start(tmp_path, tokenizer, data_collator=own)
-    monkeypatch.setattr(datasets, "is_caching_enabled", lambda: False)
+    monkeypatch.setattr("fastdpo.trainer.is_caching_enabled", lambda: False)
     start(tmp_path, tokenizer)
     assert not list(cache.glob("reference-*"))
     assert sum(scored) == 16
