@@ -157,13 +157,9 @@ def linear_logps(
     backend: "triton" (a GPU, or Triton's interpreter) or "torch"; products of whole tiles are
         torch's in both.
 
-    Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles. On a
-    CPU these are the larger of 4 MiB and 2 MiB + 2048 D bytes; more for operands that are not in
-    float32 (6144 D bytes), skip_below (2 MiB + 4096 D), statistics or softcap (up to 4 MiB). On a
-    GPU at most 256 MiB, and cuBLAS's own workspace; 280 for a head of another dtype than
-    hidden_ND's, 448 for one that trains, 520 if autocast narrows it. A trained weight also keeps
-    its inputs, its gradient's memory and the cache until the backward; under a checkpoint with
-    use_reentrant=False, those of both forwards.
+    Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles, some
+    MiB on a CPU, at most 256 MiB on a GPU. A trained weight also keeps its inputs, its gradient's
+    memory and the cache until the backward. README.md counts all of it.
 
     Deterministic: the same inputs give the same bits. On a CPU a row's log-probability, and its
     statistics but the entropy, are also batch-invariant: the same bits whatever rows are scored
