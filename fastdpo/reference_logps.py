@@ -23,6 +23,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -99,17 +101,30 @@ def _frozen_logps(model: nn.Module, batch: PairBatch, ld_alpha: float | None) ->
 
 @contextlib.contextmanager
 def _adapters_off(policy: PeftModel) -> Iterator[None]:
-    """As PeftModel.disable_adapter, without its report on each layer: 11 of 26 ms, at 24 layers."""
-    policy.base_model.disable_adapter_layers()
+    """Without adapters, by the flag that their forward looks at.
+
+    PeftModel.disable_adapter visits every weight, twice (30 ms at 24 layers, where this takes 5),
+    and what was frozen of an adapter comes out of it trainable.
+    """
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = [module for module in policy.modules() if isinstance(module, kinds)]
+    before = [layer.disable_adapters for layer in layers]
+    _disable(layers, [True] * len(layers))
     try:
         yield
     finally:
-        policy.base_model.enable_adapter_layers()
+        _disable(layers, before)
+
+
+def _disable(layers: list[nn.Module], wanted: list[bool]) -> None:
+    for layer, value in zip(layers, wanted, strict=True):
+        layer._disable_adapters = value
+        assert layer.disable_adapters is value  # or PEFT has another flag by now
 
 
 def _adapters_alone_train(policy: PeftModel) -> bool:
     """Whether nothing trains that stays on when the adapters are off (LoRA's `bias` does)."""
-    with _adapters_off(policy):
+    with policy.disable_adapter():  # and their weights do not train meanwhile
         return not any(parameter.requires_grad for parameter in policy.parameters())
 
 

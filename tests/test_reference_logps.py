@@ -164,6 +164,16 @@ def test_adapters_are_on_again_after_a_reference_that_failed(tmp_path, tokenizer
     assert not layer.self_attn.q_proj.disable_adapters
 
 
+def test_what_the_user_froze_of_new_adapters_stays_frozen(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
+    assert isinstance(trainer.reference, AdaptersOff)
+    for name, parameter in trainer.model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.requires_grad == ("lora_B" in name), name
+
+
 def test_a_copy_has_in_common_with_the_policy_what_does_not_train(tokenizer):
     policy = trained_before(tokenizer, LoraConfig(**LORA))
     policy.get_input_embeddings().weight.requires_grad_(True)
