@@ -10,9 +10,9 @@ demo: .venv/.ready
 test: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal
 
-bench: .venv/.ready
+bench: .venv/.ready  # hours; bench/README.md has the parts
 	$(PIP) --editable '.[bench]'
-	$(BIN)/python -m pytest --quiet bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet bench
 
 lint: .venv/.ready
 	$(BIN)/ruff format --check .

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from bench.length_profiles import TARGETS, TINY, random_pairs
-from bench.measure import CUDA, DEVICE, seconds
+from bench.length_profiles import TINY, TYPICAL, random_pairs
+from bench.measure import CUDA, DEVICE, DTYPE, in_turns
 from bench.tables import table
 from fastdpo.attention import tree_attention
 from fastdpo.collate import make_collator
@@ -32,10 +32,9 @@ HEADS = {  # H query heads, G key and value heads, K head size
 }
 PAIRS = 8
 FULL_ROW = 256  # tokens of each prompt and of each completion
-ROUNDS = 7
+ROUNDS, WARMUP_TURNS = 7, 2
 STEPS = 20 if CUDA else 1  # of a turn: a GPU waits for the CPU's launches at the first
-DTYPE = torch.bfloat16 if CUDA else torch.float32
-TOLERANCE = 3e-2 if CUDA else 1e-4  # of the largest element
+TOLERANCE = 3e-2 if torch.bfloat16 == DTYPE else 1e-4  # of the largest element
 LAYOUTS = {"padded": "padded", "padded, masked": "padded", "packed": "packed", "shared": "shared"}
 
 
@@ -54,7 +53,7 @@ def numbered_pairs(profile):
     if profile == "full rows":
         lengths = [(FULL_ROW,) * 3] * PAIRS
     else:
-        pairs = random_pairs((TARGETS | {"tiny": TINY})[profile], PAIRS, vocab_size=1000)
+        pairs = random_pairs((TYPICAL | {"tiny": TINY})[profile], PAIRS, vocab_size=1000)
         lengths = [tuple(map(len, pair.values())) for pair in pairs]
     numbers = iter(range(1, 1 + sum(map(sum, lengths))))
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -139,7 +138,7 @@ def check(case, truth):
         ("tiny", "tiny"),
         *(
             pytest.param(profile, heads, marks=pytest.mark.slow)
-            for profile in ("full rows", *TARGETS)
+            for profile in ("full rows", *TYPICAL)
             for heads in HEADS
             if heads != "tiny"
         ),
@@ -150,13 +149,12 @@ def test_attention(benchmark, profile, heads):
     cases = {way: Case(way, profile, heads) for way in LAYOUTS}
     for case in cases.values():
         check(case, truth)
-    taken = {way: [] for way in cases}
-
-    def turn():
-        for way, case in cases.items():
-            taken[way].append(seconds(partial(repeat, case.step)).cost / STEPS)
-
-    benchmark.pedantic(turn, rounds=ROUNDS, warmup_rounds=2)
+    steps = {way: partial(repeat, case.step) for way, case in cases.items()}
+    for _ in range(WARMUP_TURNS):
+        for step in steps.values():
+            step()
+    turns = in_turns(benchmark, steps, ROUNDS)
+    taken = {way: [each.cost / STEPS for each in turns[way]] for way in cases}
     found = table(
         "Attention, as a share of the padded layout's without a mask (milliseconds); a cell: "
         f"{ROUNDS} timed turns, the same {PAIRS} pairs in each"

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench.cases import cases
-from bench.measure import CUDA, DEVICE, seconds
+from bench.measure import CUDA, DEVICE, DTYPE, in_turns
 from bench.tables import table
 from fastdpo import ops
 
@@ -31,8 +31,7 @@ NOISES = [1.0, 3.0, 6.0, 9.0]  # standard deviation of a logit around its rank's
 SKIP_BELOW = 2**-12
 ROUNDS = 3
 CHECKED_ROWS = 64  # at a time, with full logits
-DTYPE = torch.bfloat16 if CUDA else torch.float32
-ROUNDING = 0.1 if CUDA else 1e-4  # of the longest head row
+ROUNDING = 0.1 if torch.bfloat16 == DTYPE else 1e-4  # of the longest head row
 
 
 @functools.lru_cache(maxsize=1)  # the noises of a head come one after the other
@@ -86,15 +85,11 @@ def test_gradient_filter(benchmark, head, noise):
         "whole": lambda: step(*args, 0.0),
         "filtered": lambda: step(*args, SKIP_BELOW),
     }
-    taken = {name: [] for name in ways}
-
-    def turn():
-        for name, run in ways.items():
-            taken[name].append(seconds(run).cost)
-
     ways["product"]()  # the first one finds its pages
-    benchmark.pedantic(turn, rounds=ROUNDS)
-    product, whole, filtered = (statistics.median(taken[name]) for name in ways)
+    taken = in_turns(benchmark, ways, ROUNDS)
+    product, whole, filtered = (
+        statistics.median(each.cost for each in taken[name]) for name in ways
+    )
     found = table(
         "A frozen head's gradient, in products, and without tokens less likely than 2**-12; "
         f"medians of {ROUNDS} turns"

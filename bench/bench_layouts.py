@@ -12,14 +12,14 @@ import pytest
 
 from bench.cases import cases
 from bench.contenders import CONTENDERS, LAYOUTS
-from bench.length_profiles import DATASETS, TARGETS
+from bench.length_profiles import DATASETS, TYPICAL
 from bench.step_race import race_and_report
 from bench.tasks import task_of
 
 NAMES = ["naive", *(name for name in CONTENDERS if name in LAYOUTS)]
 
 
-@pytest.mark.parametrize("profile", cases(["tiny", *TARGETS, *DATASETS, "real pairs"]))
+@pytest.mark.parametrize("profile", cases(["tiny", *TYPICAL, *DATASETS, "real pairs"]))
 def test_layouts(benchmark, profile):
     task = task_of(profile, adapters=True)
     measured = [] if profile == "tiny" else NAMES

@@ -1,13 +1,13 @@
 """How much dearer than the bare product is a head, up to DPO's loss, forward and backward?
 
-    OMP_NUM_THREADS=1 pytest bench/bench_linear_logps.py      real models' heads, an hour
+    OMP_NUM_THREADS=1 pytest bench/bench_linear_logps.py      real models' vocabularies, an hour
     pytest bench/bench_linear_logps.py -m "not slow"          one tiny head, seconds
 
 Every way of bench/head_ways.py is compared with float64 first, and a wrong one is not timed. A
 cell: median time as a multiple of `hidden @ head.T` into a preallocated output, taken in turns with
 it, and in brackets MiB of memory at its peak beyond the inputs and gradients. Other tables have the
 errors of a completion's log-probability and of a token's, and the time of two threads against
-one's. float32 on a CPU, bfloat16 on a GPU.
+one's. float32 on a CPU, bfloat16 on a GPU; BENCH_DTYPE=bfloat16 or float32 asks for either.
 """
 
 import functools
@@ -20,7 +20,7 @@ import torch
 
 from bench.cases import cases
 from bench.head_ways import PAIRS, TOKEN_WAYS, WAYS, dpo_loss, reason_to_skip
-from bench.measure import CUDA, DEVICE, PeakMemory, seconds
+from bench.measure import CUDA, DEVICE, DTYPE, PeakMemory, seconds
 from bench.tables import table
 from fastdpo.kernels import reference
 
@@ -35,11 +35,11 @@ if CUDA:
 ROUNDS = 3
 SLOW = 10  # products: a way this slow gets one round
 CHECKED_ROWS = 64  # at a time, in float64
-DTYPE = torch.bfloat16 if CUDA else torch.float32
 # of a completion's log-probability in nats, and of a gradient as a share of its largest element;
 # tiles of bfloat16 logits are off by up to a nat in a completion, and ours are not of bfloat16
-NATS, GRADIENT = (2.0, 0.1) if CUDA else (2e-3, 2e-4)
-NATS_OF_OURS, GRADIENT_OF_OURS = (2e-2, 1e-2) if CUDA else (2e-3, 2e-4)
+IS_NARROW = torch.bfloat16 == DTYPE
+NATS, GRADIENT = (2.0, 0.1) if IS_NARROW else (2e-3, 2e-4)
+NATS_OF_OURS, GRADIENT_OF_OURS = (2e-2, 1e-2) if IS_NARROW else (2e-3, 2e-4)
 heads = pytest.mark.parametrize("head", cases(HEADS))
 modes = pytest.mark.parametrize("mode", ["forward", "frozen", "trained"])
 product_seconds = defaultdict(list)  # of each head, in all turns so far
@@ -182,7 +182,7 @@ def test_two_threads(benchmark, head, mode):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("want two cores, got one")
     args = inputs(head)
-    out_NV = torch.zeros(*HEADS[head][::2])
+    out_NV = torch.zeros(*HEADS[head][::2], dtype=DTYPE)
     steps = {
         "bare product": lambda: torch.mm(args[0], args[1].T, out=out_NV),
         "fastdpo": lambda: step("fastdpo", mode, *args),

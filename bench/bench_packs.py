@@ -7,11 +7,11 @@ process; splitting and laying out take turns.
 """
 
 import statistics
-import time
 
 import numpy as np
 import pytest
 
+from bench.measure import in_turns
 from bench.tables import table
 from fastdpo.collate import make_collator
 from fastdpo.columns import Cut
@@ -44,18 +44,13 @@ def test_split(benchmark, rows, layout, max_tokens):
     for pack, inputs in zip(packs, lay_out(packs), strict=True):
         assert inputs["tokens"].run <= max_tokens or len(pack) == 1
 
-    taken = {into_packs: [], lay_out: []}
-    for _ in range(TURNS):
-        for function, arguments in (
-            (into_packs, (rows, max_tokens, collator)),
-            (lay_out, (packs,)),
-        ):
-            start = time.process_time()
-            function(*arguments)
-            taken[function].append(1e3 * (time.process_time() - start))
-    split_ms, lay_out_ms = (statistics.median(times) for times in taken.values())
-    measured = {"packs": str(len(packs)), "split, ms": split_ms, "laid out, ms": lay_out_ms}
+    ways = {
+        "split, ms": lambda: into_packs(rows, max_tokens, collator),
+        "laid out, ms": lambda: lay_out(packs),
+    }
+    taken = in_turns(benchmark, ways, TURNS)
+    milliseconds = {n: 1e3 * statistics.median(s.cpu for s in each) for n, each in taken.items()}
+    measured = {"packs": str(len(packs)), **milliseconds}
     for column, value in measured.items():
         table(f"{PAIRS} pairs in packs").put(f"{layout}, {max_tokens:,} tokens", column, value)
     benchmark.extra_info |= measured
-    benchmark.pedantic(into_packs, args=(rows, max_tokens, collator), rounds=1)

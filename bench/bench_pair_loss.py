@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.cases import cases
-from bench.measure import DEVICE, seconds
+from bench.measure import DEVICE, in_turns
 from bench.tables import table
 from fastdpo.kernels import reference
 from fastdpo.losses import pair_loss
@@ -215,12 +215,12 @@ def test_pair_loss(benchmark, size, loss_type, way):
     with OpCount() as ops:
         step()
     ours = fastdpo_loss(batch, loss_type)[1]
-    pairs = [(seconds(ours).cost, seconds(step).cost) for _ in range(TURNS)]
-    milliseconds = 1e3 * statistics.median(theirs for _, theirs in pairs)
-    ratio = statistics.median(theirs / own for own, theirs in pairs)
+    taken = in_turns(benchmark, {"ours": ours, "theirs": step}, TURNS)
+    costs = [[each.cost for each in taken[name]] for name in ("ours", "theirs")]
+    milliseconds = 1e3 * statistics.median(costs[1])
+    ratio = statistics.median(theirs / own for own, theirs in zip(*costs, strict=True))
     counted = "-" if way == "compiled" else ops.count  # compiled code is none of the dispatcher's
     measured = {"ms": milliseconds, "times fastdpo": ratio, "ops": str(counted)}
     benchmark.extra_info |= measured
     for column, value in measured.items():
         found.put(row, column, value)
-    benchmark.pedantic(step, rounds=1)

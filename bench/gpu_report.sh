@@ -32,7 +32,7 @@ if ! command -v "$PYTHON" > /dev/null; then
     exit 2
 fi
 if [[ -z "$DRY" ]] && ! "$PYTHON" -c "import torch; exit(not torch.cuda.is_available())"; then
-    echo "want a GPU that torch sees, got none (--dry runs without)" | tee "$SUMMARY" >&2
+    echo "want a GPU that torch of $PYTHON sees, got none (--dry runs without)" | tee "$SUMMARY" >&2
     exit 2
 fi
 

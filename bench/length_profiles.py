@@ -29,7 +29,7 @@ class LengthProfile:
 
 
 TINY = LengthProfile(12, 8)
-TARGETS = {
+TYPICAL = {
     "chat": LengthProfile(31, 71),
     "long prompt": LengthProfile(225, 24),
     "short prompt": LengthProfile(8, 75),

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import math
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = getattr(torch, os.environ.get("BENCH_DTYPE", "bfloat16" if CUDA else "float32"))  # of heads
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -59,6 +61,20 @@ def seconds(step: Callable[[], object]) -> Seconds:
         system=_system_seconds() - system,
         wall=time.perf_counter() - wall,
     )
+
+
+def in_turns(
+    benchmark, ways: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, list[Seconds]]:
+    """Each way's Seconds in `rounds` turns; a round of `benchmark` is a turn of all."""
+    taken = {name: [] for name in ways}
+
+    def turn() -> None:
+        for name, run in ways.items():
+            taken[name].append(seconds(run))
+
+    benchmark.pedantic(turn, rounds=rounds)
+    return taken
 
 
 def _system_seconds() -> float:

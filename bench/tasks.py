@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from bench.length_profiles import DATASETS, TARGETS, TINY, Pair, random_pairs, real_pairs
+from bench.length_profiles import DATASETS, TINY, TYPICAL, Pair, random_pairs, real_pairs
 from bench.measure import CUDA
 
 PAD_ID, END_ID = 0, 1
@@ -29,6 +29,15 @@ MODELS = {
         intermediate_size=688,
         num_hidden_layers=4,
         num_attention_heads=4,
+    ),
+    "SmolLM2-135M": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
     ),
     "Qwen2.5-0.5B": Qwen2Config(
         vocab_size=151936,
@@ -50,7 +59,7 @@ MODELS = {
         dtype="bfloat16",  # adapters on it are float32
     ),
 }
-LARGE_MODEL = "Llama-3-8B"
+LARGE_MODEL = "Llama-3-8B" if CUDA else "SmolLM2-135M"
 REAL_MODEL = "Qwen2.5-0.5B" if CUDA else "4 layers, D=256, V=32000"
 
 
@@ -82,19 +91,19 @@ class Task:
 def task_of(profile: str, *, adapters: bool, timed_steps: int = 4, model: str = REAL_MODEL) -> Task:
     """The task of a length profile by its name, of "tiny" (a model too), or of "real pairs".
 
-    Batches are of 8 pairs for the three TARGETS, else of 4. "real pairs" are as many as the steps
-    take, 28 by default, the first of the data set.
+    Batches are of 8 pairs for chat, long prompt and short prompt, else of 4. "real pairs" are as
+    many as the steps take, 28 by default, the first of the data set.
     """
     steps = WARMUP_STEPS + timed_steps + 1
     if profile == "tiny":
         pairs = random_pairs(TINY, 4 * steps, vocab_size=MODELS["tiny"].vocab_size)
         return Task(model="tiny", pairs=pairs, batch=4, adapters=adapters)
     vocab_size = MODELS[model].vocab_size
-    batch = 8 if profile in TARGETS else 4  # longer pairs, whose naive logits fill the memory
+    batch = 8 if profile in TYPICAL else 4  # longer pairs, whose naive logits fill the memory
     if profile == "real pairs":
         pairs = real_pairs(batch * steps, vocab_size=vocab_size)
     else:
-        lengths = (TARGETS | DATASETS)[profile]
+        lengths = (TYPICAL | DATASETS)[profile]
         pairs = random_pairs(lengths, batch * steps, vocab_size=vocab_size)
     return Task(model=model, pairs=pairs, batch=batch, adapters=adapters)
 
