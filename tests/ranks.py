@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 TRAIN = """
 import json, sys
@@ -60,9 +61,13 @@ def run_ranks(folder: Path, script: str, *arguments: str, world_size: int) -> st
     return done.stdout
 
 
+def printed_json(printed: str, word: str) -> Any:
+    """What stands behind `word` at the beginning of a line."""
+    line = next(line for line in printed.splitlines() if line.startswith(word))
+    return json.loads(line.removeprefix(word))
+
+
 def logged_by(world_size: int, folder: Path, **settings) -> list[dict[str, float]]:
     """What `world_size` processes log of three updates, a dictionary each."""
     arguments = str(folder / "run"), json.dumps(settings)
-    printed = run_ranks(folder, TRAIN, *arguments, world_size=world_size)
-    line = next(line for line in printed.splitlines() if line.startswith("LOGGED"))
-    return json.loads(line.removeprefix("LOGGED"))
+    return printed_json(run_ranks(folder, TRAIN, *arguments, world_size=world_size), "LOGGED")

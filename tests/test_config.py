@@ -111,6 +111,8 @@ def test_samplers_by_length_have_their_column(tmp_path, strategy, column):
     try:
         made = config(tmp_path, train_sampling_strategy=strategy)
     except ValueError:
+        if strategy != "batch_rebalance":
+            raise
         pytest.skip(f"no {strategy} in this version of transformers")
     assert made.length_column == column
 
@@ -136,8 +138,9 @@ def test_padding_free_is_told_to_change_nothing(tmp_path, caplog):
     assert "padding_free=True changes nothing" in caplog.text
 
 
-def test_without_a_gpu_training_stays_in_float32_unless_asked(tmp_path):
-    assert config(tmp_path).bf16 is False
+def test_without_a_gpu_training_stays_in_float32_unless_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastdpo.config.is_torch_bf16_gpu_available", lambda: False)
+    assert DPOConfig(output_dir=tmp_path, report_to="none").bf16 is False
     assert config(tmp_path, bf16=True).bf16 is True
 
 
@@ -246,15 +249,9 @@ def test_a_value_out_of_range_is_refused_by_name(tmp_path, name, value):
         config(tmp_path, **{name: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("activation_offloading", True),
-    ],
-)
-def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path, name, value):
-    with pytest.raises(ValueError, match=rf"{name}.*not there yet"):
-        config(tmp_path, **{name: value})
+def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path):
+    with pytest.raises(ValueError, match=r"activation_offloading.*not there yet"):
+        config(tmp_path, activation_offloading=True)
 
 
 @pytest.mark.parametrize(

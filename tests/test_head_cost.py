@@ -7,8 +7,7 @@ import pytest
 import torch
 from tiny_heads import inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
-from watches import Live, Watch
+from watches import Live, Watch, counting_flops
 
 from fastdpo.kernels import linear_logps as module
 from fastdpo.kernels import reference, second_product, tiles, vocabulary_walk
@@ -25,18 +24,6 @@ PRODUCTS = {  # whether hidden states and head want gradients, D of 16 rows, byt
     "trained-in-part": (True, True, 8, 0, 3.5),
     "trained-not-kept": (True, True, 3, 0, 4),
 }
-
-
-def _onednn_flops(x_shape, *_, out_shape, **__):
-    return 2 * x_shape[1] * math.prod(out_shape)
-
-
-def counting_flops():
-    """A FlopCounterMode that knows oneDNN's products too."""
-    has_good_onednn()  # which looks once, at two products
-    return FlopCounterMode(
-        display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _onednn_flops}
-    )
 
 
 @pytest.mark.usefixtures("small_tiles")

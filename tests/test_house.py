@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -13,20 +14,6 @@ import pytest
 import fastdpo
 
 ROOT = Path(__file__).parents[1]
-# as fastdpo/README.md has them, from top to bottom: a module imports of its group and those below
-GROUPS = {
-    "commands": "cli parser run_folder checkpoints mixture verify subject demo demo_task",
-    "training": "trainer row_trainer measuring_trainer pack_trainer resuming_trainer "
-    "following_reference loss_attributes metrics ranks sampler summary "
-    "trainer_check pair_check start_check",
-    "settings": "config arguments",
-    "model": "policy model head quantised experts scorer_check attention layout layout_check "
-    "reference_logps reference_cache",
-    "loss": "losses batch_loss ops",
-    "batches": "collate packed_row tree packs token_budget batch",
-    "rows": "rows csv_rows json_rows columns preferences messages row_errors data row_report "
-    "pairs_cache",
-}
 KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "functools", "math", "typing"}
 KERNELS_MAY_IMPORT |= {"pathlib"}  # to tell one maker's CPUs from another's
 # what kernel files share or are made of
@@ -92,8 +79,19 @@ def test_the_kernels_stand_alone():
             assert modules == {"torch", "math"}
 
 
-def test_imports_point_downwards():
-    group_of = {name: g for g, group in enumerate(GROUPS.values()) for name in group.split()}
+def groups():
+    """The modules of each group of fastdpo/README.md, from top to bottom."""
+    found = []
+    for line in (ROOT / "fastdpo/README.md").read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) == 5 and "`" in cells[2]:
+            found += [[]] if cells[1] else []
+            found[-1] += re.findall(r"`(\w+)`", cells[2])
+    return found
+
+
+def test_a_module_imports_of_its_group_and_those_below():
+    group_of = {name: g for g, group in enumerate(groups()) for name in group}
     assert group_of.keys() == {path.stem for path in (ROOT / "fastdpo").glob("*.py")} - {"__init__"}
     graph = {}
     for module, group in group_of.items():

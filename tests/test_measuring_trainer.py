@@ -1,14 +1,13 @@
 """What training logs, and evaluate() and predict() measure: of every pair once, and all alike."""
 
 import copy
-import json
 import math
 
 import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
-from ranks import run_ranks
+from ranks import printed_json, run_ranks
 from trainers import logged, make_trainer
 
 
@@ -229,8 +228,7 @@ trainer.accelerator.wait_for_everyone()
 def test_two_ranks_measure_what_one_does_of_any_number_of_pairs(tmp_path):
     def metrics(world_size):
         printed = run_ranks(tmp_path, EVALUATE, str(tmp_path), world_size=world_size)
-        line = next(line for line in printed.splitlines() if line.startswith("METRICS"))
-        return json.loads(line.removeprefix("METRICS"))
+        return printed_json(printed, "METRICS")
 
     for count, alone, together in zip((1, 5, 7, 8), metrics(1), metrics(2), strict=True):
         speeds = [name for name in alone if name.endswith(("time", "per_second"))]

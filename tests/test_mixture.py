@@ -176,6 +176,7 @@ def test_a_count_of_rows_to_hold_out_comes_from_yaml_and_the_command_line(parts,
     ],
 )
 def test_a_mixture_that_cannot_be_is_refused(parts, changes, told):
+    changes = dict(changes)
     fractions = changes.pop("fractions", (None, None))
     datasets = [DatasetConfig(p, fraction=f) for p, f in zip(parts, fractions, strict=True)]
     with pytest.raises(ValueError, match=told):

@@ -89,8 +89,11 @@ def test_weights_that_are_not_all_there_or_of_another_shape_are_refused(tmp_path
 def test_adapters_beside_a_model_or_alone_are_refused(tmp_path):
     adapted = get_peft_model(families.model("llama", torch.float32), LoraConfig(r=2))
     adapted.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"want a model by its name, got {tmp_path}, which has ad"):
-        load_policy(str(tmp_path))
+    for _ in ("alone", "beside a model"):
+        wanted = f"want a model by its name, got {tmp_path}, which has ad"
+        with pytest.raises(ValueError, match=wanted):
+            load_policy(str(tmp_path))
+        families.model("llama", torch.float32).save_pretrained(tmp_path)
 
 
 def test_a_pad_token_beyond_the_model_is_refused():

@@ -1,12 +1,10 @@
 """The order of rows that are grouped by length, and which of a stream's rows a rank has."""
 
-import json
-
 import pytest
 import tiny
 import torch
 from datasets import IterableDataset
-from ranks import run_ranks
+from ranks import printed_json, run_ranks
 from trainers import logged, make_trainer
 
 
@@ -118,6 +116,5 @@ def test_files_of_unequal_length_are_one_stream_to_two_ranks(tmp_path, tokenizer
     alone = make_trainer(tmp_path, tokenizer, train_dataset=stream)  # its batches are both ranks'
     alone.train()
     printed = run_ranks(tmp_path, TRAIN_ON_STREAM, str(tmp_path), world_size=2)
-    line = next(line for line in printed.splitlines() if line.startswith("LOGGED"))
-    together = json.loads(line.removeprefix("LOGGED"))
+    together = printed_json(printed, "LOGGED")
     assert together == pytest.approx(logged(alone, "logps/chosen"), rel=1e-5)

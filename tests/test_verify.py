@@ -69,11 +69,10 @@ def test_every_layout_agrees(here, model, more, capsys):
     assert all("  ok  " in line for line in lines.values())
 
 
-def test_a_float32_engine_agrees_far_within_its_tolerance(here, capsys):
-    run(here)
-    for (_, what), line in table(capsys).items():
-        largest, _, allowed = (float(x) for x in line[32:62].split())
-        assert largest < allowed / 20, what
+def test_a_float32_engine_agrees_far_within_its_tolerance(here):
+    subject = load(here)
+    for finding in verify.compare(subject, verify.plain_way(subject)):
+        assert finding.largest < finding.allowed / 20, finding
 
 
 def test_pairs_that_teach_nothing_are_refused_alone(here, capsys):

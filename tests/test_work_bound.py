@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_head_cost import counting_flops
+from watches import counting_flops
 
 from fastdpo.attention import attend_along_trees
 from fastdpo.batch import PairBatch

@@ -1,4 +1,4 @@
-"""Trainings for test_pack_trainer.py: python two_ranks.py FOLDER RUNS, alone or under torchrun.
+"""Trainings for test_two_ranks.py: python two_ranks.py FOLDER RUNS, alone or under torchrun.
 
 RUNS is a JSON object of `run`'s arguments. What a run was on rank r is FOLDER/NAME.r.pt, and
 FOLDER/averaged.r.pt what `averaged` gives.

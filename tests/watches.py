@@ -1,9 +1,13 @@
 """Dispatch modes that see what every operator of a piece of code does."""
 
+import math
 import weakref
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdpo.kernels.products import has_good_onednn
 
 
 class Watch(TorchDispatchMode):
@@ -51,3 +55,15 @@ class Live(TorchDispatchMode):
             self.live -= size
 
         weakref.finalize(storage, freed)
+
+
+def _onednn_flops(x_shape, *_, out_shape, **__):
+    return 2 * x_shape[1] * math.prod(out_shape)
+
+
+def counting_flops():
+    """A FlopCounterMode that knows oneDNN's products too."""
+    has_good_onednn()  # which looks once, at two products
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _onednn_flops}
+    )
