@@ -5,18 +5,21 @@
 A checkpoint holds the reference, too: a resumed run goes on with the one that it had.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from fastdpo.config import DPOConfig
 from fastdpo.reference_logps import FrozenModel, Reference
 
-FILE = "reference.safetensors"
+FILE = "reference.pt"  # .safetensors of the policy's names would be taken for the policy's
+
+logger = logging.get_logger(__name__)
 
 
 class FollowPolicy(TrainerCallback):
@@ -34,37 +37,53 @@ class FollowPolicy(TrainerCallback):
             )
         if not isinstance(reference, FrozenModel):
             raise ValueError(f"want a reference model with sync_ref_model, got {reference.source}")
-        policys = dict(policy.named_parameters())
-        references = dict(reference.model.named_parameters())
-        one, other = ({(n, p.shape) for n, p in each.items()} for each in (policys, references))
+        one, other = (
+            {(name, each.shape) for name, each in model.named_parameters()}
+            for model in (policy, reference.model)
+        )
         if one != other:
             name, _ = min(one ^ other)
             raise ValueError(
                 "want a ref_model with the model's parameters with sync_ref_model, got one that "
                 f"differs in {name}"
             )
-        self._policys = {n: p for n, p in policys.items() if p is not references[n]}
-        self._references = {name: references[name] for name in self._policys}
+        self._policy, self._reference = policy, reference.model
+
+    def _moving(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """Name, the policy's and the reference's, of what they do not have in common."""
+        theirs = dict(self._reference.named_parameters())
+        for name, ours in self._policy.named_parameters():
+            if ours is not theirs[name]:
+                yield name, ours, theirs[name]
 
     @torch.no_grad()
     def on_step_end(self, args: DPOConfig, state, control, **_):
         if state.global_step % args.ref_model_sync_steps == 0:
             alpha = args.ref_model_mixup_alpha
-            for name, parameter in self._references.items():
-                parameter.mul_(1 - alpha).add_(self._policys[name], alpha=alpha)
+            for _, ours, theirs in self._moving():
+                theirs.mul_(1 - alpha).add_(ours, alpha=alpha)
 
     def save(self, checkpoint: str) -> None:
         """Write the reference into the folder of a checkpoint."""
-        tensors = {name: each.detach().contiguous() for name, each in self._references.items()}
-        save_file(tensors, Path(checkpoint, FILE))
+        torch.save({name: theirs.detach() for name, _, theirs in self._moving()}, _file(checkpoint))
 
     @torch.no_grad()
     def load(self, checkpoint: str) -> None:
-        """Go on with the reference of a checkpoint; ValueError where it has none, or another."""
-        path = Path(checkpoint, FILE)
-        tensors = load_file(path) if path.exists() else {}
-        if tensors.keys() != self._references.keys():
-            got = "others" if tensors else "none"
-            raise ValueError(f"want the reference's parameters in {path}, got {got}")
-        for name, parameter in self._references.items():
-            parameter.copy_(tensors[name])
+        """Go on with the reference of a checkpoint; where it has none, with a warning, as it is.
+
+        ValueError where it is another model's.
+        """
+        path = _file(checkpoint)
+        if not path.exists():
+            logger.warning(f"no reference in {checkpoint}: it starts from ref_model or model again")
+            return
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        moving = {name: theirs for name, _, theirs in self._moving()}
+        if tensors.keys() != moving.keys():
+            raise ValueError(f"want the reference's parameters in {path}, got others")
+        for name, theirs in moving.items():
+            theirs.copy_(tensors[name])
+
+
+def _file(checkpoint: str) -> Path:
+    return Path(checkpoint, FILE)

@@ -1,5 +1,7 @@
 """TR-DPO: a reference that follows the policy, also through a checkpoint."""
 
+import logging
+
 import pytest
 import tiny
 import torch
@@ -53,9 +55,46 @@ def test_a_resumed_run_goes_on_with_its_reference(tmp_path, tokenizer):
         resumed.ref_model.named_parameters(), whole.ref_model.parameters(), strict=True
     ):
         assert torch.equal(one, other), name
-    (tmp_path / "checkpoint-3" / FILE).unlink()
-    with pytest.raises(ValueError, match=f"want the reference's parameters in .*{FILE}, got none"):
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_checkpoint_without_the_reference_starts_it_again_and_says_so(
+    tmp_path, tokenizer, caplog
+):
+    start = weights(tiny.model("llama", len(tokenizer)))
+    settings = FOLLOWING | {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    make_trainer(tmp_path, tokenizer, max_steps=2, **settings).train()
+    resumed = make_trainer(tmp_path, tokenizer, max_steps=3, **settings)
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert f"no reference in {tmp_path / 'checkpoint-2'}" in caplog.text
+    for name, weight in resumed.ref_model.named_parameters():
+        assert torch.equal(weight, start[name]), name
+
+
+def test_another_models_reference_is_refused(tmp_path, tokenizer):
+    settings = FOLLOWING | {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make_trainer(tmp_path, tokenizer, **settings).train()
+    torch.save({"lm_head.weight": torch.zeros(3)}, tmp_path / "checkpoint-2" / FILE)
+    with pytest.raises(ValueError, match=f"reference's parameters in .*{FILE}, got others"):
+        make_trainer(tmp_path, tokenizer, **settings | {"max_steps": 3}).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+def test_the_models_weights_are_the_only_safetensors_of_a_checkpoint(tmp_path, tokenizer):
+    # servers load whatever has the suffix, the last file last
+    make_trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=2, **FOLLOWING).train()
+    saved = (tmp_path / "checkpoint-2").glob("*.safetensors")
+    assert [file.name for file in saved] == ["model.safetensors"]
+
+
+def test_a_parameter_that_was_replaced_is_followed(tmp_path, tokenizer):
+    settings = FOLLOWING | {"ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
+    trainer = make_trainer(tmp_path, tokenizer, **settings)
+    head = trainer.model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach() + 0.01)
+    trainer.train()
+    assert torch.equal(trainer.ref_model.lm_head.weight, head.weight)
 
 
 def test_a_run_whose_reference_stays_saves_none(tmp_path, tokenizer):

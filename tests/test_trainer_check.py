@@ -7,6 +7,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import (
+    AdaptionPromptConfig,
     CPTConfig,
     LoraConfig,
     PeftModel,
@@ -78,6 +79,15 @@ def build(tokenizer, settings=None, **arguments):
             {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
             ValueError,
             "want adapters on layers",
+        ),
+        (
+            {
+                "peft_config": AdaptionPromptConfig(
+                    task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1
+                )
+            },
+            ValueError,
+            "want adapters on layers, got .*ADAPTION_PROMPT",
         ),
         (
             {"peft_config": LORA, "model": get_peft_model(tiny.model("llama", 300), LORA)},
@@ -153,6 +163,14 @@ def test_virtual_tokens_of_another_kind_are_refused(tokenizer, nothing_spent, na
     ids = {"cpt_token_ids": [5, 6], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]}
     model = get_peft_model(tiny.model("llama", len(tokenizer)), CPTConfig("CAUSAL_LM", **ids))
     with pytest.raises(ValueError, match=f"want {name} with adapters on layers or .* got CPT"):
+        build(tokenizer, **{name: model})
+
+
+@pytest.mark.parametrize("name", ["model", "ref_model"])
+def test_adapters_that_put_other_modules_in_place_are_refused(tokenizer, nothing_spent, name):
+    config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
+    model = get_peft_model(tiny.model("llama", len(tokenizer)), config)
+    with pytest.raises(ValueError, match=f"want {name} with adapters on layers.*ADAPTION_PROMPT"):
         build(tokenizer, **{name: model})
 
 
