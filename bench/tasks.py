@@ -91,15 +91,17 @@ class Task:
 def task_of(profile: str, *, adapters: bool, timed_steps: int = 4, model: str = REAL_MODEL) -> Task:
     """The task of a length profile by its name, of "tiny" (a model too), or of "real pairs".
 
-    Batches are of 8 pairs for chat, long prompt and short prompt, else of 4. "real pairs" are as
-    many as the steps take, 28 by default, the first of the data set.
+    Batches are of 8 pairs for chat, long prompt and short prompt, else of 4, as those of a large
+    model on a CPU are. "real pairs" are as many as the steps take, 28 by default, the first of the
+    data set.
     """
     steps = WARMUP_STEPS + timed_steps + 1
     if profile == "tiny":
         pairs = random_pairs(TINY, 4 * steps, vocab_size=MODELS["tiny"].vocab_size)
         return Task(model="tiny", pairs=pairs, batch=4, adapters=adapters)
     vocab_size = MODELS[model].vocab_size
-    batch = 8 if profile in TYPICAL else 4  # longer pairs, whose naive logits fill the memory
+    # fewer where the naive loop's logits or a deep model's activations would fill the memory
+    batch = 8 if profile in TYPICAL and (CUDA or model == REAL_MODEL) else 4
     if profile == "real pairs":
         pairs = real_pairs(batch * steps, vocab_size=vocab_size)
     else:
