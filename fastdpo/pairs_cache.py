@@ -16,6 +16,11 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
+def folder() -> Path:
+    """The folder fastdpo of `datasets`' own cache, made where something is written to it."""
+    return Path(datasets.config.HF_DATASETS_CACHE, "fastdpo")
+
+
 def map_once(
     dataset: Dataset, tokenize: Callable, *, name: str, remove_columns: list[str], **settings: Any
 ) -> Dataset:
@@ -44,4 +49,4 @@ def _cache_file(dataset: Dataset, tokenize: Callable, remove_columns: list[str])
     # of what the rows are, where dataset._fingerprint is of how they were made
     rows = generate_fingerprint(dataset)
     key = update_fingerprint(rows, tokenize, {"remove_columns": remove_columns})
-    return str(Path(datasets.config.HF_DATASETS_CACHE, "fastdpo", f"cache-{key}.arrow"))
+    return str(folder() / f"cache-{key}.arrow")

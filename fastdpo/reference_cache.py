@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from datasets import Dataset
@@ -30,6 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from fastdpo import pairs_cache
 from fastdpo.columns import ID_COLUMNS, Cut, Pair
 from fastdpo.model import causal_lm_of
 
@@ -127,7 +127,7 @@ def probe_pairs(causal_lm: PreTrainedModel) -> list[Pair]:
 def open_cache(
     reference: nn.Module, cut: Cut, probe_logps_S: Tensor, *, adapters_off: bool, **settings: Any
 ) -> ReferenceCache | None:
-    """The cache of `reference`, in the folder fastdpo of `datasets`' own.
+    """The cache of `reference`, beside the pairs of pairs_cache.py.
 
     probe_logps_S: what it gives to probe_pairs. adapters_off: whether it runs without what trains
     in it. settings: whatever else its numbers depend on. None where weights are not at hand.
@@ -143,7 +143,7 @@ def open_cache(
         for each in pool.map(_digest, weights):
             digest.update(each)
     name = f"reference-{digest.hexdigest()[:32]}.logps"
-    return ReferenceCache(Path(datasets.config.HF_DATASETS_CACHE, "fastdpo", name), cut)
+    return ReferenceCache(pairs_cache.folder() / name, cut)
 
 
 def _weights(reference: nn.Module, adapters_off: bool) -> list[Tensor]:
