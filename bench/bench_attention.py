@@ -18,7 +18,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bench.length_profiles import TINY, TYPICAL, random_pairs
-from bench.measure import CUDA, DEVICE, DTYPE, in_turns
+from bench.measure import CUDA, DEVICE, DTYPE, IS_16_BITS, in_turns
 from bench.tables import table
 from fastdpo.attention import tree_attention
 from fastdpo.collate import make_collator
@@ -34,7 +34,7 @@ PAIRS = 8
 FULL_ROW = 256  # tokens of each prompt and of each completion
 ROUNDS, WARMUP_TURNS = 7, 2
 STEPS = 20 if CUDA else 1  # of a turn: a GPU waits for the CPU's launches at the first
-TOLERANCE = 3e-2 if torch.bfloat16 == DTYPE else 1e-4  # of the largest element
+TOLERANCE = 3e-2 if IS_16_BITS else 1e-4  # of the largest element
 LAYOUTS = {"padded": "padded", "padded, masked": "padded", "packed": "packed", "shared": "shared"}
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench.cases import cases
-from bench.measure import CUDA, DEVICE, DTYPE, in_turns
+from bench.measure import CUDA, DEVICE, DTYPE, IS_16_BITS, in_turns
 from bench.tables import table
 from fastdpo import ops
 
@@ -31,7 +31,7 @@ NOISES = [1.0, 3.0, 6.0, 9.0]  # standard deviation of a logit around its rank's
 SKIP_BELOW = 2**-12
 ROUNDS = 3
 CHECKED_ROWS = 64  # at a time, with full logits
-ROUNDING = 0.1 if torch.bfloat16 == DTYPE else 1e-4  # of the longest head row
+ROUNDING = 0.1 if IS_16_BITS else 1e-4  # of the longest head row
 
 
 @functools.lru_cache(maxsize=1)  # the noises of a head come one after the other

@@ -20,7 +20,7 @@ import torch
 
 from bench.cases import cases
 from bench.head_ways import PAIRS, TOKEN_WAYS, WAYS, dpo_loss, reason_to_skip
-from bench.measure import CUDA, DEVICE, DTYPE, PeakMemory, seconds
+from bench.measure import CUDA, DEVICE, DTYPE, IS_16_BITS, PeakMemory, seconds
 from bench.tables import table
 from fastdpo.kernels import reference
 
@@ -37,9 +37,8 @@ SLOW = 10  # products: a way this slow gets one round
 CHECKED_ROWS = 64  # at a time, in float64
 # of a completion's log-probability in nats, and of a gradient as a share of its largest element;
 # tiles of bfloat16 logits are off by up to a nat in a completion, and ours are not of bfloat16
-IS_NARROW = torch.bfloat16 == DTYPE
-NATS, GRADIENT = (2.0, 0.1) if IS_NARROW else (2e-3, 2e-4)
-NATS_OF_OURS, GRADIENT_OF_OURS = (2e-2, 1e-2) if IS_NARROW else (2e-3, 2e-4)
+NATS, GRADIENT = (2.0, 0.1) if IS_16_BITS else (2e-3, 2e-4)
+NATS_OF_OURS, GRADIENT_OF_OURS = (2e-2, 1e-2) if IS_16_BITS else (2e-3, 2e-4)
 heads = pytest.mark.parametrize("head", cases(HEADS))
 modes = pytest.mark.parametrize("mode", ["forward", "frozen", "trained"])
 product_seconds = defaultdict(list)  # of each head, in all turns so far

@@ -15,6 +15,7 @@ import torch
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = getattr(torch, os.environ.get("BENCH_DTYPE", "bfloat16" if CUDA else "float32"))  # of heads
+IS_16_BITS = DTYPE.itemsize == 2
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
