@@ -33,6 +33,9 @@ def describe_run(
     lines["layout"] = _layout_line(layout, budget)
     lines["kernels"] = _kernels_line(model, args.device)
     lines["reference"] = reference
+    if args.sync_ref_model:
+        share, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+        lines["reference"] += f"; takes {share:g} of the policy in after every {every:,} updates"
     lines["updates"] = _updates_line(args)
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

@@ -17,6 +17,7 @@ FOLLOWING = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup
 def test_the_reference_moves_to_the_policy_every_few_updates(tmp_path, tokenizer):
     start = weights(tiny.model("llama", len(tokenizer)))
     trainer = make_trainer(tmp_path, tokenizer, max_steps=3, **FOLLOWING)
+    assert "; takes 0.25 of the policy in after every 2 updates" in trainer.summary()
     at_step_2 = {}
     own = trainer.follower.on_step_end
 
