@@ -12,8 +12,11 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
-from fastdpo.following_reference import FollowPolicy
+from fastdpo.following_reference import FILE, FollowPolicy
+
+logger = logging.get_logger(__name__)
 
 
 class ResumingTrainer(Trainer):
@@ -95,8 +98,12 @@ class ResumingTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.follower and checkpoint is not None:
+        if checkpoint is None:
+            return
+        if self.follower:
             self.follower.load(checkpoint)
+        elif Path(checkpoint, FILE).exists():
+            logger.warning(f"{FILE} in {checkpoint} is not read, as sync_ref_model is off")
 
     def _load_best_model(self):
         if not self._loads(self.state.best_model_checkpoint):

@@ -72,6 +72,15 @@ def test_a_checkpoint_without_the_reference_starts_it_again_and_says_so(
         assert torch.equal(weight, start[name]), name
 
 
+def test_a_reference_that_a_resumed_run_leaves_alone_is_warned_of(tmp_path, tokenizer, caplog):
+    settings = FOLLOWING | {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, tokenizer, max_steps=2, **settings).train()
+    resumed = make_trainer(tmp_path, tokenizer, max_steps=3, **settings | {"sync_ref_model": False})
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert f"{FILE} in {tmp_path / 'checkpoint-2'} is not read" in caplog.text
+
+
 def test_another_models_reference_is_refused(tmp_path, tokenizer):
     settings = FOLLOWING | {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     make_trainer(tmp_path, tokenizer, **settings).train()
