@@ -103,7 +103,8 @@ def _run_command(argv: list[str]) -> int:
 def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     """Train as `argv` says, from the last checkpoint if its output_dir holds one of this run."""
     from fastdpo.parser import TrainParser
-    from fastdpo.run_folder import locked, mark_finished, mark_started, run_identity
+    from fastdpo.run_folder import locked, mark_finished, mark_started
+    from fastdpo.run_identity import run_identity
 
     with _bad_input():
         run, fresh, unknown = TrainParser(prog=prog).parse(argv)

@@ -1,33 +1,15 @@
 """run_folder: what a folder holds decides whether a run resumes, is refused, or starts."""
 
 import contextlib
-import json
 import os
 import threading
 from functools import partial
 
 import pytest
-import tiny
-from datasets import Dataset
 from saved import save_checkpoint
 
 from fastdpo import run_folder
-from fastdpo.arguments import (
-    DatasetConfig,
-    DatasetMixtureConfig,
-    ModelConfig,
-    RunArguments,
-    ScriptArguments,
-)
-from fastdpo.config import DPOConfig
-from fastdpo.data import prepare_pairs
-from fastdpo.run_folder import (
-    choose_run_folder,
-    locked,
-    mark_finished,
-    mark_started,
-    run_identity,
-)
+from fastdpo.run_folder import choose_run_folder, locked, mark_finished, mark_started
 
 IDENTITY = {"beta": 0.1, "max_length": None, "datasets": []}
 
@@ -41,16 +23,6 @@ def started(tmp_path):
 
 def content(folder):
     return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def identity_of(tmp_path, *, script=None, model=None, mixture=None, **training):
-    run = RunArguments(
-        script or ScriptArguments(dataset_name="org/rows"),
-        DPOConfig(output_dir=str(tmp_path), **training),
-        model or ModelConfig(model_name_or_path="org/model"),
-        mixture or DatasetMixtureConfig(),
-    )
-    return run_identity(run)
 
 
 # Two runs at once
@@ -270,150 +242,3 @@ def test_a_foreign_run_json_is_refused(started, text):
     (started / "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json"):
         choose_run_folder(started, IDENTITY)
-
-
-# What decides the numbers
-
-
-def test_what_cannot_change_the_numbers_is_no_part_of_the_identity(tmp_path):
-    plain = identity_of(tmp_path)
-    told = identity_of(
-        tmp_path / "elsewhere", logging_steps=1, save_steps=7, eval_strategy="steps", run_name="x"
-    )
-    assert told == plain
-    assert {
-        *DPOConfig.__dataclass_fields__,
-        *ScriptArguments.__dataclass_fields__,
-        *("log_on_each_node", "trackio_bucket_id", "trackio_static_space_id"),
-        *("eval_use_gather_object", "hub_revision", "project", "enable_jit_checkpoint"),
-        *("activation_checkpointing", "activation_checkpointing_kwargs"),
-        *("dataloader_multiprocessing_context", "attn_implementation"),
-    } >= run_folder.NOT_IDENTITY
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"max_tokens_per_forward": 512},
-        {"head_cache_bytes": 0},
-        {"gradient_checkpointing": False},
-        {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"strict_layout": True},
-        {"layout": "padded"},
-        {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 1},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_a_run_may_go_on_with_less_memory(tmp_path, change):
-    assert identity_of(tmp_path, **change) == identity_of(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"beta": 0.2},
-        {"seed": 1},
-        {"max_steps": 5},
-        {"pad_token": "<pad>"},
-        {"model": ModelConfig(model_name_or_path="org/model", use_peft=True)},
-        {"model": ModelConfig(model_name_or_path="org/other")},
-        {"script": ScriptArguments(dataset_name="org/rows", dataset_train_split="train[:9]")},
-        {"mixture": DatasetMixtureConfig(datasets=[DatasetConfig(path="org/rows")])},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_what_changes_the_numbers_changes_the_identity(tmp_path, change):
-    assert identity_of(tmp_path, **change) != identity_of(tmp_path)
-
-
-def test_nested_settings_differ_by_their_full_name(tmp_path):
-    config = {"lr_scheduler_type": "cosine_with_restarts"}
-    two = identity_of(tmp_path, **config, lr_scheduler_kwargs={"num_cycles": 2})
-    three = identity_of(tmp_path, **config, lr_scheduler_kwargs={"num_cycles": 3})
-    assert [name for name in two if two[name] != three[name]] == ["lr_scheduler_kwargs.num_cycles"]
-
-
-def test_data_counts_by_content_and_not_by_place(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "rows.jsonl").write_text('{"chosen": 1}\n')
-    (tmp_path / "a/rows.jsonl").write_text('{"chosen": 1}\n')
-
-    def identity(path):
-        return identity_of(tmp_path, script=ScriptArguments(dataset_name=str(path)))
-
-    first = identity(tmp_path / "rows.jsonl")
-    assert identity(tmp_path / "a/rows.jsonl") == first
-    (tmp_path / "rows.jsonl").write_text('{"chosen": 2}\n')
-    assert identity(tmp_path / "rows.jsonl") != first
-
-
-def test_files_of_a_mixture_count_by_content(tmp_path):
-    rows = tmp_path / "rows.jsonl"
-
-    def identity(text):
-        rows.write_text(text)
-        part = DatasetConfig(path="json", data_files={"train": str(rows)})
-        return identity_of(tmp_path, mixture=DatasetMixtureConfig(datasets=[part]))
-
-    assert identity("{}\n") == identity("{}\n") != identity("{}\n{}\n")
-
-
-@pytest.mark.parametrize("pattern", ["parts/*.jsonl", "~/parts", "~/parts/a.jsonl"])
-def test_a_pattern_and_a_home_count_by_their_files(tmp_path, monkeypatch, pattern):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "parts").mkdir()
-
-    def identity(text):
-        (tmp_path / "parts/a.jsonl").write_text(text)
-        part = DatasetConfig(path="json", data_files=pattern)
-        return identity_of(tmp_path / "out", mixture=DatasetMixtureConfig(datasets=[part]))
-
-    assert identity("{}\n") == identity("{}\n") != identity("{}\n{}\n")
-
-
-def test_what_is_cached_beside_data_and_what_the_run_writes_are_no_data(tmp_path):
-    rows = tmp_path / "rows"
-    Dataset.from_list(tiny.rows()).save_to_disk(rows)
-    script = ScriptArguments(dataset_name=str(rows))
-    before = identity_of(rows / "out", script=script)
-    prepare_pairs(Dataset.load_from_disk(rows), tiny.tokenizer())
-    assert any(rows.glob("cache-*.arrow"))
-    (rows / "tmp1a2b3c4d").write_text("half a cache")
-    mark_started(rows / "out", before)
-    assert identity_of(rows / "out", script=script) == before
-    (rows / "state.json").write_text("{}")
-    assert identity_of(rows / "out", script=script) != before
-
-
-def test_who_reads_a_stream_counts_as_the_order_of_its_rows_does(tmp_path):
-    def identity(streaming, workers):
-        script = ScriptArguments(dataset_name="org/rows", dataset_streaming=streaming)
-        return identity_of(tmp_path, script=script, dataloader_num_workers=workers)
-
-    assert identity(False, 0) == identity(False, 2)
-    assert identity(True, 0) != identity(True, 2)
-    parts = DatasetMixtureConfig(datasets=[DatasetConfig(path="org/rows")], streaming=True)
-    mixed = [identity_of(tmp_path, mixture=parts, dataloader_num_workers=n) for n in (0, 2)]
-    assert mixed[0] != mixed[1]
-
-
-def test_a_local_model_counts_by_its_weights(tmp_path):
-    weights = bytes(3 * 2**20)
-
-    def identity(content):
-        (tmp_path / "model.safetensors").write_bytes(content)
-        return identity_of(tmp_path, model=ModelConfig(model_name_or_path=str(tmp_path)))
-
-    first = identity(weights)
-    (tmp_path / "checkpoint-5").mkdir()
-    (tmp_path / "README.md").write_text("another card")
-    assert identity(weights) == first
-    assert identity(weights[:-1] + b"1") != first
-
-
-def test_an_identity_survives_being_written(tmp_path):
-    identity = identity_of(tmp_path, script=ScriptArguments(dataset_name="org/rows"))
-    mark_started(tmp_path, identity)
-    assert json.loads((tmp_path / "run.json").read_text())["identity"] == identity

@@ -1,0 +1,114 @@
+"""csv_rows: cells as texts, conversations among them, and what is wrong in a file."""
+
+import json
+
+import pytest
+import tiny
+from datasets import Dataset
+from pairs import CHAT
+from row_files import texts
+
+from fastdpo.data import prepare_pairs
+from fastdpo.row_errors import RowError
+from fastdpo.rows import load_rows
+
+
+def test_csv_cells_may_hold_conversations(tmp_path):
+    Dataset.from_list([{k: json.dumps(v) for k, v in CHAT.items()}]).to_csv(tmp_path / "rows.csv")
+    assert texts(load_rows(str(tmp_path / "rows.csv"))) == [CHAT]
+
+
+def test_a_csv_cell_that_is_no_json_is_told_or_counted(tmp_path):
+    row = {k: json.dumps(v) for k, v in CHAT.items()}
+    Dataset.from_list([row, row | {"chosen": "[{"}]).to_csv(tmp_path / "rows.csv")
+    path = str(tmp_path / "rows.csv")
+    with pytest.raises(RowError, match=r"rows.csv, row 1, field 'chosen'"):
+        load_rows(path)
+    pairs, counts = prepare_pairs(
+        load_rows(path, on_bad_rows="skip"), tiny.tokenizer(), on_bad_rows="skip"
+    )
+    assert (counts.pairs, counts.bad) == (1, 1)
+    streamed = load_rows(path, on_bad_rows="skip", streaming=True)
+    assert list(prepare_pairs(streamed, tiny.tokenizer(), on_bad_rows="skip")[0]) == list(pairs)
+
+
+def test_a_csv_row_whose_cells_are_all_broken_messages_is_no_row_of_texts(tmp_path):
+    row = {k: json.dumps(v) for k, v in CHAT.items()}
+    broken = {name: cell[:-1] for name, cell in row.items()}
+    Dataset.from_list([row, broken]).to_csv(tmp_path / "rows.csv")
+    for streaming in (False, True):
+        with pytest.raises(RowError, match=r"rows.csv, row 1, field 'prompt': want JSON"):
+            list(load_rows(str(tmp_path / "rows.csv"), streaming=streaming))
+
+
+def test_an_empty_csv_cell_is_no_value_and_none_is_a_word(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected,tools\na,NA,null,\nb,c,,\n")
+    rows = list(load_rows(str(tmp_path / "rows.csv")))
+    assert texts(rows[:1]) == [{"prompt": "a", "chosen": "NA", "rejected": "null"}]
+    assert (rows[0]["tools"], rows[1]["rejected"]) == (None, None)
+
+
+def test_csv_texts_stay_as_they_are_written(tmp_path):
+    lines = ["prompt,chosen,rejected,score"]
+    lines += ["2+2=,4,5,0.5"] * 3 + ["1+1=,02,True,0.5", "half=,1.50,007,1"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    rows = load_rows(str(tmp_path / "rows.csv"))
+    assert texts(rows)[3:] == [
+        {"prompt": "1+1=", "chosen": "02", "rejected": "True"},
+        {"prompt": "half=", "chosen": "1.50", "rejected": "007"},
+    ]
+    assert texts(load_rows(str(tmp_path / "rows.csv"), streaming=True)) == texts(rows)
+
+
+def test_a_csv_text_may_begin_as_messages_do(tmp_path):
+    rows = [
+        {"prompt": "In JSON:", "chosen": '[{"a": 1}]', "rejected": "[{1}]"},
+        {"prompt": '[{"b": 2}]', "chosen": '[{"a": 1}]', "rejected": "no"},
+    ]
+    Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
+    for streaming in (False, True):
+        assert texts(load_rows(str(tmp_path / "rows.csv"), streaming=streaming)) == rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_csv_row_has_as_many_fields_as_the_header(streaming, tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\n1,a,b,c\n2,a,b,c\n3,a,b\n")
+    path = str(tmp_path / "rows.csv")
+    with pytest.raises(RowError, match=r"rows.csv, row 0: want 3 fields, as in the header, got 4"):
+        list(load_rows(path, streaming=streaming))
+    rows = list(load_rows(path, streaming=streaming, on_bad_rows="skip"))
+    assert [row["prompt"] for row in rows] == [None, None, "3"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_csv_files_has_no_surplus_fields_either(streaming, tmp_path):
+    (tmp_path / "train.csv").write_text("prompt,chosen,rejected\na,b,c\nd,e,f\n")
+    assert len(list(load_rows(str(tmp_path), streaming=streaming))) == 2
+    (tmp_path / "train.csv").write_text("prompt,chosen,rejected\n1,a,b,c\n2,d,e,f\n")
+    with pytest.raises(RowError, match="train.csv, row 0: want 3 fields, as in the header, got 4"):
+        load_rows(str(tmp_path), streaming=streaming)
+
+
+def test_a_name_that_comes_twice_in_a_csv_header_is_told(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\n")
+    with pytest.raises(ValueError, match="rows.csv: want each name once in the header, got"):
+        load_rows(str(tmp_path / "rows.csv"))
+
+
+def test_a_csv_column_that_no_one_reads_may_hold_anything(tmp_path):
+    lines = ["prompt,chosen,rejected,note,ref_chosen_logps,ref_rejected_logps"]
+    lines += [f"a,b,c,{note},-1,-2.5" for note in ("1", "x", "9" * 30)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    rows = load_rows(str(tmp_path / "rows.csv"))
+    assert rows["note"][:] == ["1", "x", "9" * 30]
+    assert (rows["ref_chosen_logps"][0], rows["ref_rejected_logps"][0]) == (-1.0, -2.5)
+    (tmp_path / "rows.csv").write_text("\n".join(lines).replace("-2.5", "low"))
+    with pytest.raises(RowError, match="row 0, field 'ref_rejected_logps': want a finite number"):
+        load_rows(str(tmp_path / "rows.csv"))
+
+
+def test_csv_rows_of_another_kind_are_told_by_their_row(tmp_path):
+    chat = {k: json.dumps(v) for k, v in CHAT.items()}
+    Dataset.from_list([chat, *tiny.rows(2)]).to_csv(tmp_path / "rows.csv")
+    with pytest.raises(RowError, match="rows.csv, row 1, field 'prompt': want values of the kind"):
+        load_rows(str(tmp_path / "rows.csv"))
