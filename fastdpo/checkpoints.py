@@ -58,23 +58,15 @@ def why_torn(checkpoint: Path) -> str | None:
 
 def _is_whole(file: Path) -> bool:
     """Whether a file of JSON or of tensors has its end; True for any other file."""
-    if file.suffix in (".pt", ".pth", ".bin"):
-        return zipfile.is_zipfile(file)  # what torch.save writes, with its directory at its end
-    if any(map(file.match, READ_JSON)):
-        return _is_json(file.read_bytes())
-    if file.suffix != ".safetensors":
-        return True
     try:
-        with safe_open(file, framework="numpy"):  # reads the header, which says how long it is
-            return True
-    except SafetensorError:
-        return False
-
-
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
+        if file.suffix in (".pt", ".pth", ".bin"):
+            return zipfile.is_zipfile(file)  # what torch.save writes, with its directory at its end
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="numpy"):  # reads the header, which says how long it is
+                return True
+        if any(map(file.match, READ_JSON)):
+            json.loads(file.read_bytes())
+    except (ValueError, SafetensorError):
         return False
     return True
 

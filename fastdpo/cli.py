@@ -260,7 +260,7 @@ def _build_trainer(run: "RunArguments") -> "DPOTrainer":
     from fastdpo.arguments import check_adapters, init_kwargs, peft_config, quantization_config
     from fastdpo.mixture import load_datasets
     from fastdpo.trainer import DPOTrainer
-    from fastdpo.trainer_check import check_enough_rows, check_optimizer_and_schedule
+    from fastdpo.trainer_check import check_optimizer_and_schedule
 
     script_args, training_args, model_args, mixture_args = run
     check_optimizer_and_schedule(training_args)
@@ -281,8 +281,6 @@ def _build_trainer(run: "RunArguments") -> "DPOTrainer":
         peft_config=peft_config(model_args),
     )
     check_adapters(trainer.model, model_args)
-    if counts := trainer.pair_counts["train"]:
-        check_enough_rows(training_args, counts.pairs)
     if script_args.ignore_bias_buffers:
         # DistributedDataParallel reads this name; some backends cannot broadcast booleans
         trainer.model._ddp_params_and_buffers_to_ignore = [

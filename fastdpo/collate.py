@@ -11,7 +11,7 @@ Pairs have the columns of columns.py. B of them become S = 2B sequences, prompt 
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,7 +70,7 @@ class PaddedCollator:
     """Pads to the longest sequence, or to the next multiple of pad_to_multiple_of."""
 
     pad_token_id: int
-    cut: Cut = field(default_factory=Cut)
+    cut: Cut = Cut()
     pad_to_multiple_of: int | None = None
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class PackedCollator:
     """Lays sequences end to end in one row; with `share`, those of one prompt as a tree."""
 
     share: bool
-    cut: Cut = field(default_factory=Cut)
+    cut: Cut = Cut()
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[str, Any]:
         sequences = _sequences(pairs, self.cut)

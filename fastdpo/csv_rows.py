@@ -13,6 +13,7 @@ from fastdpo.messages import parsed
 from fastdpo.preferences import TEXT_FIELDS, raise_or_mark
 from fastdpo.row_errors import FieldError, RowError
 
+OBJECTS = re.compile(r"\s*\[\s*\{")
 MESSAGES = re.compile(r'\s*\[\s*\{\s*"role"\s*:')
 
 
@@ -73,7 +74,7 @@ def _messages(row: dict[str, str | None]) -> dict[str, list]:
     messages, errors = {}, []
     for field in TEXT_FIELDS:
         cell = row.get(field)
-        if cell is not None and cell.lstrip().startswith("[{"):  # as a text may begin too
+        if cell is not None and OBJECTS.match(cell):  # as a text may begin too
             try:
                 value = parsed(field, cell, list)
             except FieldError as error:

@@ -36,7 +36,6 @@ from fastdpo.row_report import (
     DROPPED,
     END_LOST,
     NOTE,
-    REPORT,
     STATUS,
     PairCounts,
     WarnOnce,
@@ -117,7 +116,7 @@ def prepare_pairs(
         )
     if length_column is not None:
         pairs = pairs.add_column(length_column, sum(tokens.values()))
-    return pairs.remove_columns([*REPORT]).select(np.flatnonzero(kept)), counts
+    return pairs.remove_columns([STATUS, NOTE]).select(np.flatnonzero(kept)), counts
 
 
 def _status(pairs: Dataset, cut: Cut) -> np.ndarray:
@@ -163,7 +162,7 @@ def _as_it_comes(
         remove_columns=columns,
     ).filter(_is_kept, input_columns=STATUS)
     # a later row may have had columns that the first one had not
-    features = Features({k: v for k, v in tokenize.features.items() if k not in REPORT})
+    features = Features({k: v for k, v in tokenize.features.items() if k not in (STATUS, NOTE)})
     pairs = pairs.select_columns([*features]).cast(features)
     if next(iter(pairs), None) is None:
         raise ValueError(

@@ -65,7 +65,9 @@ class FollowPolicy(TrainerCallback):
 
     def save(self, checkpoint: str) -> None:
         """Write the reference into the folder of a checkpoint."""
-        torch.save({name: theirs.detach() for name, _, theirs in self._moving()}, _file(checkpoint))
+        torch.save(
+            {name: theirs.detach() for name, _, theirs in self._moving()}, Path(checkpoint, FILE)
+        )
 
     @torch.no_grad()
     def load(self, checkpoint: str) -> None:
@@ -73,7 +75,7 @@ class FollowPolicy(TrainerCallback):
 
         ValueError where it is another model's.
         """
-        path = _file(checkpoint)
+        path = Path(checkpoint, FILE)
         if not path.exists():
             logger.warning(f"no reference in {checkpoint}: it starts from ref_model or model again")
             return
@@ -83,7 +85,3 @@ class FollowPolicy(TrainerCallback):
             raise ValueError(f"want the reference's parameters in {path}, got others")
         for name, theirs in moving.items():
             theirs.copy_(tensors[name])
-
-
-def _file(checkpoint: str) -> Path:
-    return Path(checkpoint, FILE)

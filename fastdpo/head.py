@@ -63,7 +63,7 @@ def head_logps(
     hidden_ND = hidden_ND.to(base.weight.device)
     low_rank = None if base is head else _low_rank(head, hidden_ND)  # first: it may unmerge
     rows = quantised_rows(base, hidden_ND.dtype)
-    token_logps_N, found = ops.linear_logps(
+    answer = ops.linear_logps(
         hidden_ND,
         base.weight if rows is None else rows,
         labels_N.to(base.weight.device),
@@ -71,10 +71,10 @@ def head_logps(
         low_rank=low_rank,
         scale=logit_scale(config),
         softcap=logit_softcap(config),
-        stats=("lse", *stats),  # at least one, so that the answer is a pair
+        stats=stats,
         **settings,
     )
-    return token_logps_N, {name: found[name] for name in stats}
+    return answer if stats else (answer, {})
 
 
 def _low_rank(head: LoraLayer, hidden_ND: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from fastdpo.batch import PairBatch, TokensRun
 from fastdpo.losses import PairLoss
-from fastdpo.metrics import RunCounts, Sums, evaluation_metrics, pair_metrics
+from fastdpo.metrics import MetricSums, RunCounts, Sums, evaluation_metrics, pair_metrics
 from fastdpo.model import ScoredOutput
 from fastdpo.pack_trainer import PackTrainer
 from fastdpo.ranks import pairs_not_repeated
@@ -75,17 +75,21 @@ class MeasuringTrainer(PackTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add an interval's metrics to training's `logs`: the moment that waits for the device."""
         if "loss" in logs or "train_runtime" in logs:
-            metrics = self.counts.take(self.counts.train, self.accelerator)
-            logs |= metrics | self._take_own("train")
+            logs |= self._take("train", self.counts.train)
         if "train_runtime" in logs:  # the dictionary that train() returns, so changed in place
             logs |= self.counts.tokens.over_ranks(self.accelerator)
         super().log(logs, start_time)
 
-    def _take_own(self, mode: str) -> dict[str, float]:
-        """Means of a subclass's own numbers since the last time."""
-        means = {name: sum(values) / len(values) for name, values in self._metrics[mode].items()}
-        self._metrics[mode].clear()
-        return means
+    def _take(self, mode: str, sums: MetricSums) -> dict[str, float]:
+        """Means of `sums` and of a subclass's own numbers since the last time, and num_tokens."""
+        metrics = sums.take_means(self.accelerator)
+        if metrics:  # TRL's last log has none
+            num_tokens = self.accelerator.reduce(self.counts.num_train_tokens, "sum")
+            metrics["num_tokens"] = num_tokens.item()
+        own = self._metrics[mode]
+        metrics |= {name: sum(values) / len(values) for name, values in own.items()}
+        own.clear()
+        return metrics
 
     def prediction_step(
         self,
@@ -129,7 +133,7 @@ class MeasuringTrainer(PackTrainer):
             )
         finally:
             self.gather_function = own_gather
-        metrics = counts.take(counts.eval, self.accelerator) | self._take_own("eval")
+        metrics = self._take("eval", counts.eval)
         if self.has_own_loss and f"{metric_key_prefix}_loss" in output.metrics:
             metrics.pop("loss", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": metrics[name] for name in metrics})

@@ -61,14 +61,6 @@ class RunCounts:
     def start_evaluation(self) -> None:
         self.eval, self.num_evaluated = MetricSums(), 0
 
-    def take(self, sums: MetricSums, accelerator: Accelerator) -> dict[str, float]:
-        """The means of `train` or `eval`, and num_tokens, over all ranks; {} for none."""
-        metrics = sums.take_means(accelerator)
-        if not metrics:  # as TRL's last log
-            return {}
-        tokens = accelerator.reduce(self.num_train_tokens, "sum")
-        return metrics | {"num_tokens": tokens.item()}
-
 
 @torch.no_grad()
 def evaluation_metrics(

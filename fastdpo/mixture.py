@@ -11,8 +11,6 @@ from fastdpo.arguments import DatasetMixtureConfig, ScriptArguments
 from fastdpo.preferences import ORIGIN
 from fastdpo.rows import Rows, in_one_kind, load_rows
 
-KINDS = ("conversations", "texts")
-
 
 def load_datasets(
     script_args: ScriptArguments,
@@ -89,13 +87,13 @@ def _in_one_kind(parts: list[Rows], names: list[str], *, skip_bad: bool) -> list
     conversations, as far as it shows before a row is read."""
     features = [part.features or {} for part in parts]
     kinds = {
-        name: KINDS[isinstance(each["chosen"], Value)]
+        name: "texts" if isinstance(each["chosen"], Value) else "conversations"
         for name, each in zip(names, features, strict=True)
         if "chosen" in each
     }
     if len({*kinds.values()}) > 1:
         detail = ", ".join(f"{name} as {kind}" for name, kind in kinds.items())
-        raise ValueError(f"want `datasets` all as {' or all as '.join(KINDS)}, got {detail}")
+        raise ValueError(f"want `datasets` all as conversations or all as texts, got {detail}")
     is_stream = isinstance(parts[0], IterableDataset)
     if not is_stream and all(each == features[0] for each in features):
         return parts

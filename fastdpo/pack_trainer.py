@@ -13,7 +13,6 @@ all ranks.
 """
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,6 +32,7 @@ from fastdpo.packs import PackCollator
 from fastdpo.policy import forget_trainer
 from fastdpo.ranks import average_gradients, least_of_ranks
 from fastdpo.token_budget import UNBOUNDED, TokenBudget, half_of_largest, tokens_that_fit
+from fastdpo.update_start import UpdateStart
 
 logger = logging.get_logger(__name__)
 
@@ -65,11 +65,8 @@ class PackTrainer(Trainer):
             args.ddp_broadcast_buffers = False
         super().__init__(args=args, **arguments)
         self.budget = self._choose_budget()  # None for whole batches
-        # of the current update: batches already run, and the state before its first batch
-        self._done_batches: list[Batch] = []
-        self._saved_attributes: dict[str, Any] = {}
-        self._saved_random_states: list[Tensor] = []
-        self._saved_gradients: dict[nn.Parameter, Tensor] = {}
+        self._done_batches: list[Batch] = []  # of the current update
+        self._start: UpdateStart | None = None  # of it, before its first batch
 
     def before_packs(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
         """Hook: a batch's packs as compute_loss is to see them, as many as came."""
@@ -206,12 +203,12 @@ class PackTrainer(Trainer):
     ) -> Tensor:
         """The batch's loss; while memory runs out, the update starts again from its first batch."""
         if not self._done_batches:
-            self._save_state()
+            self._start = UpdateStart(self, self.restored_on_retry)
         with self.accelerator.no_sync(model):
             losses = self._attempt(run, [inputs])
             while losses is None:
                 # not in _attempt's handler, where the error would still hold what it failed with
-                self._restore_state()
+                self._start.restore()
                 losses = self._attempt(run, [*self._done_batches, inputs])
         self._done_batches.append(inputs)
         if self.accelerator.sync_gradients:  # the last batch of the update
@@ -254,37 +251,6 @@ class PackTrainer(Trainer):
             f"out of memory: the update is run again, with at most {needed:,} tokens in a forward"
         )
         return None
-
-    def _save_state(self) -> None:
-        """At the start of an update: what _restore_state goes back to."""
-        self._saved_attributes = copy.deepcopy(
-            {name: getattr(self, name) for name in self.restored_on_retry}
-        )
-        self._saved_random_states = [generator.get_state() for generator in self._generators()]
-        self._saved_gradients = {  # what a stream left over at its end; mostly there are none
-            parameter: parameter.grad.clone()
-            for parameter in self.model.parameters()
-            if parameter.grad is not None
-        }
-
-    def _restore_state(self) -> None:
-        """Undo what this update did so far: gradients, counts and random numbers."""
-        for name, value in copy.deepcopy(self._saved_attributes).items():
-            setattr(self, name, value)
-        for generator, state in zip(self._generators(), self._saved_random_states, strict=True):
-            generator.set_state(state)
-        self.model.zero_grad()
-        for parameter, gradient in self._saved_gradients.items():
-            parameter.grad = gradient.clone()
-        if self.args.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _generators(self) -> list[torch.Generator]:
-        """What dropout draws from."""
-        generators = [torch.default_generator]
-        if self.args.device.type == "cuda":
-            generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
-        return generators
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """As transformers.Trainer's, of all packs."""

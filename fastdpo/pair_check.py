@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
@@ -69,13 +68,12 @@ def _check_positions(
     padded = f" padded to multiples of {multiple}" if multiple > 1 else ""
     if (max_length or sys.maxsize) <= P:
         return
-    for name, start, lengths in _lengths(datasets):
-        if lengths.max() > P:
-            raise ValueError(
-                f"{name} dataset, pair {start + lengths.argmax()}: want at most {P} tokens, the "
-                f"positions of {type(model).__name__}{padded}, got {lengths.max()}: set "
-                f"max_length={P}"
-            )
+    if found := _longer_pair(datasets, P):
+        pair, length = found
+        raise ValueError(
+            f"{pair}: want at most {P} tokens, the positions of {type(model).__name__}{padded}, "
+            f"got {length}: set max_length={P}"
+        )
 
 
 def _check_frequencies(
@@ -85,21 +83,19 @@ def _check_frequencies(
     L = _length_of_other_frequencies(causal_lm.config.get_text_config())
     if (args.max_length or sys.maxsize) <= L:
         return
-    for name, start, lengths in _lengths(datasets):
-        if lengths.max() <= L:
-            continue
-        found = (
-            f"{name} dataset, pair {start + lengths.argmax()}: {lengths.max()} tokens, and from "
-            f"{L + 1} on the rotary frequencies of {type(causal_lm).__name__} follow the longest "
-            "sequence of a forward"
-        )
-        for setting in ("max_tokens_per_forward", "precompute_ref_log_probs"):
-            if getattr(args, setting):
-                raise ValueError(
-                    f"{found}: {setting} would change the result, unset it or set max_length={L}"
-                )
-        logger.warning(f"{found}: log-probabilities depend on the other pairs of a batch")
+    if not (found := _longer_pair(datasets, L)):
         return
+    pair, length = found
+    what = (
+        f"{pair}: {length} tokens, and from {L + 1} on the rotary frequencies of "
+        f"{type(causal_lm).__name__} follow the longest sequence of a forward"
+    )
+    for setting in ("max_tokens_per_forward", "precompute_ref_log_probs"):
+        if getattr(args, setting):
+            raise ValueError(
+                f"{what}: {setting} would change the result, unset it or set max_length={L}"
+            )
+    logger.warning(f"{what}: log-probabilities depend on the other pairs of a batch")
 
 
 def _length_of_other_frequencies(config: Any) -> int:
@@ -116,13 +112,16 @@ def _length_of_other_frequencies(config: Any) -> int:
     return min(lengths, default=sys.maxsize)
 
 
-def _lengths(
-    datasets: Mapping[str, Dataset | IterableDataset],
-) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Tokens of each pair's longer sequence, CHUNK pairs from the given one on."""
+def _longer_pair(
+    datasets: Mapping[str, Dataset | IterableDataset], limit: int
+) -> tuple[str, int] | None:
+    """A pair with a sequence of more than `limit` tokens, and how many; None if there is none."""
     for name, start, table in _tables(datasets):
         prompt, chosen, rejected = (pc.list_value_length(table[each]) for each in ID_COLUMNS)
-        yield name, start, pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_numpy()
+        lengths = pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_numpy()
+        if lengths.max() > limit:
+            return f"{name} dataset, pair {start + lengths.argmax()}", lengths.max()
+    return None
 
 
 def _tables(

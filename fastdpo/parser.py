@@ -71,7 +71,8 @@ class TrainParser(HfArgumentParser):
     def _let_none_through(self) -> None:
         """Accept none and null as values of numbers that may be None, as TRL's parser does."""
         for action in self._actions:
-            if action.type in (int, float) and NoneType in get_args(self._hints[action.dest]):
+            is_number = action.type in (int, float) and action.nargs != "+"
+            if is_number and NoneType in get_args(self._hints[action.dest]):
                 action.type = _or_none(action.type)
 
     def _take_values(self, values: dict[str, Any]) -> list[str]:

@@ -40,9 +40,10 @@ BATCHES_AT_ONCE = 16  # scored before the CPU waits for them and keeps them
 
 @dataclass(frozen=True, slots=True)
 class AdaptersOff:
-    """`peft_model`, which is or is inside the policy, without its adapters."""
+    """`peft_model`, which is or is inside the policy, without its adapters: on `frozen`."""
 
     peft_model: PeftModel
+    frozen: tuple[nn.Parameter, ...]
     source: str = "the policy with its adapters switched off"
 
     def logps(self, policy: nn.Module, batch: PairBatch, ld_alpha: float | None = None) -> Tensor:
@@ -149,11 +150,13 @@ def frozen_copy(policy: nn.Module, *, share_frozen: bool = True) -> nn.Module:
     return copy.deepcopy(policy, {id(each): each for each in tensors}).requires_grad_(False).eval()
 
 
-def check_apart(policy: nn.Module, reference: nn.Module) -> None:
+def check_apart(policy: nn.Module, reference: Reference) -> None:
     """ValueError where something trains that the reference has too: it would follow the policy."""
+    if isinstance(reference, RowLogps):
+        return
+    own = reference.frozen if isinstance(reference, AdaptersOff) else reference.model.parameters()
     trained = {parameter for parameter in policy.parameters() if parameter.requires_grad}
-    shared = trained.intersection(reference.parameters())
-    if shared:
+    if shared := trained.intersection(own):
         raise ValueError(
             "want what trains to have requires_grad before DPOTrainer is made, which shares the "
             f"rest with its reference, got {len(shared)} parameters that were frozen then"
@@ -184,7 +187,8 @@ def make_reference(
     if ref_model is not None:
         return _placed(ref_model.requires_grad_(False).eval(), "ref_model", device)
     if has_new_adapters and _adapters_alone_train(policy) and not _base_was_changed(policy):
-        return AdaptersOff(policy)
+        frozen = tuple(each for each in policy.parameters() if not each.requires_grad)
+        return AdaptersOff(policy, frozen)
     if precompute:
         return FrozenModel(policy, "the policy before training")
     copied = frozen_copy(policy, share_frozen=not is_sharded)

@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 TOO_LONG, BAD, EQUAL, END_LOST = 1, 2, 4, 8
 DROPPED = TOO_LONG | BAD
-REPORT = STATUS, NOTE = ("fastdpo_status", "fastdpo_note")
+STATUS, NOTE = "fastdpo_status", "fastdpo_note"
 NOTES_SHOWN = 3
 PROMPT_END_LOST = (
     "the prompt alone is tokenised otherwise than before a completion, so that its end is left "

@@ -1,13 +1,13 @@
 """RowTrainer: transformers.Trainer that takes preference rows, at the start and in evaluate() and
 predict(), and lays all of them out alike."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fastdpo.collate import PackedCollator, PaddedCollator, make_collator
@@ -29,7 +29,7 @@ class RowTrainer(MeasuringTrainer):
     """Subclasses set `layout` and `pair_counts`.
 
     layout: COLLATORS_LAYOUT where the user brought a data_collator. pair_counts: what became of
-    each dataset's rows, by its name, as prepare_named has it.
+    each dataset's rows, by its name; None of a stream.
     """
 
     layout: Layout
@@ -43,13 +43,12 @@ class RowTrainer(MeasuringTrainer):
         """What scores pairs, by its argument's name."""
         return {"model": self.model}
 
-    def _prepare(self, dataset: Rows | dict[str, Rows], name: str) -> Rows | dict[str, Rows]:
+    def _prepare(self, dataset: Rows, name: str) -> Rows:
         """`dataset` as token ids, counted and checked against the models."""
-        pairs, counts = prepare_named(
-            dataset, name, self.processing_class, **self.args.data_settings
+        pairs, self.pair_counts[name] = prepare_pairs(
+            dataset, self.processing_class, name=name, **self.args.data_settings
         )
-        self.pair_counts |= counts
-        check_pairs(by_name(pairs, name), self.models().values(), self.args)
+        check_pairs({name: pairs}, self.models().values(), self.args)
         return pairs
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -112,30 +111,22 @@ class RowTrainer(MeasuringTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """As transformers.Trainer's; rows passed here are prepared as those of the constructor."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
+        """As transformers.Trainer's; rows passed here are prepared as those of the constructor.
+
+        (transformers comes back here with each dataset of a dictionary.)
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, str | dict):
             eval_dataset = self._prepare(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
 
-def prepare_named(
-    dataset: Rows | dict[str, Rows],
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    **settings: Any,
-) -> tuple[Rows | dict[str, Rows], dict[str, PairCounts | None]]:
-    """`dataset` as token ids, or each of a dictionary's, and what was counted, by their names.
-
-    settings: of data.prepare_pairs, which counts None of a stream.
-    """
+def map_datasets(
+    function: Callable[[Rows, str], Rows], dataset: Rows | dict[str, Rows] | None, name: str
+) -> Rows | dict[str, Rows] | None:
+    """`function` of a dataset and its name, or of each in a dictionary, by the names of by_name."""
     if isinstance(dataset, dict):
-        pairs, counts = {}, {}
-        for key, each in dataset.items():
-            pairs[key], its_counts = prepare_named(each, f"{name}_{key}", tokenizer, **settings)
-            counts |= its_counts
-        return pairs, counts
-    pairs, its_counts = prepare_pairs(dataset, tokenizer, name=name, **settings)
-    return pairs, {name: its_counts}
+        return {key: function(each, f"{name}_{key}") for key, each in dataset.items()}
+    return None if dataset is None else function(dataset, name)
 
 
 def by_name(dataset: Rows | dict[str, Rows] | None, name: str) -> dict[str, Rows]:

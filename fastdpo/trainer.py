@@ -20,6 +20,7 @@ README.md has a step in the order of its calls.
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from datasets import is_caching_enabled
@@ -32,6 +33,7 @@ from fastdpo.batch_loss import PackLogps, PackLoss, with_pack_losses
 from fastdpo.collate import first_pairs_longest_first
 from fastdpo.columns import Pair
 from fastdpo.config import DPOConfig
+from fastdpo.data import prepare_pairs
 from fastdpo.experts import ExpertCounts, aux_loss_weight, with_batch_experts
 from fastdpo.following_reference import FollowPolicy
 from fastdpo.layout import Layout, choose_layout
@@ -60,7 +62,7 @@ from fastdpo.reference_logps import (
     with_reference_logps,
 )
 from fastdpo.resuming_trainer import ResumingTrainer
-from fastdpo.row_trainer import COLLATORS_LAYOUT, RowTrainer, by_name, prepare_named
+from fastdpo.row_trainer import COLLATORS_LAYOUT, RowTrainer, by_name, map_datasets
 from fastdpo.rows import Rows
 from fastdpo.scorer_check import check_scorer
 from fastdpo.start_check import check_start
@@ -68,6 +70,7 @@ from fastdpo.summary import describe_run
 from fastdpo.trainer_check import (
     check_arguments,
     check_best_metric,
+    check_enough_rows,
     check_models,
     check_overrides,
     redefines,
@@ -123,7 +126,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         peft_config: PeftConfig | None = None,
     ):
         check_models(model, ref_model, peft_config)
-        args = args or DPOConfig(output_dir=f"{model_name(model).split('/')[-1]}-DPO")
+        args = args or DPOConfig(output_dir=f"{Path(model_name(model)).name}-DPO")
         check_arguments(args, model, train_dataset, data_collator, quantization_config, peft_config)
         if not self._redefines("evaluate", "evaluation_loop"):
             check_best_metric(args, eval_dataset, compute_metrics)
@@ -140,12 +143,19 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             revision=init_kwargs.get("revision"),
             trust_remote_code=init_kwargs["trust_remote_code"],
         )
-        prepare = functools.partial(prepare_named, tokenizer=tokenizer, **args.data_settings)
+        self.pair_counts = {}
+
+        def prepared(rows: Rows, name: str) -> Rows:
+            pairs, self.pair_counts[name] = prepare_pairs(
+                rows, tokenizer, name=name, **args.data_settings
+            )
+            return pairs
+
         with one_rank_first(args):
-            train_dataset, self.pair_counts = prepare(train_dataset, "train")
-            if eval_dataset is not None:
-                eval_dataset, counts = prepare(eval_dataset, "eval")
-                self.pair_counts |= counts
+            train_dataset = prepared(train_dataset, "train")
+            eval_dataset = map_datasets(prepared, eval_dataset, "eval")
+        if counts := self.pair_counts["train"]:
+            check_enough_rows(args, counts.pairs)
         model = make_policy(
             model,
             peft_config,
@@ -235,8 +245,8 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         return self.models().get("ref_model")
 
     def _inner_training_loop(self, *args, **kwargs):
-        if isinstance(self.reference, FrozenModel) and not self.is_sharded:
-            check_apart(self.model, self.reference.model)
+        if not self.is_sharded:
+            check_apart(self.model, self.reference)
         return super()._inner_training_loop(*args, **kwargs)
 
     def summary(self) -> str:
@@ -293,11 +303,9 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
         self.train_dataset = scored(self.train_dataset, batch_size=batch_size)
         batch_size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
-        if isinstance(self.eval_dataset, dict):
-            for name, dataset in self.eval_dataset.items():
-                self.eval_dataset[name] = scored(dataset, batch_size=batch_size)
-        elif self.eval_dataset is not None:
-            self.eval_dataset = scored(self.eval_dataset, batch_size=batch_size)
+        self.eval_dataset = map_datasets(
+            lambda pairs, _: scored(pairs, batch_size=batch_size), self.eval_dataset, "eval"
+        )
         self.reference = after_precompute(self.reference, self.model, cache)
 
     def _reference_cache(self) -> ReferenceCache | None:
@@ -362,9 +370,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         losses = self._pair_losses(batch, scored, reference_logps_S, pack_loss)
         aux_loss = scored.aux_loss
         if aux_loss is not None:
-            if experts:
-                # each of the pack's B pairs carries it below: in all N times the pack's part, as
-                # each of a whole batch's N pairs carries the whole
+            if experts:  # a pack's B pairs carry its part N times together, as N pairs do the whole
                 aux_loss = aux_loss * experts.num_pairs / batch.num_pairs
             losses = losses._replace(loss_B=losses.loss_B + self.router_aux_loss_coef * aux_loss)
         num_pairs = num_items_in_batch if self.loss_is_scaled_for_ga else None

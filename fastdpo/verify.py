@@ -20,7 +20,7 @@ as a difference, though neither way is wrong.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
@@ -29,7 +29,7 @@ from torch import Tensor
 from fastdpo.attention import attend_along_trees, attend_as_before
 from fastdpo.batch import PairBatch, cu_seqlens_of
 from fastdpo.collate import LAYOUTS, make_collator
-from fastdpo.columns import ID_COLUMNS, Pair
+from fastdpo.columns import ID_COLUMNS
 from fastdpo.kernels import reference
 from fastdpo.layout import why_padded
 from fastdpo.losses import pair_loss
@@ -243,7 +243,7 @@ def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Ans
     token_logps, losses = [], []
     subject.policy.zero_grad()
     for chunk in torch.arange(B).split(args.per_device_train_batch_size):
-        inputs = collate([_without_reference(subject.pairs[b]) for b in chunk])
+        inputs = collate([{name: subject.pairs[b][name] for name in ID_COLUMNS} for b in chunk])
         batch = PairBatch.from_inputs(send_to_device(inputs, args.device))
         with subject.autocast():
             scored = score(subject.policy, batch, stats=args.token_stats)
@@ -261,10 +261,6 @@ def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Ans
         token_logps += [side for both in zip(chosen, rejected, strict=True) for side in both]
         losses.append(loss_B.detach())
     return Answer(token_logps, torch.cat(losses), _take_gradients(subject))
-
-
-def _without_reference(pair: Pair) -> dict[str, Any]:
-    return {name: pair[name] for name in ID_COLUMNS}
 
 
 def describe(subject: Subject, plain: Plain) -> str:

@@ -61,6 +61,7 @@ def torch_2_12(query, key, value, *bounds, scale=None, window_size=(-1, -1), ena
 
 def flash_attn(query, key, value, *bounds, dropout_p, softmax_scale, causal, window_size, softcap):
     assert dropout_p == 0.0
+    assert isinstance(softcap, float)  # its operator takes no None
     return flash(query, key, value, *bounds, softmax_scale, window_size, causal, softcap)
 
 
@@ -263,6 +264,15 @@ def test_attention_that_transformers_imports_by_name_keeps_its_name(name, monkey
     assert calls == [None] * 2
     attend_as_before(model)
     assert ALL_ATTENTION_FUNCTIONS[name] is flash
+
+
+def test_attention_that_two_trainers_have_replaced_is_put_back_at_once():
+    model = families.model("llama")
+    name = model.config._attn_implementation
+    attend_along_trees(model)
+    attend_along_trees(model)
+    attend_as_before(model)
+    assert model.config._attn_implementation == name
 
 
 def test_a_window_that_a_model_keeps_in_its_mask_is_refused():

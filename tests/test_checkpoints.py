@@ -31,12 +31,21 @@ def test_a_file_cut_short_is_named(tmp_path, name, left):
     assert why_torn(file.parent) == f"half a {name}"
 
 
-def test_a_configuration_cut_short_is_named(tmp_path):
+def test_weights_in_torchs_format_cut_short_are_named(tmp_path):
+    file = save_checkpoint(tmp_path, 10) / "adapter_model.bin"
+    torch.save({}, file)
+    assert why_torn(file.parent) is None
+    file.write_bytes(file.read_bytes()[:-1])
+    assert why_torn(file.parent) == "half a adapter_model.bin"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_configuration_cut_short_is_named(tmp_path, name):
     checkpoint = save_checkpoint(tmp_path, 10)
     (checkpoint / "notes.json").write_text("")  # somebody's, who knows
     assert why_torn(checkpoint) is None
-    (checkpoint / "config.json").write_text('{"model_ty')
-    assert why_torn(checkpoint) == "half a config.json"
+    (checkpoint / name).write_text('{"model_ty')
+    assert why_torn(checkpoint) == f"half a {name}"
 
 
 @pytest.mark.parametrize("name", ["scheduler.pt", "rng_state*.pth"])

@@ -142,6 +142,13 @@ def test_a_group_is_laid_out_as_the_docstring_of_packed_row_draws_it():
     assert inputs["tree"].trunks == ((0, 5),) and inputs["tree"].branches == ((5, 7, 0, 3),)
 
 
+def test_equal_completions_of_a_prompt_are_there_once():
+    other_way_round = ROWS[0] | {"chosen_ids": [6], "rejected_ids": [4, 5]}
+    inputs = collate([ROWS[0], other_way_round], "shared")
+    assert inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert inputs["attention_mask"].tolist() == [[4, 4, 4, 2, 2, 2]]
+
+
 @pytest.mark.parametrize("chosen, rejected", [([4, 5], [4, 5, 9]), ([4, 5, 9], [4, 5])])
 def test_a_completion_that_another_continues_is_no_branch_of_its_own(chosen, rejected):
     row = {"prompt_ids": [1, 2], "chosen_ids": chosen, "rejected_ids": rejected}
@@ -156,6 +163,18 @@ def test_completions_that_share_no_row_need_no_map_of_rows():
     assert PairBatch.from_inputs(collate([alone], "shared")).completion_rows_C is None
     batch = PairBatch.from_inputs(collate([alike], "shared"))
     assert batch.labels_N[batch.completion_rows_C].tolist() == [4, 5, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "layout, tokens",
+    [
+        ("padded", TokensRun(run=4 * 5)),
+        ("packed", TokensRun(run=5 + 3 + 4 + 5, padding_avoided=3)),
+        ("shared", TokensRun(run=3 + 3 + 2 + 4, shared=3 + 2, padding_avoided=3)),
+    ],
+)
+def test_what_ran_and_what_did_not_have_to_is_counted(layout, tokens):
+    assert collate(layout=layout)["tokens"] == tokens
 
 
 def test_tokens_add_up_over_batches_and_ranks():

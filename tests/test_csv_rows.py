@@ -18,6 +18,12 @@ def test_csv_cells_may_hold_conversations(tmp_path):
     assert texts(load_rows(str(tmp_path / "rows.csv"))) == [CHAT]
 
 
+def test_a_csv_cells_json_may_be_indented(tmp_path):
+    cells = {name: json.dumps(messages, indent=1) for name, messages in CHAT.items()}
+    Dataset.from_list([cells]).to_csv(tmp_path / "rows.csv")
+    assert texts(load_rows(str(tmp_path / "rows.csv"))) == [CHAT]
+
+
 def test_a_csv_cell_that_is_no_json_is_told_or_counted(tmp_path):
     row = {k: json.dumps(v) for k, v in CHAT.items()}
     Dataset.from_list([row, row | {"chosen": "[{"}]).to_csv(tmp_path / "rows.csv")

@@ -114,6 +114,16 @@ def test_a_malformed_row_of_a_mixture_is_told_by_its_source(settings, parts, tmp
         prepare()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_malformed_rows_among_unlike_sources_are_left_to_be_counted(streaming, parts, tmp_path):
+    rows = [{"prompt": "a", "chosen": None, "rejected": "b"}, *tiny.rows(2)]
+    Dataset.from_list([{**row, "score": 1} for row in rows]).to_parquet(tmp_path / "c.parquet")
+    datasets = [DatasetConfig(path) for path in (*parts, str(tmp_path / "c.parquet"))]
+    rows, _ = load(DatasetMixtureConfig(datasets=datasets, streaming=streaming), on_bad_rows="skip")
+    pairs, _ = prepare_pairs(rows, tiny.tokenizer(), on_bad_rows="skip")
+    assert len(list(pairs)) == 8 + 4 + 2
+
+
 def test_fractions_cut_a_mixture_to_its_proportions(parts):
     datasets = [DatasetConfig(parts[0], fraction=1), DatasetConfig(parts[1], fraction=3)]
     rows, _ = load(DatasetMixtureConfig(datasets=datasets))
@@ -186,3 +196,19 @@ def test_a_mixture_that_cannot_be_is_refused(parts, changes, told):
 def test_evaluating_on_a_mixture_needs_rows_held_out(parts):
     with pytest.raises(ValueError, match="test_split_size"):
         load(DatasetMixtureConfig(datasets=[DatasetConfig(parts[0])]), with_eval=True)
+
+
+def test_a_dataset_is_asked_for_as_flags_or_yaml_say(monkeypatch):
+    asked = {}
+
+    def load_rows(name, **settings):
+        asked.update(settings)
+        return Dataset.from_list(tiny.rows(2))
+
+    monkeypatch.setattr("fastdpo.mixture.load_rows", load_rows)
+    part = {"split": "s", "data_files": "f", "data_dir": "d", "columns": ["c"]}
+    load(DatasetMixtureConfig(datasets=[DatasetConfig("some/pairs", name="en", **part)]))
+    assert asked | part | {"config_name": "en"} == asked
+    flags = ScriptArguments("some/pairs", dataset_config="fr", dataset_train_split="t")
+    load_datasets(flags, DatasetMixtureConfig(), with_eval=False, on_bad_rows="raise", seed=0)
+    assert (asked["config_name"], asked["split"]) == ("fr", "t")

@@ -85,6 +85,7 @@ def test_yaml_sets_values_and_environment_and_flags_override(tmp_path, monkeypat
         "model_init_kwargs: {dtype: bfloat16}\n"
         "num_processes: 2\n"
         "multi_gpu: true\n"
+        "use_fsdp: false\n"
     )
     (_, training, model, _), _, unknown = parse(f"--config={config}", "--beta", "0.4")
     assert os.environ["FASTDPO_TEST"] == "3"
@@ -92,7 +93,7 @@ def test_yaml_sets_values_and_environment_and_flags_override(tmp_path, monkeypat
     assert (training.eval_strategy, training.gradient_checkpointing) == ("no", False)
     assert training.model_init_kwargs == {"dtype": "bfloat16"}
     assert model.lora_target_modules == ["q_proj", "v_proj"]
-    assert unknown == ["--num_processes", "2", "--multi_gpu"]
+    assert unknown == ["--num_processes", "2", "--multi_gpu", "--use_fsdp=false"]
 
 
 def test_peft_and_quantisation_are_off_unless_asked_for():

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
@@ -115,6 +116,18 @@ def test_a_model_without_a_tokenizer_is_named(tmp_path):
     families.model("llama", torch.float32).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"want a tokenizer in {tmp_path}, got none"):
         load_tokenizer(None, str(tmp_path))
+
+
+def test_a_tokenizer_is_read_of_the_revision_asked_for(monkeypatch, tokenizer):
+    asked = {}
+
+    def read(name, **settings):
+        asked.update(settings)
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
+    load_tokenizer(None, "some/model", revision="v1", trust_remote_code=True)
+    assert asked == {"revision": "v1", "trust_remote_code": True}
 
 
 def test_soft_capped_attention_is_loaded_as_one_that_caps(tmp_path):

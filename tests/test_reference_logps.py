@@ -164,6 +164,15 @@ def test_adapters_are_on_again_after_a_reference_that_failed(tmp_path, tokenizer
     assert not layer.self_attn.q_proj.disable_adapters
 
 
+def test_adapters_that_were_off_are_off_after_the_reference(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+    inputs = next(iter(trainer.get_train_dataloader()))
+    with trainer.model.disable_adapter():
+        trainer.compute_loss(trainer.model, inputs)
+        assert layer.disable_adapters
+
+
 def test_what_the_user_froze_of_new_adapters_stays_frozen(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
     assert isinstance(trainer.reference, AdaptersOff)
@@ -196,6 +205,17 @@ def test_a_reference_that_would_follow_the_policy_is_refused(tmp_path, tokenizer
     with pytest.raises(ValueError, match="got 1 parameters that were frozen then"):
         trainer.train()
     trainer.model.model.norm.requires_grad_(False)
+    trainer.train()
+    assert logged(trainer)[-1] < 0.69
+
+
+def test_a_layer_that_adapters_and_their_reference_share_is_not_trained(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
+    norm = trainer.model.get_base_model().model.norm
+    norm.requires_grad_(True)
+    with pytest.raises(ValueError, match="got 1 parameters that were frozen then"):
+        trainer.train()
+    norm.requires_grad_(False)
     trainer.train()
     assert logged(trainer)[-1] < 0.69
 

@@ -102,6 +102,17 @@ def test_data_counts_by_content_and_not_by_place(tmp_path):
     assert identity(tmp_path / "rows.jsonl") != first
 
 
+def test_a_model_counts_by_its_folders_name_from_within_it_too(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "model")
+    paths = (".", str(tmp_path / "model"))
+    here, there = (
+        identity_of(tmp_path / "out", model=ModelConfig(model_name_or_path=path)) for path in paths
+    )
+    assert here == there
+
+
 def test_files_of_a_mixture_count_by_content(tmp_path):
     rows = tmp_path / "rows.jsonl"
 

@@ -328,6 +328,20 @@ def test_a_loss_setting_may_change_between_steps_by_the_name_that_trl_has(tmp_pa
     assert logged(trainers[0]) == logged(trainers[1])
 
 
+def test_each_loss_setting_may_be_set_by_the_name_that_trl_has(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    changed = {
+        "label_smoothing": 0.1,
+        "ld_alpha": 0.5,
+        "f_divergence_type": "forward_kl",
+        "f_alpha_divergence_coef": 0.7,
+        "use_weighting": True,
+    }
+    for name, value in changed.items():
+        setattr(trainer, name, value)
+    assert {name: getattr(trainer.args, name) for name in changed} == changed
+
+
 def test_a_weight_set_after_the_start_counts_where_none_was_given(tmp_path, tokenizer):
     model = tiny.model("mixtral", len(tokenizer))
     trainer = make_trainer(tmp_path, tokenizer, model=model, loss_type=["sigmoid", "hinge"])
@@ -355,3 +369,8 @@ def test_rows_of_a_later_evaluation_are_counted(tmp_path, tokenizer):
     trainer.evaluate(Dataset.from_list(tiny.rows(3)), metric_key_prefix="held")
     assert trainer.pair_counts.keys() == {"train", "held"}
     assert trainer.pair_counts["held"].pairs == 3
+    rows = tiny.rows(4)
+    rows[1]["prompt"] *= 99  # alone longer than max_length
+    trainer.evaluate({"a": Dataset.from_list(rows), "b": Dataset.from_list(tiny.rows(2))})
+    assert (trainer.pair_counts["eval_a"].rows, trainer.pair_counts["eval_a"].too_long) == (4, 1)
+    assert trainer.pair_counts["eval_b"].pairs == 2

@@ -265,6 +265,14 @@ def test_too_few_rows_for_a_batch_are_refused_where_it_is_dropped(tokenizer, not
         build(tokenizer, settings)
 
 
+def test_too_few_rows_left_for_a_batch_are_refused_where_it_is_dropped(tokenizer):
+    rows = tiny.rows(4)
+    rows[1]["prompt"] *= 9  # alone longer than max_length
+    settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 4, "max_length": 40}
+    with pytest.raises(ValueError, match="at least one batch of 4 rows .* got 3"):
+        build(tokenizer, settings, train_dataset=Dataset.from_list(rows))
+
+
 def test_rows_for_just_one_batch_are_enough():
     settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 8}
     trainer_check.check_enough_rows(args(**settings), 8)
