@@ -22,7 +22,7 @@ def _torch_dlogits(p_NT, out_NT, row_scale_N, dlabel_N, labels_N, start):
     out_NT.scatter_add_(1, column_N1, dlabel_N[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["row_scale_ptr", "dlabel_ptr", "labels_ptr"])
 def _dlogits_kernel(
     p_ptr,
     out_ptr,

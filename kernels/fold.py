@@ -18,10 +18,13 @@ from torch import Tensor
 
 from fastdpo.kernels.products import has_fast_mkl
 
+# Of these a program reads one number: code for an aligned address of its own would gain nothing.
+OF_ROWS = ["labels_ptr", "peak_ptr", "total_ptr", "label_logit_ptr", "rescale_ptr"]
+OF_ROWS += ["exp_z_sum_ptr", "z_sum_ptr", "exp_square_sum_ptr"]
 LOG2_E = math.log2(math.e)
-MOST_IN_REGISTERS = 8192  # columns of a row that a program of the Triton fold reads once
-BLOCK_T = 1024  # of a longer row, those that it reads at a time, and twice
-BLOCK_T_OF_SUMS = 512  # with sums for statistics: of 1024, triton 3.7.1 spills some on sm_100
+MOST_IN_REGISTERS = 8192  # columns: a row up to this long is read once and stays in registers
+BLOCK_T = 1024  # columns read at a time of a longer row, which is read twice
+BLOCK_T_OF_SUMS = 512  # the same with sums for statistics: with 1024, triton 3.7.1 spills on sm_100
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,7 @@ def _logit(z_ptr, bias_ptr, t, mask, scale, softcap):
     return z_T
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_ROWS)
 def _fold_kernel(
     z_ptr,
     p_ptr,
@@ -143,21 +146,25 @@ def _fold_kernel(
     softcap,
     BLOCK_T: tl.constexpr,
     IS_ONE_BLOCK: tl.constexpr,  # the row's logits then stay in registers, and are read once
+    IS_FULL: tl.constexpr,  # and are BLOCK_T, so that no mask is left
 ):
     n = tl.program_id(0).to(tl.int64)
     z_ptr += n * z_stride
     old_peak = tl.load(peak_ptr + n)
+    column = tl.load(labels_ptr + n) - start
+    is_here = (column >= 0) & (column < width)
+    width = BLOCK_T if IS_FULL else width
     tile_peak_T = tl.full((BLOCK_T,), -float("inf"), tl.float32)
     end = 1 if IS_ONE_BLOCK else width
     for first in range(0, end, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         z_T = _logit(z_ptr, bias_ptr, t, t < width, scale, softcap)
         tile_peak_T = tl.maximum(tile_peak_T, tl.where(t < width, z_T, -float("inf")))
+    # read before the barrier in tl.max, as p may be written over it
+    label_logit = _logit(z_ptr, bias_ptr, column, is_here, scale, softcap)
     peak = tl.maximum(old_peak, tl.max(tile_peak_T))
     rescale = tl.exp(old_peak - peak)
 
-    column = tl.load(labels_ptr + n) - start
-    label_logit_T = tl.zeros((BLOCK_T,), tl.float32)
     total_T = tl.zeros((BLOCK_T,), tl.float32)
     exp_z_sum_T = tl.zeros((BLOCK_T,), tl.float32)
     z_sum_T = tl.zeros((BLOCK_T,), tl.float32)
@@ -165,24 +172,27 @@ def _fold_kernel(
     for first in range(0, end, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         z_T = _logit(z_ptr, bias_ptr, t, t < width, scale, softcap)
-        label_logit_T += tl.where(t == column, z_T, 0.0)
         exp_T = tl.where(t < width, tl.exp(z_T - peak), 0.0)
-        total_T += exp_T
+        total_T = exp_T if IS_ONE_BLOCK else total_T + exp_T
         if exp_z_sum_ptr is not None:
-            exp_z_sum_T += tl.where(exp_T == 0.0, 0.0, exp_T * z_T)
+            exp_z_T = tl.where(exp_T == 0.0, 0.0, exp_T * z_T)
+            exp_z_sum_T = exp_z_T if IS_ONE_BLOCK else exp_z_sum_T + exp_z_T
         if z_sum_ptr is not None:
-            z_sum_T += z_T  # 0 from width on
+            z_sum_T = z_T if IS_ONE_BLOCK else z_sum_T + z_T  # 0 from width on
         if exp_square_sum_ptr is not None:
-            exp_square_sum_T += exp_T * exp_T
+            exp_square_T = exp_T * exp_T
+            exp_square_sum_T = exp_square_T if IS_ONE_BLOCK else exp_square_sum_T + exp_square_T
         if p_ptr is not None:
             if softcap is not None:
                 capped_T = z_T * (1.0 / softcap)
                 exp_T *= 1.0 - capped_T * capped_T
-            exp_T = tl.where(t == column, 0.0, exp_T)
             p_ptrs = p_ptr + n * p_stride + t
             tl.store(p_ptrs, exp_T.to(p_ptr.dtype.element_ty), mask=t < width)
-    if (column >= 0) & (column < width):
-        tl.store(label_logit_ptr + n, tl.sum(label_logit_T))
+    if is_here:
+        tl.store(label_logit_ptr + n, label_logit)
+    if p_ptr is not None:
+        tl.debug_barrier()  # another thread wrote the label's p
+        tl.store(p_ptr + n * p_stride + column, 0.0, mask=is_here)
     tl.store(peak_ptr + n, peak)
     tl.store(rescale_ptr + n, rescale)
     tl.store(total_ptr + n, tl.load(total_ptr + n) * rescale + tl.sum(total_T))
@@ -197,13 +207,13 @@ def _fold_kernel(
 
 
 def launch_of(width: int, *, has_sums: bool) -> dict[str, int | bool]:
-    """How the fold of a tile is launched: none spills (bench/kernel_report.py), none was timed."""
+    """Launch settings for the fold of one tile. None spills (bench/kernel_report.py); not timed."""
     if width > MOST_IN_REGISTERS:
         block = BLOCK_T_OF_SUMS if has_sums else BLOCK_T
-        return {"BLOCK_T": block, "IS_ONE_BLOCK": False, "num_warps": 4}
+        return {"BLOCK_T": block, "IS_ONE_BLOCK": False, "IS_FULL": False, "num_warps": 4}
     block = max(BLOCK_T, triton.next_power_of_2(width))
-    num_warps = max(8, block // 512) if has_sums else max(4, block // 1024)
-    return {"BLOCK_T": block, "IS_ONE_BLOCK": True, "num_warps": num_warps}
+    shape = {"BLOCK_T": block, "IS_ONE_BLOCK": True, "IS_FULL": width == block}
+    return shape | {"num_warps": max(4, block // 1024)}
 
 
 def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):

@@ -42,9 +42,10 @@ class KeptTiles:
 
     def _memory_of_gradient(self, columns: slice, dtype: torch.dtype) -> Tensor:
         """The rows of these columns in the first gradient, as flat memory of `dtype`."""
-        if not self._gradients or not self._gradients[0].is_contiguous():
+        first = next((dw_VK for dw_VK in self._gradients if dw_VK is not None), None)
+        if first is None or not first.is_contiguous():
             return torch.empty(0, dtype=dtype)
-        memory = self._gradients[0][columns].view(-1)
+        memory = first[columns].view(-1)
         whole = memory.nbytes // dtype.itemsize * dtype.itemsize
         return memory[: whole // memory.element_size()].view(dtype)
 
@@ -60,11 +61,11 @@ class KeptTiles:
         """What was kept of a tile, once."""
         return self._kept.pop((block.start, columns.start), (None, None))
 
-    def take_gradients(self, tiles: Tiles) -> list[Tensor]:
-        """Memory for each trained weight's gradient: the forward's, or new in a second backward."""
+    def take_gradients(self, tiles: Tiles) -> list[Tensor | None]:
+        """Memory for each dw_VK, None where frozen; new from the second backward on."""
         taken, self._gradients = self._gradients, None
         return _new_gradients(tiles) if taken is None else taken
 
 
-def _new_gradients(tiles: Tiles) -> list[Tensor]:
-    return [torch.empty_like(term.w_VK) for term in tiles.terms if term.w_needs_grad]
+def _new_gradients(tiles: Tiles) -> list[Tensor | None]:
+    return [torch.empty_like(term.w_VK) if term.w_needs_grad else None for term in tiles.terms]

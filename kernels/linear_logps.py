@@ -26,7 +26,7 @@ from fastdpo.kernels.tiles import Settings, Tiles
 from fastdpo.kernels.vocabulary_walk import walk, weight_gradients
 
 MIN_ROWS = 16  # fewer are padded: a product of fewer rows may sum in another order
-HEAD_CACHE_BYTES = 512 << 20
+HEAD_CACHE_BYTES = 1 << 30  # all p of 8192 rows of a bfloat16 head of 131072 x 4096
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -39,7 +39,7 @@ class _LinearLogps(torch.autograd.Function):
         )
         kept = KeptTiles(tiles)
         u_of_terms = walk(tiles, softmax, kept)
-        token_logps_N, log_total_N, dlogp_dlabel_N = _answers(tiles, softmax)
+        token_logps_N, log_total_N, dlogp_dlabel_N = _logps_and_slopes(tiles, softmax)
         lse_N = softmax.peak_N + log_total_N
         stats = statistics(tiles, softmax, lse_N, u_of_terms)  # u is overwritten below
         _finish_dlogp_dx(u_of_terms, tiles, softmax.total_N, dlogp_dlabel_N)
@@ -80,9 +80,11 @@ class _LinearLogps(torch.autograd.Function):
         return None, None, dbias_V, *dfactors
 
 
-def _answers(tiles: Tiles, softmax: RunningSoftmax) -> tuple[Tensor, Tensor, Tensor]:
-    """token_logps_N, log_total_N, and dlogp_dlabel_N: c (1 - p) of each row's label, the slope of
-    its logp in the label's logit before the cap."""
+def _logps_and_slopes(tiles: Tiles, softmax: RunningSoftmax) -> tuple[Tensor, Tensor, Tensor]:
+    """token_logps_N; log_total_N, the log of the softmax's sum; and dlogp_dlabel_N.
+
+    The last is c (1 - p), the slope of logp in the label's logit before the cap.
+    """
     settings, log_total_N = tiles.settings, softmax.total_N.log()
     if settings.softcap is not None:
         for term in tiles.terms:  # tanh makes a finite logit of an infinite hidden state
@@ -105,10 +107,10 @@ def _finish_dlogp_dx(
             continue
         last = term.w_VK.shape[0] - 1
         for chunk in tiles.row_chunks(term):
-            u_NK[chunk].div_(-total_N[chunk, None]).addcmul_(
-                term.w_pieces.at(tiles.labels_N[chunk].clamp(0, last)).to(u_NK.dtype),
-                dlogp_dlabel_N[chunk, None],
-            ).mul_(tiles.settings.scale)
+            u_NK[chunk].div_(total_N[chunk, None] / -tiles.settings.scale).addcmul_(
+                term.w_pieces.at(tiles.labels_N[chunk].clamp(0, last)),
+                dlogp_dlabel_N[chunk, None] * tiles.settings.scale,
+            )
 
 
 def linear_logps(

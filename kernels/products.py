@@ -1,4 +1,4 @@
-"""Matrix products that accumulate and leave in float32, and their operands."""
+"""Matrix products with float32 results, and the operands that go into them."""
 
 import functools
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Elements of a HeadRows that are dequantised at a time, which takes a few times their memory: few
+# Elements of a HeadRows to dequantise at a time, which takes a few times their memory: few
 # enough for a CPU's cache, enough for a GPU's launches.
 MADE_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 21}
 CPU_INFO = Path("/proc/cpuinfo")
@@ -24,9 +24,9 @@ class HeadRows(Protocol):
 
 
 class Operand:
-    """x or w of a term in the products' dtype, some rows at a time; the last ones are kept.
+    """x or w of a term in the products' dtype, a slice of rows at a time; the last one is kept.
 
-    rounded_to: what autocast would narrow them to; they keep its values in the wider dtype.
+    rounded_to: values are rounded to this dtype, as autocast would, and widened again.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What linear_logps tells of each row's distribution, from the walk that scored its label."""
+"""Statistics of each row's distribution, from what the walk has already summed."""
 
 import torch
 from torch import Tensor
@@ -27,20 +27,15 @@ def statistics(
     tiles: Tiles, softmax: RunningSoftmax, lse_N: Tensor, u_of_terms: list[Tensor | None]
 ) -> list[Tensor]:
     """The statistics asked for, in order; each u is as the walk leaves it, its label left out."""
-    found = []
-    for name in tiles.settings.stats:
-        if name == "lse":
-            found.append(lse_N)
-        elif name == "is_top1":
-            found.append(softmax.label_logit_N >= softmax.peak_N)
-        elif name == "log_sum_p2":
-            found.append(softmax.exp_square_sum_N.log() - 2 * softmax.total_N.log())
-        elif name == "entropy":
-            # a difference of two numbers of the size of the logits, rounded as they are
-            found.append((lse_N - _mean_of_p(tiles, softmax, u_of_terms)).clamp_(min=0))
-        elif name == "mean_logit":
-            found.append(_mean_logit(tiles, softmax))
-    return found
+    compute = {
+        "lse": lambda: lse_N,
+        # a difference of two numbers as large as the logits, and rounded as they are
+        "entropy": lambda: (lse_N - _mean_of_p(tiles, softmax, u_of_terms)).clamp_(min=0),
+        "mean_logit": lambda: _mean_logit(tiles, softmax),
+        "is_top1": lambda: softmax.label_logit_N >= softmax.peak_N,
+        "log_sum_p2": lambda: softmax.exp_square_sum_N.log() - 2 * softmax.total_N.log(),
+    }
+    return [compute[name]() for name in tiles.settings.stats]
 
 
 def _mean_logit(tiles: Tiles, softmax: RunningSoftmax) -> Tensor:

@@ -19,8 +19,8 @@ from fastdpo.kernels.products import product
 # BLOCK_N, BLOCK_T, BLOCK_K by the bytes of an operand: none spills, and a larger BLOCK_T would
 # leave out less; not timed
 BLOCKS = {2: (128, 64, 128), 4: (64, 32, 128)}
-NUM_WARPS = 8  # of such a block
-NUM_STAGES = 5  # of its loop: one loads the order; of 3, the product would wait for each p and w
+NUM_WARPS = 8  # for a block of that size
+NUM_STAGES = 5  # one goes to the load of `order`; with Triton's 3, a product would wait for p and w
 RESCALED_AT_ONCE = 1024  # columns of u
 
 
@@ -32,7 +32,7 @@ def _torch_second_product(p_NT, w_TK, u_NK, softmax: RunningSoftmax, skip_below:
     product(p_NT[:, reached], w_TK[reached], u_NK, accumulate=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rescale_ptr"])
 def _rescale_kernel(u_ptr, rescale_ptr, K, u_stride, BLOCK_K: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     rescale = tl.load(rescale_ptr + n)

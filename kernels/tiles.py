@@ -14,7 +14,7 @@ from fastdpo.kernels.products import HeadRows, Term
 # Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
 TILE_ROWS = {"cpu": 512, "cuda": 8192}
 TILE_COLUMNS = {"cpu": 1024, "cuda": 4096}
-LEAST_ROWS = 1024  # of a GPU's tile that is to fit the memory of a gradient
+LEAST_ROWS = 1024  # a GPU's tile is not shrunk below this to fit a gradient's memory
 # Rows of a tile start at multiples of this. cuBLAS wants them aligned; and on a CPU exp2 may round
 # elements left over from whole vectors differently: these are then the same columns in every row.
 ROW_MULTIPLE = 16

@@ -21,8 +21,10 @@ def walk(tiles: Tiles, softmax: RunningSoftmax, kept: KeptTiles) -> list[Tensor 
     settings = tiles.settings
     second_product = SECOND_PRODUCTS[settings.backend]
     wide = {"dtype": settings.wide, "device": tiles.z_scratch.device}
+    # with a filter, a first tile may leave some of u unwritten
+    new = torch.zeros if settings.skip_below else torch.empty
     u_of_terms = [
-        torch.zeros(term.x_NK.shape, **wide) if term.x_needs_grad else None for term in tiles.terms
+        new(term.x_NK.shape, **wide) if term.x_needs_grad else None for term in tiles.terms
     ]
     is_p_read = any(u_NK is not None for u_NK in u_of_terms)
     blocks = [(block, softmax.block(block)) for block in tiles.blocks]
@@ -36,7 +38,10 @@ def walk(tiles: Tiles, softmax: RunningSoftmax, kept: KeptTiles) -> list[Tensor 
             for term, u_NK in zip(tiles.terms, u_of_terms, strict=True):
                 if u_NK is not None:
                     w_TK = term.w_pieces[columns]
-                    second_product(p_NT, w_TK, u_NK[block], of_block, settings.skip_below)
+                    if columns.start == 0 and not settings.skip_below:
+                        product(p_NT, w_TK, u_NK[block], accumulate=False)
+                    else:
+                        second_product(p_NT, w_TK, u_NK[block], of_block, settings.skip_below)
     return u_of_terms
 
 
@@ -71,9 +76,9 @@ def weight_gradients(
     lse = peak_N + log_total_N.
     """
     settings, wide, device = tiles.settings, peak_N.dtype, peak_N.device
-    trained = [term for term in tiles.terms if term.w_needs_grad]
     dws = kept.take_gradients(tiles)
-    weights = [_WeightGradient(*each, tiles) for each in zip(trained, dws, strict=True)]
+    terms = zip(tiles.terms, dws, strict=True)
+    weights = [_WeightGradient(term, dw, tiles) for term, dw in terms if dw is not None]
     make_dlogits = DLOGITS[settings.backend]
     dlabel_N = -p_coefficient_N * dlogp_dlabel_N
     dbias_V = torch.zeros_like(tiles.bias_V, dtype=wide) if settings.bias_needs_grad else None
@@ -95,8 +100,7 @@ def weight_gradients(
                 dbias_V[columns] += dlogits_NT.sum(0, dtype=wide)
         for weight in weights:
             weight.finish(columns)
-    made = iter(dws)
-    return [next(made) if term.w_needs_grad else None for term in tiles.terms], dbias_V
+    return dws, dbias_V
 
 
 class _WeightGradient:
