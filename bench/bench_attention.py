@@ -164,5 +164,5 @@ def test_attention(benchmark, profile, heads):
             ours / theirs for ours, theirs in zip(taken[way], taken["padded"], strict=True)
         )
         milliseconds = 1e3 * statistics.median(taken[way])
-        found.put(f"{profile}: {way}", "tokens", str(case.ids.numel()))
-        found.put(f"{profile}: {way}", heads, f"{share:.2f} ({milliseconds:.1f})")
+        cells = {"tokens": case.ids.numel(), heads: f"{share:.2f} ({milliseconds:.1f})"}
+        found.put(f"{profile}: {way}", cells)

@@ -94,12 +94,12 @@ def test_gradient_filter(benchmark, head, noise):
         "A frozen head's gradient, in products, and without tokens less likely than 2**-12; "
         f"medians of {ROUNDS} turns"
     )
-    row = f"{head}, noise {noise:g}"
-    found.put(row, "mean entropy, nats", entropy_N.mean().item())
-    found.put(row, "whole", whole / product)
-    found.put(row, "filtered", filtered / product)
+    share_N = error_N / whole_ND.norm(dim=1)
+    ratios = {"whole": whole / product, "filtered": filtered / product}
+    shares = {"mean error, share of the gradient": share_N.mean().item()}
+    shares["largest"] = share_N.max().item()
     found.put(
-        row, "mean error, share of the gradient", (error_N / whole_ND.norm(dim=1)).mean().item()
+        f"{head}, noise {noise:g}",
+        {"mean entropy, nats": entropy_N.mean().item(), **ratios, **shares},
     )
-    found.put(row, "largest", (error_N / whole_ND.norm(dim=1)).max().item())
-    benchmark.extra_info |= {"whole": whole / product, "filtered": filtered / product}
+    benchmark.extra_info |= ratios

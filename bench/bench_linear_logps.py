@@ -20,7 +20,7 @@ import torch
 
 from bench.cases import cases
 from bench.head_ways import PAIRS, TOKEN_WAYS, WAYS, dpo_loss, reason_to_skip
-from bench.measure import CUDA, DEVICE, DTYPE, IS_16_BITS, PeakMemory, seconds
+from bench.measure import CUDA, DEVICE, DTYPE, IS_16_BITS, PeakMemory, in_turns, seconds
 from bench.tables import table
 from fastdpo.kernels import reference
 
@@ -116,12 +116,8 @@ def peak_and_cost(way, mode, args):
     return peak.mib() - sum(x.nbytes for x in made[1:] if x is not None) / 2**20, cost
 
 
-def bare_product(hidden_ND, head_VD, out_NV):
-    return seconds(lambda: torch.mm(hidden_ND, head_VD.T, out=out_NV)).cost
-
-
-@pytest.mark.parametrize("way", WAYS)
 @modes
+@pytest.mark.parametrize("way", WAYS)  # a way's modes in a row: some are compiled anew for each way
 @heads
 def test_linear_logps(benchmark, head, mode, way):
     found = table(
@@ -130,36 +126,36 @@ def test_linear_logps(benchmark, head, mode, way):
     )
     column = f"{head} {mode}"
     if reason := reason_to_skip(way, mode):
-        found.put(way, column, "-")
+        found.put(way, {column: "-"})
         found.notes[way] = f"{way}: {reason}"
         pytest.skip(reason)
-    found.put(way, column, "not measured")  # unless it gets to the end
+    found.put(way, {column: "not measured"})  # unless it gets to the end
     torch.compiler.reset()  # a function compiled for eight cases would run the ninth uncompiled
     args = inputs(head)
     out_NV = torch.zeros(*HEADS[head][::2], device=DEVICE, dtype=DTYPE)
 
     largest, rms = errors(way, step(way, mode, *args), truth(head))
-    bare_product(*args[:2], out_NV)  # the first one finds its pages
+    turns = {
+        "product": lambda: torch.mm(args[0], args[1].T, out=out_NV),
+        "step": lambda: step(way, mode, *args),
+    }
+    turns["product"]()  # the first one finds its pages
     peak_mib, cost = peak_and_cost(way, mode, args)
-    is_slow = cost > SLOW * bare_product(*args[:2], out_NV)
-    products, steps = [], []
-    benchmark.pedantic(
-        lambda: steps.append(seconds(lambda: step(way, mode, *args)).cost),
-        setup=lambda: products.append(bare_product(*args[:2], out_NV)),
-        rounds=1 if is_slow else ROUNDS,
-    )
+    is_slow = cost > SLOW * seconds(turns["product"]).cost
+    taken = in_turns(benchmark, turns, 1 if is_slow else ROUNDS)
+    products, steps = ([each.cost for each in taken[name]] for name in turns)
     ratio = statistics.median(steps) / statistics.median(products)
     product_seconds[head] += products
-    found.put(way, column, f"{ratio:.2f} ({peak_mib:.0f})")
+    found.put(way, {column: f"{ratio:.2f} ({peak_mib:.0f})"})
     found.notes[head] = product_of(head)
     largest_errors[way, head].append(largest)
     table("Largest error of a completion's log-probability, nats").put(
-        way, head, f"{max(largest_errors[way, head]):.1e}"
+        way, {head: f"{max(largest_errors[way, head]):.1e}"}
     )
     if mode == "forward" and way in TOKEN_WAYS:
         token_largest, token_rms = token_errors(way, head)
         table("Error of a token's log-probability, nats: rms, and largest").put(
-            way, head, f"{token_rms:.1e}, {token_largest:.1e}"
+            way, {head: f"{token_rms:.1e}, {token_largest:.1e}"}
         )
         benchmark.extra_info |= {"token_max": token_largest, "token_rms": token_rms}
     benchmark.extra_info |= {"products": ratio, "peak_mib": peak_mib, "max": largest, "rms": rms}
@@ -203,5 +199,5 @@ def test_two_threads(benchmark, head, mode):
     for name in steps:
         one, two = (statistics.median(taken[name, threads]) for threads in (1, 2))
         table("Two threads, time on the wall as a share of one thread's").put(
-            name, f"{head} {mode}", f"{two / one:.2f}"
+            name, {f"{head} {mode}": f"{two / one:.2f}"}
         )

@@ -220,7 +220,6 @@ def test_pair_loss(benchmark, size, loss_type, way):
     milliseconds = 1e3 * statistics.median(costs[1])
     ratio = statistics.median(theirs / own for own, theirs in zip(*costs, strict=True))
     counted = "-" if way == "compiled" else ops.count  # compiled code is none of the dispatcher's
-    measured = {"ms": milliseconds, "times fastdpo": ratio, "ops": str(counted)}
+    measured = {"ms": milliseconds, "times fastdpo": ratio, "ops": counted}
+    found.put(row, measured)
     benchmark.extra_info |= measured
-    for column, value in measured.items():
-        found.put(row, column, value)

@@ -3,12 +3,7 @@
 pytest-benchmark's own table is not: its times are of single turns, which mean nothing alone.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -100,7 +100,7 @@ if "$PYTHON" -c "import xdist" 2>/dev/null; then SIDE_BY_SIDE=(--numprocesses 8 
 step 130 tests "${PYTEST[@]}" "${SIDE_BY_SIDE[@]}" "${TESTS[@]}"
 bench 100 linear_logps bench_linear_logps.py "8B"
 bench 110 train_step bench_train_step.py "chat and lora" test_train_step
-step 25 profile "$PYTHON" -m bench.profile_step ${DRY:+--tiny} --trace "$OUT/trace.json.gz"
+step 25 profile "$PYTHON" -m bench.profile_step ${DRY:+--profile tiny} --trace "$OUT/trace.json.gz"
 bench 50 layouts bench_layouts.py "long"
 bench 20 attention bench_attention.py "8B and (full or long)"
 bench 20 pair_loss bench_pair_loss.py "64"

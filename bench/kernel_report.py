@@ -169,7 +169,9 @@ def compiled(case: Case, chip: int):
     names = case.kernel.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in case.constants.items()}
-    aligned = [n for n in names if n in case.divisible or signature[n].startswith("*")]
+    specialised = {p.name for p in case.kernel.params if not p.do_not_specialize_on_alignment}
+    pointers = {name for name in specialised if signature[name].startswith("*")}
+    aligned = [name for name in names if name in pointers.union(case.divisible)]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(case.kernel, signature, constants, attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
@@ -203,7 +205,8 @@ def faults(case: Case, chip: int, used: dict[str, int]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chips", type=int, nargs="*", default=[*SHARED_BYTES])
+    chips = [*SHARED_BYTES]
+    parser.add_argument("--chips", type=int, nargs="+", choices=chips, default=chips)
     failed = 0
     print("| kernel | chip | registers | stack | local | shared | tensor cores |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -1,6 +1,6 @@
 """Where does the time of one training step go? A torch.profiler table, and a trace to look at.
 
-    OMP_NUM_THREADS=1 python -m bench.profile_step [--tiny] [--lengths chat] [--full] [--trace FILE]
+    OMP_NUM_THREADS=1 python -m bench.profile_step [--profile chat] [--full] [--trace FILE]
 
 One step of fastdpo at its fastest, after the warm-up.
 """
@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.contenders import CONTENDERS
+from bench.length_profiles import DATASETS, TYPICAL
 from bench.measure import CUDA
 from bench.tables import environment
 from bench.tasks import WARMUP_STEPS, task_of
@@ -21,12 +22,12 @@ ROWS = 40
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="a tiny model")
-    parser.add_argument("--lengths", default="chat", help="as bench_layouts has them")
+    profiles = ["tiny", *TYPICAL, *DATASETS, "real pairs"]
+    parser.add_argument("--profile", default="chat", choices=profiles, help="of lengths")
     parser.add_argument("--full", action="store_true", help="all weights instead of LoRA")
     parser.add_argument("--trace", help="where to write a trace for chrome://tracing or Perfetto")
     args = parser.parse_args()
-    task = task_of("tiny" if args.tiny else args.lengths, adapters=not args.full)
+    task = task_of(args.profile, adapters=not args.full)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * CUDA
     with contextlib.closing(CONTENDERS["fastdpo, fastest"](task)) as trainer:
         for _ in range(WARMUP_STEPS):

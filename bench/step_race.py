@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 
 from bench.contenders import CONTENDERS, PEERS
-from bench.measure import CUDA, Seconds, cpu_time_counts, free_memory, seconds
+from bench.measure import CUDA, Seconds, cpu_time_counts, free_memory, in_turns
 from bench.peak_memory import peaks_mib
 from bench.tables import environment, table
 from bench.tasks import WARMUP_STEPS, Task
@@ -21,33 +21,22 @@ def race(
 ) -> dict[str, list[Seconds]]:
     """Seconds of each contender's steps after the warm-up: the same batches in the same order.
 
-    The last contender's turn is a round of `benchmark`, the others' turns are that round's setup.
     check(logs), given what each contender logged, is called before and after the timing, and
     raises AssertionError where they did not train alike.
     """
     check = check or assert_same_losses
-    taken = {name: [] for name in names}
     free_memory()
     with contextlib.ExitStack() as stack:
         contenders = {
             name: stack.enter_context(contextlib.closing(CONTENDERS[name](task))) for name in names
         }
         logs = {name: contender.log for name, contender in contenders.items()}
-
-        def turn(name: str) -> None:
-            taken[name].append(seconds(contenders[name].step))
-
-        def turns_of_the_others() -> None:
-            for name in names[:-1]:
-                turn(name)
-
         for contender in contenders.values():
             for _ in range(WARMUP_STEPS):
                 contender.step()
         check(logs)
-        benchmark.pedantic(
-            lambda: turn(names[-1]), setup=turns_of_the_others, rounds=task.timed_steps
-        )
+        steps = {name: contender.step for name, contender in contenders.items()}
+        taken = in_turns(benchmark, steps, task.timed_steps)
         check(logs)
     return taken
 
@@ -139,8 +128,7 @@ def report(
             "of naive's peak": peaks.get(name, math.nan) / peaks.get("naive", math.nan),
             **{f"{other} / this": _ratio(taken[other], steps) for other in against},
         }
-        for column, value in rows[name].items():
-            found.put(name, column, value)
+        found.put(name, rows[name])
     benchmark.extra_info |= {"title": title, "environment": environment(), "rows": rows}
 
 

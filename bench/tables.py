@@ -23,12 +23,9 @@ class Table:
     rows: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
-    def put(self, row: str, column: str, value: str | float) -> None:
-        """A number gets three digits or all of its integer part, NaN an empty cell."""
-        if isinstance(value, float):
-            digits = ".3g" if abs(value) < 100 else ".0f"
-            value = "" if math.isnan(value) else f"{value:{digits}}"
-        self.rows.setdefault(row, {})[column] = value
+    def put(self, row: str, cells: dict[str, str | int | float]) -> None:
+        """Cells by column. A float gets three digits or all of its integer part, NaN nothing."""
+        self.rows.setdefault(row, {}).update({name: _text(value) for name, value in cells.items()})
 
     def markdown(self) -> str:
         columns = list(dict.fromkeys(name for cells in self.rows.values() for name in cells))
@@ -38,6 +35,13 @@ class Table:
         lines = ["| " + " | ".join(line) + " |" for line in table]
         notes = [f"- {note}" for note in self.notes.values()]
         return "\n".join([self.title, "", *lines, *([""] if notes else []), *notes])
+
+
+def _text(value: str | int | float) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    digits = ".3g" if abs(value) < 100 else ".0f"
+    return "" if math.isnan(value) else f"{value:{digits}}"
 
 
 def table(title: str) -> Table:

@@ -10,23 +10,13 @@ from typing import Any
 TRAIN = """
 import json, sys
 import tiny
-from datasets import Dataset
-from fastdpo import DPOConfig, DPOTrainer
+from trainers import make_trainer
 
 out, settings = sys.argv[1], json.loads(sys.argv[2])
-tokenizer = tiny.tokenizer()
 rows = tiny.rows()
 rows[0]["chosen"] *= 6  # one rank has a long pair, and more packs than the other
-trainer = DPOTrainer(
-    model=tiny.model("llama", len(tokenizer)),
-    args=DPOConfig(
-        output_dir=out, max_steps=3, learning_rate=1e-3, logging_steps=1, save_strategy="no",
-        report_to="none", use_cpu=True, disable_tqdm=True, train_sampling_strategy="sequential",
-        **settings,
-    ),
-    train_dataset=Dataset.from_list(rows),
-    processing_class=tokenizer,
-)
+settings |= {"max_steps": 3, "train_sampling_strategy": "sequential"}
+trainer = make_trainer(out, tiny.tokenizer(), rows=rows, **settings)
 trainer.train()
 if trainer.is_world_process_zero():
     print("LOGGED", json.dumps([e for e in trainer.state.log_history if "loss" in e]))

@@ -151,7 +151,7 @@ def test_a_broken_file_of_a_model_ends_with_one_line(here, tmp_path, file, told,
     assert told in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_an_error_of_another_kind_is_told_with_its_kind(here, tmp_path, capsys, monkeypatch):
+def test_an_error_of_another_kind_is_reported_with_its_kind(here, tmp_path, capsys, monkeypatch):
     def fail(*_args, **_kwargs):
         raise error
 
@@ -188,7 +188,7 @@ def test_a_missing_model_or_dataset_ends_with_one_line(here, tmp_path, name, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_before_all_else(
+def test_a_folder_that_cannot_be_written_to_is_reported_before_all_else(
     here, tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "file").write_text("mine")
@@ -200,7 +200,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_all_else(
     assert f"{tmp_path} is read-only" in one_line(capsys)
 
 
-def test_a_metric_that_no_evaluation_has_is_told_before_all_else(here, tmp_path, capsys):
+def test_a_metric_that_no_evaluation_has_is_reported_before_all_else(here, tmp_path, capsys):
     (tmp_path / "rows").mkdir()
     for split in ("train", "test"):
         tiny.write_rows(tmp_path / f"rows/{split}.jsonl", tiny.rows(2))

@@ -117,7 +117,7 @@ def test_samplers_by_length_have_their_column(tmp_path, strategy, column):
     assert made.length_column == column
 
 
-def test_a_gpu_trains_in_bfloat16_unless_told(tmp_path, monkeypatch):
+def test_a_gpu_trains_in_bfloat16_unless_overridden(tmp_path, monkeypatch):
     for module in ("fastdpo.config", "transformers.training_args"):
         monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: True)
     assert DPOConfig(output_dir=tmp_path, report_to="none").bf16 is True
@@ -126,13 +126,13 @@ def test_a_gpu_trains_in_bfloat16_unless_told(tmp_path, monkeypatch):
     assert config(tmp_path, bf16=False).bf16 is False
 
 
-def test_no_setting_of_ones_own_warns_of_an_old_name(tmp_path):
+def test_no_default_setting_warns_of_a_deprecated_name(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         assert config(tmp_path).gradient_checkpointing is True
 
 
-def test_padding_free_is_told_to_change_nothing(tmp_path, caplog):
+def test_padding_free_is_warned_to_have_no_effect(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         config(tmp_path, padding_free=True)
     assert "padding_free=True changes nothing" in caplog.text
@@ -332,7 +332,7 @@ def test_a_json_object_may_stand_for_model_init_kwargs(tmp_path):
     assert made.model_init_kwargs == {"revision": "v1"}
 
 
-def test_memory_is_pinned_for_copies_that_do_not_wait_unless_told(tmp_path):
+def test_memory_is_pinned_for_copies_that_do_not_wait_unless_overridden(tmp_path):
     assert config(tmp_path, use_cpu=False).accelerator_config.non_blocking is True
     assert config(tmp_path, dataloader_pin_memory=False).accelerator_config.non_blocking is False
     on_cpu = config(tmp_path)  # where transformers pins nothing

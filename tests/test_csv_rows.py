@@ -24,7 +24,7 @@ def test_a_csv_cells_json_may_be_indented(tmp_path):
     assert texts(load_rows(str(tmp_path / "rows.csv"))) == [CHAT]
 
 
-def test_a_csv_cell_that_is_no_json_is_told_or_counted(tmp_path):
+def test_a_csv_cell_that_is_no_json_is_reported_or_counted(tmp_path):
     row = {k: json.dumps(v) for k, v in CHAT.items()}
     Dataset.from_list([row, row | {"chosen": "[{"}]).to_csv(tmp_path / "rows.csv")
     path = str(tmp_path / "rows.csv")
@@ -95,7 +95,7 @@ def test_a_folder_of_csv_files_has_no_surplus_fields_either(streaming, tmp_path)
         load_rows(str(tmp_path), streaming=streaming)
 
 
-def test_a_name_that_comes_twice_in_a_csv_header_is_told(tmp_path):
+def test_a_name_that_comes_twice_in_a_csv_header_is_reported(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\n")
     with pytest.raises(ValueError, match="rows.csv: want each name once in the header, got"):
         load_rows(str(tmp_path / "rows.csv"))
@@ -113,7 +113,7 @@ def test_a_csv_column_that_no_one_reads_may_hold_anything(tmp_path):
         load_rows(str(tmp_path / "rows.csv"))
 
 
-def test_csv_rows_of_another_kind_are_told_by_their_row(tmp_path):
+def test_csv_rows_of_another_kind_are_reported_by_their_row(tmp_path):
     chat = {k: json.dumps(v) for k, v in CHAT.items()}
     Dataset.from_list([chat, *tiny.rows(2)]).to_csv(tmp_path / "rows.csv")
     with pytest.raises(RowError, match="rows.csv, row 1, field 'prompt': want values of the kind"):

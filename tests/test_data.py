@@ -112,7 +112,7 @@ def test_reference_logps_count_in_the_rows_that_were_selected(tokenizer):
     assert "ref_chosen_logps" not in prepare_pairs(dataset.select(range(4)), tokenizer)[0][0]
 
 
-def test_reference_logps_that_a_streams_first_row_has_not_are_told(tokenizer):
+def test_reference_logps_that_a_streams_first_row_has_not_are_reported(tokenizer):
     rows = [*tiny.rows(2), tiny.rows(1)[0] | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}]
     stream = IterableDataset.from_generator(lambda: iter(rows))
     with pytest.raises(RowError, match="row 2, field 'ref_chosen_logps': want none, as other rows"):
@@ -123,7 +123,7 @@ DEEP = "[" * 100_000
 
 
 @pytest.mark.parametrize("field", ["tools", "chat_template_kwargs", "prompt"])
-def test_json_that_is_too_deep_is_told_by_row_and_field(tokenizer, field):
+def test_json_that_is_too_deep_is_reported_by_row_and_field(tokenizer, field):
     with pytest.raises(RowError, match=f"row 0, field '{field}"):
         pairs_of([chat(**{field: [DEEP] if field == "prompt" else DEEP})], tokenizer)
 
@@ -183,7 +183,7 @@ def test_tools_and_template_arguments_reach_the_template(tokenizer):
     assert decoded(other, pair)[0].startswith("[{'name': 'add'}]short<s>")
 
 
-def test_no_tools_and_none_are_told_apart_and_a_templates_own_arguments_win(tokenizer):
+def test_no_tools_and_none_are_distinguished_and_a_templates_own_arguments_win(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{{ tools is none }}{{ tools }}" + tokenizer.chat_template
     own = '{"tools": [{"name": "add"}]}'
@@ -382,7 +382,7 @@ def test_a_stream_is_checked_as_it_is_read(tokenizer, caplog):
         list(strict)
 
 
-def test_a_stream_without_a_row_that_trains_is_told_at_once(tokenizer):
+def test_a_stream_without_a_row_that_trains_is_reported_at_once(tokenizer):
     rows = [{"prompt": "a", "chosen": None, "rejected": "c"}] * 3
     stream = IterableDataset.from_generator(lambda: iter(rows))
     with pytest.raises(ValueError, match="eval dataset: no row is left"):

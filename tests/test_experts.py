@@ -86,7 +86,7 @@ def test_experts_that_cannot_be_counted_are_refused():
         aux_loss_weight(model, 0.1)
 
 
-def test_experts_loss_is_weighed_as_the_model_says_unless_told():
+def test_experts_loss_is_weighed_as_the_model_says_unless_overridden():
     mixtral, llama = tiny.model("mixtral", tiny.VOCAB), tiny.model("llama", tiny.VOCAB)
     assert aux_loss_weight(mixtral, None) == mixtral.config.router_aux_loss_coef > 0
     assert aux_loss_weight(mixtral, 0.0) == 0.0

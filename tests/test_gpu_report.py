@@ -47,7 +47,7 @@ def test_a_dry_run_takes_every_step(tmp_path):
     code, summary = report(tmp_path, f'echo "$*" >> {tmp_path}/asked', "--dry")
     assert code == 0 and fates(summary) == dict.fromkeys(IN_A_DRY_RUN, "ok")
     asked = (tmp_path / "asked").read_text()
-    assert "-m bench.profile_step --tiny" in asked and "8B" not in asked
+    assert "-m bench.profile_step --profile tiny" in asked and "8B" not in asked
     assert "--collect-only tests/test_cuda.py" in asked
     for word in asked.split():
         assert not word.startswith(("bench/", "tests/")) or (ROOT / word).exists(), word

@@ -16,7 +16,7 @@ from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.products import has_fast_mkl, has_good_onednn
 from fastdpo.quantised import FourBitRows, Int8Rows
 
-PRODUCTS = {  # whether hidden states and head want gradients, D of 16 rows, bytes of cache
+PRODUCTS = {  # hidden states and head want gradients, D (of 16 rows), cache bytes, products
     "no-grad": (False, False, 16, 1 << 30, 1),
     "frozen": (True, False, 16, 1 << 30, 2),
     "trained": (True, True, 3, 1 << 30, 3),

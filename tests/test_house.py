@@ -14,11 +14,8 @@ import pytest
 import fastdpo
 
 ROOT = Path(__file__).parents[1]
-KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "functools", "math", "typing"}
-KERNELS_MAY_IMPORT |= {"pathlib"}  # to tell one maker's CPUs from another's
-# what kernel files share or are made of
-PARTS_OF_KERNELS = {"fold", "products", "vocabulary_walk", "row_statistics", "closed_forms"}
-PARTS_OF_KERNELS |= {"second_product", "dlogits", "tiles", "kept_tiles"}
+KERNELS_MAY_IMPORT = {"torch", "triton", "dataclasses", "functools", "math", "pathlib", "typing"}
+PUBLIC_KERNELS = {f"fastdpo.kernels.{name}" for name in ("linear_logps", "pair_loss", "reference")}
 
 
 def python(code, *flags, pythonpath=(), cwd=ROOT):
@@ -70,10 +67,13 @@ def test_transformers_finds_its_own_package_kernels_from_the_root(tmp_path):
 
 
 def test_the_kernels_stand_alone():
+    """They import each other's parts, and neither the engine nor a public kernel."""
     for path in (ROOT / "kernels").glob("*.py"):
-        ours = {name for name in imported(path) if name.startswith("fastdpo")}
-        assert not [name for name in ours if name.split(".")[2] not in PARTS_OF_KERNELS], path
-        modules = {name.split(".")[0] for name in set(imported(path)) - ours}
+        names = set(imported(path))
+        ours = {name for name in names if name.split(".")[0] == "fastdpo"}
+        assert not [name for name in ours if not name.startswith("fastdpo.kernels")], path
+        assert not ours & PUBLIC_KERNELS, path
+        modules = {name.split(".")[0] for name in names - ours}
         assert modules <= KERNELS_MAY_IMPORT, path
         if path.name == "reference.py":
             assert modules == {"torch", "math"}

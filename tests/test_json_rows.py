@@ -40,7 +40,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("line", "message"), MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_row_is_told_by_file_line_and_field(line, message, tmp_path):
+def test_a_malformed_row_is_reported_by_file_line_and_field(line, message, tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [*tiny.rows(2), line, *tiny.rows(1)])
     with pytest.raises(RowError, match=rf"rows.jsonl, line 3, .*{message}"):
         load_rows(path)
@@ -52,7 +52,7 @@ def test_a_malformed_row_is_told_by_file_line_and_field(line, message, tmp_path)
         assert re.search(rf"rows.jsonl, line 3, .*{message}", reason)
 
 
-def test_half_a_character_anywhere_in_a_message_is_told(tmp_path):
+def test_half_a_character_anywhere_in_a_message_is_reported(tmp_path):
     message = {"role": "assistant", "content": "a", "reasoning": "\ud83d"}
     path = write_lines(tmp_path / "rows.jsonl", [CHAT, CHAT | {"chosen": [message]}])
     with pytest.raises(RowError, match=r"line 2, field 'chosen\[0\].reasoning': .*Unicode"):
@@ -64,7 +64,7 @@ def test_half_a_character_anywhere_in_a_message_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_columns_that_are_not_there_are_told(streaming, tmp_path):
+def test_columns_that_are_not_there_are_reported(streaming, tmp_path):
     row = {"prompt": "a", "chosen": "it is", "rejected": "it was"}
     path = write_lines(tmp_path / "rows.jsonl", [row])
     with pytest.raises(ValueError, match=r"jsonl: want the columns .*, line 1 has no \['promt'"):
@@ -97,7 +97,7 @@ def test_an_array_is_one_array_of_json_and_nothing_more(between, behind, tmp_pat
             load_rows(str(tmp_path / "rows.json"), on_bad_rows=on_bad_rows)
 
 
-def test_rows_of_an_array_are_told_by_the_line_they_begin_in(tmp_path):
+def test_rows_of_an_array_are_reported_by_the_line_they_begin_in(tmp_path):
     text = json.dumps([*tiny.rows(1), {"prompt": "a"}], indent=1)
     (tmp_path / "rows.json").write_text(text)
     line = text.split('"prompt": "a"')[0].count("\n")
@@ -109,14 +109,14 @@ def test_rows_of_an_array_are_told_by_the_line_they_begin_in(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, "9" * 5_000])
-def test_what_python_cannot_read_of_an_array_is_told_by_its_line(value, tmp_path):
+def test_what_python_cannot_read_of_an_array_is_reported_by_its_line(value, tmp_path):
     first = json.dumps(tiny.rows(1)[0])
     (tmp_path / "rows.json").write_text(f'[{first},\n{{"prompt": {value}}}]')
     with pytest.raises(RowError, match="rows.json, line 2: want an object in JSON, got"):
         load_rows(str(tmp_path / "rows.json"))
 
 
-def test_a_name_that_comes_twice_in_an_array_is_told(tmp_path):
+def test_a_name_that_comes_twice_in_an_array_is_reported(tmp_path):
     (tmp_path / "rows.json").write_text('[{"prompt": "a", "chosen": "b", "chosen": "c"}]')
     with pytest.raises(RowError, match="line 1: .*'chosen' twice"):
         load_rows(str(tmp_path / "rows.json"))

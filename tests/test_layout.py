@@ -194,7 +194,7 @@ def test_a_difference_ends_a_run_that_asked_for_more(tmp_path, tokenizer, leaky_
 
 
 @pytest.mark.parametrize("which", ["model", "ref_model"])
-def test_a_model_that_keeps_its_tree_to_itself_is_found_out(tmp_path, tokenizer, caplog, which):
+def test_a_model_that_keeps_its_tree_to_itself_is_detected(tmp_path, tokenizer, caplog, which):
     models = {name: tiny.model("llama", len(tokenizer)) for name in ("model", "ref_model")}
     for layer in models[which].model.layers:
         own = layer.self_attn.forward

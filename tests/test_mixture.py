@@ -100,7 +100,7 @@ def test_texts_and_conversations_do_not_mix(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"test_split_size": 2}, {"streaming": True}])
-def test_a_malformed_row_of_a_mixture_is_told_by_its_source(settings, parts, tmp_path):
+def test_a_malformed_row_of_a_mixture_is_reported_by_its_source(settings, parts, tmp_path):
     rows = [*tiny.rows(4), {"prompt": "a", "chosen": None, "rejected": "b"}]
     Dataset.from_list(rows).to_parquet(tmp_path / "c.parquet")
     datasets = [DatasetConfig(path) for path in (*parts, str(tmp_path / "c.parquet"))]
@@ -152,7 +152,7 @@ def test_columns_are_those_of_the_file_whose_prompts_are_implicit(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_columns_that_a_source_has_not_are_told_by_its_name(streaming, tmp_path):
+def test_columns_that_a_source_has_not_are_reported_by_its_name(streaming, tmp_path):
     Dataset.from_list(tiny.rows()).to_parquet(tmp_path / "rows.parquet")
     dataset = DatasetConfig(str(tmp_path / "rows.parquet"), columns=["promt", "chosen"])
     with pytest.raises(

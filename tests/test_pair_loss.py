@@ -307,7 +307,7 @@ def test_inputs_that_do_not_fit_are_refused(wrong, message):
         pair_loss(**(right | wrong), beta=0.1)
 
 
-def test_a_loss_of_a_batch_is_none_of_the_kernels():
+def test_the_kernel_refuses_a_loss_of_a_batch():
     arguments = [torch.zeros(5), torch.tensor([0, 2, 5], dtype=torch.int32), torch.zeros(2)]
     with pytest.raises(ValueError, match="aot"):
         pair_loss(*arguments, beta=0.1, loss_type=("aot",))

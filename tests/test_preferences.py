@@ -113,7 +113,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("row", "message"), MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_row_is_told_by_row_and_field(row, message, tokenizer):
+def test_a_malformed_row_is_reported_by_row_and_field(row, message, tokenizer):
     with pytest.raises(RowError, match=rf"train dataset, row 0, field .*{message}"):
         pairs_of([row], tokenizer)
 

@@ -8,10 +8,8 @@ import naive
 import pytest
 import tiny
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-
-from fastdpo import DPOConfig, DPOTrainer
+from trainers import LORA, make_trainer
 
 REAL_PAIRS = Path(__file__).parents[2] / "shared/data/preferences_en.jsonl"
 pytestmark = pytest.mark.skipif(not REAL_PAIRS.exists(), reason=f"no {REAL_PAIRS.name} beside us")
@@ -70,30 +68,23 @@ def test_thirty_steps_train_as_the_naive_loop_does(
     family, layout, adapters, real_rows, tokenizer, pairs, tmp_path
 ):
     policy = tiny.model(family, len(tokenizer))
-    lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if adapters else None
-    trainer = DPOTrainer(
+    lora = LoraConfig(**LORA) if adapters else None
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
         model=copy.deepcopy(policy),
-        args=DPOConfig(
-            output_dir=tmp_path,
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH,
-            max_length=MAX_LENGTH,
-            layout=layout,
-            learning_rate=LR,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-            adam_epsilon=1e-6,
-            beta=BETA,
-            train_sampling_strategy="sequential",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_list(real_rows),
-        processing_class=tokenizer,
+        rows=real_rows,
         peft_config=lora,
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        max_length=MAX_LENGTH,
+        layout=layout,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        adam_epsilon=1e-6,
+        beta=BETA,
+        train_sampling_strategy="sequential",
     )
     if adapters:
         twin = get_peft_model(policy, lora)

@@ -252,7 +252,7 @@ def test_a_record_that_is_not_whole_is_not_taken(tmp_path, tokenizer, scored, ca
             assert np.array_equal(values, logps_of(again)[column])
 
 
-def test_a_number_that_is_none_is_scored_again_and_never_kept(tmp_path, tokenizer, scored, cache):
+def test_a_nan_score_is_computed_again_and_never_cached(tmp_path, tokenizer, scored, cache):
     for times in (1, 2):
         model = tiny.model("llama", len(tokenizer))
         with torch.no_grad():  # a letter that not all rows have

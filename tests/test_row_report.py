@@ -18,7 +18,7 @@ def tokenizer():
     return tiny.tokenizer(["Two and two make four."] * 9)
 
 
-def test_a_prompt_whose_end_is_lost_is_counted_and_told_once(caplog):
+def test_a_prompt_whose_end_is_lost_is_counted_and_reported_once(caplog):
     tokenizer = tiny.tokenizer(["hello world"] * 9)
     rows = [
         {"prompt": "say", "chosen": " a", "rejected": " b"},
@@ -46,7 +46,7 @@ def test_the_end_that_a_tokenizer_adds_to_a_prompt_is_no_loss(tokenizer):
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
-def test_what_is_dropped_and_what_is_odd_is_counted_and_told_once(tokenizer, num_proc, caplog):
+def test_what_is_dropped_and_what_is_odd_is_counted_and_reported_once(tokenizer, num_proc, caplog):
     rows = [
         *tiny.rows(3),
         {"prompt": "a b " * 50, "chosen": " c", "rejected": " d"},
@@ -91,7 +91,7 @@ def test_pairs_that_are_equal_once_they_are_cut_are_counted_as_equal(mode, token
         assert counts.equal == equal
 
 
-def test_where_no_row_is_left_it_is_told_why(tokenizer):
+def test_where_no_row_is_left_it_is_explained(tokenizer):
     rows = [{"prompt": "a b " * 50, "chosen": " c", "rejected": " d"}]
     with pytest.raises(ValueError, match="no row is left of 1: in 1 the prompt alone"):
         pairs_of(rows, tokenizer, max_length=40)

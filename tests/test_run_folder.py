@@ -28,7 +28,7 @@ def content(folder):
 # Two runs at once
 
 
-def test_a_folder_that_a_run_writes_to_is_no_others(tmp_path, monkeypatch):
+def test_a_folder_that_a_run_writes_to_is_refused_to_another(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "PATIENCE_S", 0)
     with locked(tmp_path / "out"):
         for enter in (lambda: locked(tmp_path / "out").__enter__(), partial(choose, tmp_path)):

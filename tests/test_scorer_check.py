@@ -10,7 +10,7 @@ from fastdpo.scorer_check import check_scorer
 
 
 @pytest.mark.parametrize("wrong", [lambda own: 3 * own, lambda own: 0], ids=["otherwise", "none"])
-def test_a_loss_of_experts_that_is_not_made_alike_is_found_out(wrong):
+def test_a_loss_of_experts_that_is_not_made_alike_is_detected(wrong):
     model = tiny.model("mixtral", tiny.VOCAB)
     attach_scorer(model)
     own = model._unscored_forward
@@ -27,7 +27,7 @@ def test_a_loss_of_experts_that_is_not_made_alike_is_found_out(wrong):
         check_scorer(model, [5, 6, 7, 8], aux_loss=True)
 
 
-def test_logits_made_in_an_unknown_way_are_found_out():
+def test_logits_made_in_an_unknown_way_are_detected():
     model = tiny.model("llama", tiny.VOCAB)
     attach_scorer(model)
     model.train()
@@ -38,7 +38,7 @@ def test_logits_made_in_an_unknown_way_are_found_out():
         check_scorer(model, [5, 6, 7, 8])
 
 
-def test_a_model_that_looks_at_later_tokens_is_found_out():
+def test_a_model_that_looks_at_later_tokens_is_detected():
     model = families.model("llama", torch.float32, vocab_size=tiny.VOCAB, is_causal=False)
     attach_scorer(model)
     with pytest.raises(ValueError, match="want a causal model"):

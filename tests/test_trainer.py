@@ -191,7 +191,7 @@ def test_experts_are_balanced_as_the_model_says(tmp_path, tokenizer):
     ],
     ids=["another-reference", "adapters-not-zero", "neftune"],
 )
-def test_a_start_elsewhere_is_told_why(tmp_path, tokenizer, settings, reason, caplog):
+def test_a_start_elsewhere_is_explained(tmp_path, tokenizer, settings, reason, caplog):
     settings = dict(settings)
     if seed := settings.pop("ref_seed", None):
         settings["ref_model"] = tiny.model("llama", len(tokenizer), seed=seed)

@@ -42,7 +42,7 @@ def test_a_collator_written_for_trl_trains_alike(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "setting", [{"layout": "shared"}, {"max_tokens_per_forward": 100}], ids=str
 )
-def test_what_a_collator_of_ones_own_decides_is_not_asked_for(tmp_path, tokenizer, setting):
+def test_what_a_custom_collator_decides_is_not_asked_for(tmp_path, tokenizer, setting):
     with pytest.raises(ValueError, match="with a data_collator of your own"):
         make_trainer(tmp_path, tokenizer, data_collator=lambda rows: {}, **setting)
 
@@ -97,7 +97,7 @@ def test_callbacks_and_optimizers_are_those_given(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("disable_dropout", [True, False])
-def test_dropout_is_off_in_both_models_unless_told(tmp_path, tokenizer, disable_dropout):
+def test_dropout_is_off_in_both_models_unless_overridden(tmp_path, tokenizer, disable_dropout):
     models = [tiny.model("llama", len(tokenizer)) for _ in range(2)]
     for model in models:
         model.config.attention_dropout = 0.5

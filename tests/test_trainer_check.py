@@ -181,7 +181,7 @@ def test_prefixes_under_gradient_checkpointing_are_refused(tokenizer, nothing_sp
         build(tokenizer, model=model)
 
 
-def test_a_model_that_lies_on_several_gpus_is_let_by(tokenizer, monkeypatch):
+def test_a_model_that_lies_on_several_gpus_is_allowed(tokenizer, monkeypatch):
     monkeypatch.setattr(DPOConfig, "n_gpu", 2)
     model, rows = tiny.model("llama", len(tokenizer)), Dataset.from_list(tiny.rows())
     model.hf_device_map = {"model": 0, "lm_head": 0}
@@ -191,7 +191,7 @@ def test_a_model_that_lies_on_several_gpus_is_let_by(tokenizer, monkeypatch):
     trainer_check.check_arguments(args(), model, rows, None, None)
 
 
-def test_a_model_that_will_lie_on_several_gpus_is_let_by(monkeypatch):
+def test_a_model_that_will_lie_on_several_gpus_is_allowed(monkeypatch):
     monkeypatch.setattr(DPOConfig, "n_gpu", 2)
     placed = args(model_init_kwargs={"device_map": "auto"})
     rows = Dataset.from_list(tiny.rows())
@@ -220,7 +220,7 @@ def test_a_report_to_a_package_that_is_not_there_is_refused(tokenizer, nothing_s
 
 
 @pytest.mark.parametrize("service", ["azure_ml", "flyte"])
-def test_a_service_that_transformers_does_not_list_is_let_by(monkeypatch, service):
+def test_a_service_that_transformers_does_not_list_is_allowed(monkeypatch, service):
     monkeypatch.setattr(trainer_check, "get_available_reporting_integrations", lambda: [])
     trainer_check._check_report_to([service])
 
@@ -253,7 +253,7 @@ def test_updates_that_transformers_cannot_make_are_refused(settings, message):
 @pytest.mark.parametrize(
     "kind", ["linear", "cosine", "constant", "inverse_sqrt", "cosine_with_restarts"]
 )
-def test_updates_that_transformers_can_make_are_let_by(optim, kind):
+def test_updates_that_transformers_can_make_are_allowed(optim, kind):
     trainer_check.check_optimizer_and_schedule(
         args(optim=optim, lr_scheduler_type=kind, warmup_steps=0.1)
     )
@@ -313,7 +313,7 @@ def test_the_best_metric_is_one_that_every_evaluation_has(tokenizer, tmp_path):
     [("eval_loss", "steps"), ("wins", "no")],
     ids=["with-its-prefix", "without-evaluations"],
 )
-def test_a_best_metric_that_leads_to_no_error_is_let_by(wanted, eval_strategy):
+def test_a_best_metric_that_leads_to_no_error_is_allowed(wanted, eval_strategy):
     best = args(metric_for_best_model=wanted, eval_strategy=eval_strategy)
     trainer_check.check_best_metric(best, Dataset.from_list(tiny.rows()), None)
 

@@ -74,19 +74,15 @@ class RunsOutOfMemory:
         self.most, self.raised, self.tokens = most, 0, []
         embedding = model.get_input_embeddings()
         if in_backward:
-            embedding.register_full_backward_hook(self.check_backward)
+            embedding.register_full_backward_hook(lambda _, __, grads: self._check(grads[0]))
         else:
-            embedding.register_forward_hook(self.check)
+            embedding.register_forward_hook(lambda _, __, output: self._check(output))
 
-    def check(self, module, inputs, output):
-        self.check_backward(module, None, (output,))
-
-    def check_backward(self, module, _, outputs):
-        if torch.is_grad_enabled() or outputs[0].requires_grad is False:
-            self.tokens.append(outputs[0].shape[0] * outputs[0].shape[1])
-            if self.tokens[-1] > self.most:
-                self.raised += 1
-                raise torch.OutOfMemoryError("pretended")
+    def _check(self, x_BTD):
+        self.tokens.append(x_BTD.shape[0] * x_BTD.shape[1])
+        if self.tokens[-1] > self.most:
+            self.raised += 1
+            raise torch.OutOfMemoryError("pretended")
 
 
 def trained_before(tokenizer, peft_config, name="default"):

@@ -11,9 +11,9 @@ import sys
 import tiny
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from trainers import TWO_BATCHES_IN_ORDER, make_trainer
 
-from fastdpo import DPOConfig, DPOTrainer
+from fastdpo import DPOTrainer
 from fastdpo.ranks import average_gradients
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -73,7 +73,7 @@ class ShortOfMemory(DPOTrainer):
 def run(folder, *, settings, start_with=None, fails=None, even=False, evaluate_first=False):
     """What came of a training: its weights and log, or its error."""
     try:
-        trainer = make_trainer(folder, settings)
+        trainer = short_of_memory(folder, settings)
         trainer.fails, trainer.even, trainer.start_with = fails, even, start_with
         if evaluate_first:
             trainer.evaluate(trainer.train_dataset)
@@ -91,31 +91,22 @@ def run(folder, *, settings, start_with=None, fails=None, even=False, evaluate_f
     }
 
 
-def make_trainer(folder, settings):
-    tokenizer = tiny.tokenizer()
+def short_of_memory(folder, settings):
     rows = tiny.rows(32)
     for row in rows[:4] + rows[-4:]:
         row["chosen"] *= 4  # one rank has long pairs, and more packs than the other
-    return ShortOfMemory(
-        model=tiny.model("llama", len(tokenizer)),
-        args=DPOConfig(
-            output_dir=folder,
-            max_steps=2,
-            optim="sgd",  # whose steps show the size of a gradient
-            learning_rate=1e-1,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            per_device_train_batch_size=16 // WORLD_SIZE,
-            gradient_accumulation_steps=2,
-            train_sampling_strategy="sequential",
-            layout="shared",  # not padded, as it would be for a compute_loss of its own
-            **settings,
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+    return make_trainer(
+        folder,
+        tiny.tokenizer(),
+        rows=rows,
+        kind=ShortOfMemory,
+        max_steps=2,
+        optim="sgd",  # whose steps show the size of a gradient
+        learning_rate=1e-1,
+        per_device_train_batch_size=16 // WORLD_SIZE,
+        layout="shared",  # not padded, as it would be for a compute_loss of its own
+        **TWO_BATCHES_IN_ORDER,
+        **settings,
     )
 
 
