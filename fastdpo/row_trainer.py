@@ -8,10 +8,12 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fastdpo.collate import PackedCollator, PaddedCollator, make_collator
 from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS
+from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
 from fastdpo.layout import Layout
 from fastdpo.measuring_trainer import MeasuringTrainer
@@ -43,11 +45,18 @@ class RowTrainer(MeasuringTrainer):
         """What scores pairs, by its argument's name."""
         return {"model": self.model}
 
+    def _tokenise(
+        self, dataset: Rows, name: str, tokenizer: PreTrainedTokenizerBase, args: DPOConfig
+    ) -> Rows:
+        """`dataset` as token ids, counted; for a constructor, too, before `args` is this one's."""
+        pairs, self.pair_counts[name] = prepare_pairs(
+            dataset, tokenizer, name=name, **args.data_settings
+        )
+        return pairs
+
     def _prepare(self, dataset: Rows, name: str) -> Rows:
         """`dataset` as token ids, counted and checked against the models."""
-        pairs, self.pair_counts[name] = prepare_pairs(
-            dataset, self.processing_class, name=name, **self.args.data_settings
-        )
+        pairs = self._tokenise(dataset, name, self.processing_class, self.args)
         check_pairs({name: pairs}, self.models().values(), self.args)
         return pairs
 

@@ -33,7 +33,6 @@ from fastdpo.batch_loss import PackLogps, PackLoss, with_pack_losses
 from fastdpo.collate import first_pairs_longest_first
 from fastdpo.columns import Pair
 from fastdpo.config import DPOConfig
-from fastdpo.data import prepare_pairs
 from fastdpo.experts import ExpertCounts, aux_loss_weight, with_batch_experts
 from fastdpo.following_reference import FollowPolicy
 from fastdpo.layout import Layout, choose_layout
@@ -144,16 +143,10 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             trust_remote_code=init_kwargs["trust_remote_code"],
         )
         self.pair_counts = {}
-
-        def prepared(rows: Rows, name: str) -> Rows:
-            pairs, self.pair_counts[name] = prepare_pairs(
-                rows, tokenizer, name=name, **args.data_settings
-            )
-            return pairs
-
+        tokenise = functools.partial(self._tokenise, tokenizer=tokenizer, args=args)
         with one_rank_first(args):
-            train_dataset = prepared(train_dataset, "train")
-            eval_dataset = map_datasets(prepared, eval_dataset, "eval")
+            train_dataset = tokenise(train_dataset, "train")
+            eval_dataset = map_datasets(tokenise, eval_dataset, "eval")
         if counts := self.pair_counts["train"]:
             check_enough_rows(args, counts.pairs)
         model = make_policy(
