@@ -149,7 +149,7 @@ def _checked(action: argparse.Action, value: Any, hint: Any) -> Any:
         raise ValueError(f"{action.dest}: want one of {[*action.choices]}, got {value!r}")
     wants_number = getattr(action.type, "__name__", None) in ("int", "float")
     if wants_number and action.nargs == "+" and isinstance(value, list):
-        return [action.type(str(each)) for each in value]
+        return [_number(action, each) for each in value]
     if action.nargs in (None, "?") and not action.choices:
         if not _is_one(action, value, hint):
             raise ValueError(f"{action.dest}: want one value, got {value!r}")
@@ -161,6 +161,13 @@ def _checked(action: argparse.Action, value: Any, hint: Any) -> Any:
         if not all(isinstance(each, str | None) for each in texts):
             raise ValueError(f"{action.dest}: want texts, got {value!r}")
     return value
+
+
+def _number(action: argparse.Action, value: Any) -> int | float:
+    try:
+        return action.type(str(value))
+    except ValueError:
+        raise ValueError(f"{action.dest}: want numbers, got {value!r}") from None
 
 
 def _is_one(action: argparse.Action, value: Any, hint: Any) -> bool:

@@ -34,9 +34,9 @@ class PairCounts:
     """What became of a dataset's rows; tokens are those of the pairs kept, before they are cut.
 
     too_long: dropped, as the prompt alone fills max_length. bad: dropped as malformed. equal:
-    kept, though chosen equals rejected, once both are cut to max_length. prompt_end_lost: kept
-    without the last prompt tokens, which change once a completion follows. truncated: kept, though
-    longer than max_length.
+    kept, though chosen and rejected have the same tokens, once both are cut to max_length.
+    prompt_end_lost: kept without the last prompt tokens, which change once a completion follows.
+    truncated: kept, though longer than max_length.
     """
 
     rows: int
@@ -112,8 +112,8 @@ def warn(name: str, counts: PairCounts, status: np.ndarray, notes: pa.ChunkedArr
         )
     if counts.equal:
         logger.warning(
-            f"{name} dataset: in {counts.equal} rows chosen equals rejected, once both are cut to "
-            "max_length; they teach nothing"
+            f"{name} dataset: in {counts.equal} rows chosen and rejected have the same tokens (cut "
+            "to max_length); they teach nothing"
         )
     for note in first(END_LOST, 1):
         logger.warning(

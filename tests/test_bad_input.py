@@ -80,6 +80,7 @@ def test_bad_flags_end_with_one_line(argv, told, capsys):
         ("use_cpu: [true]\n", "use_cpu: want one value"),
         ("gradient_checkpointing: 5\n", "5"),
         ("model_init_kwargs: [1]\n", "model_init_kwargs: want one value"),
+        ("loss_weights: [1, a]\n", "loss_weights: want numbers, got 'a'"),
         ("model_init_kwargs: '{1'\n", "model_init_kwargs as JSON"),
         ("model_init_kwargs: some\n", "model_init_kwargs as a mapping, got 'some'"),
         ("gradient_checkpointing_kwargs: [1]\n", "gradient_checkpointing_kwargs: want one value"),
