@@ -2,18 +2,20 @@
 
 JSON and CSV files are read row by row (json_rows.py, csv_rows.py), before Arrow asks all rows to be
 alike, so that an error names the file and the line (JSON, from 1) or the row (CSV, from 0).
-`datasets` reads all else.
+`datasets` finds the files of a folder, and reads all else.
 """
 
+import re
 from bisect import bisect_left
-from collections.abc import Iterable
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
 from fastdpo.csv_rows import csv_rows
@@ -31,7 +33,8 @@ from fastdpo.preferences import (
 )
 from fastdpo.row_errors import FieldError, RowError
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows}
+SUFFIXES = (*READERS, ".parquet")
 Rows = Dataset | IterableDataset
 UNLIKE = (pa.ArrowException, OverflowError)  # what a column of unlike values raises
 
@@ -47,12 +50,13 @@ def load_rows(
     columns: list[str] | None = None,
     on_bad_rows: str = "raise",
 ) -> Rows:
-    """The rows of a file, of a folder that Dataset.save_to_disk wrote, or of a Hub dataset.
+    """The rows of a file, of a folder of files or that Dataset.save_to_disk wrote, or of a Hub
+    dataset.
 
     config_name, data_files, data_dir: as `datasets.load_dataset` takes them, for the Hub and for
-    folders of files. A single file is all of the split "train". streaming=True gives an
-    IterableDataset, which reads as it goes (an array in a .json file whole). columns: those to
-    read, None for all.
+    folders of files. split: a name, or of what is no stream also parts such as "train[:100]"; a
+    single file is all of "train". streaming=True gives an IterableDataset, which reads as it goes
+    (an array in a .json file whole). columns: those to read, None for all.
 
     RowError at the first malformed row, with file, line and field. Malformed too: in JSON a row of
     another kind than the first; in CSV one with other fields than the header, or a cell that should
@@ -66,30 +70,28 @@ def load_rows(
     if (path.is_file() or is_saved) and any(of_others.values()):
         given = {name: value for name, value in of_others.items() if value}
         raise ValueError(f"{path}: want none of {[*of_others]} for rows that are here, got {given}")
-    if path.is_file():
-        if split != "train":
-            raise ValueError(
-                f"{path}: want split 'train' of a single file, or a folder of train.jsonl and "
-                f"{split}.jsonl, got {split!r}"
-            )
-        return _read_file(path, columns, streaming=streaming, skip_bad=skip_bad)
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: want a file of {SUFFIXES}, got {path.suffix or 'no suffix'}")
     if is_saved:
         rows = _selected(_from_disk(path, split), columns, path_or_name)
         return rows.to_iterable_dataset() if streaming else rows
     if not path.exists() and _looks_like_a_path(path_or_name):
         raise ValueError(f"want a file or folder of preference rows, {path_or_name} is not there")
-    for file in sorted(path.rglob("*.csv")) if path.is_dir() else ():
-        next(csv_rows(str(file), False, None), None)  # or pandas takes surplus fields for an index
-    rows = _load(
-        path_or_name,
-        path=path_or_name,
-        name=config_name,
-        split=split,
-        streaming=streaming,
-        data_files=data_files,
-        data_dir=data_dir,
-    )
-    return _selected(rows, columns, path_or_name)
+    source = {
+        "path": str(path.absolute()) if path.exists() else path_or_name,
+        "name": config_name,
+        "data_files": data_files,
+        "data_dir": data_dir,
+    }
+    if path.is_file():
+        source |= {"path": path.suffix[1:], "data_files": str(path)}
+    if files := _files_to_read(path, source):
+        read = partial(_read_files, columns=columns, streaming=streaming, skip_bad=skip_bad)
+        rows = _read_split(files, split, read, str(path))
+    else:
+        rows = _load(str(path), datasets.load_dataset, split=split, streaming=streaming, **source)
+        rows = _selected(rows, columns, path_or_name)
+    return _with_a_row(rows, path) if path.exists() else rows
 
 
 def _selected(rows: Rows, columns: list[str] | None, source: str) -> Rows:
@@ -101,10 +103,10 @@ def _selected(rows: Rows, columns: list[str] | None, source: str) -> Rows:
     return rows.select_columns(columns)
 
 
-def _load(source: str, **settings: Any) -> Rows:
-    """What `datasets` reads from `source`, which its own errors do not name."""
+def _load(source: str, load: Callable, **settings: Any) -> Any:
+    """What a function of `datasets` makes of `source`, which its own errors do not name."""
     try:
-        return datasets.load_dataset(**settings)
+        return load(**settings)
     except (DatasetGenerationError, ValueError) as error:
         raise ValueError(f"{source}: {error.__cause__ or error}") from error
 
@@ -178,22 +180,64 @@ def _check_one_kind(values: list[Any], source: str, name: str) -> None:
         ) from error
 
 
-def _read_file(path: Path, columns: list[str] | None, *, streaming: bool, skip_bad: bool) -> Rows:
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: want a file of {SUFFIXES}, got {path.suffix or 'no suffix'}")
-    if path.suffix == ".parquet":
-        files = {"data_files": str(path), "split": "train"}
-        rows = _load(str(path), path="parquet", streaming=streaming, **files)
-        return _with_a_row(_selected(rows, columns, str(path)), path)
-    read = csv_rows if path.suffix == ".csv" else json_rows
-    settings = {"path": str(path), "skip_bad": skip_bad, "columns": columns and tuple(columns)}
+def _files_to_read(path: Path, source: dict[str, Any]) -> dict[str, list[str]]:
+    """The files of each split of what is here, if READERS can read them all; else {}."""
+    if path.is_file():
+        files = {"train": [str(path)]}
+    elif path.is_dir() or source["path"] in ("json", "csv"):
+        builder = _load(str(path), datasets.load_dataset_builder, **source)
+        files = {str(split): [*names] for split, names in builder.config.data_files.items()}
+    else:
+        return {}
+    are_ours = all(
+        Path(name).suffix in READERS and Path(name).is_file() for name in chain(*files.values())
+    )
+    return files if are_ours else {}
+
+
+def _read_split(
+    files: dict[str, list[str]], split: str, read: Callable[[list[str], str], Rows], source: str
+) -> Rows:
+    """What `read` makes of the files of `split`, or of the parts of splits that it names."""
+    if split in files:
+        return read(files[split], source)
+    named = [name for name in files if name in re.findall(r"\w+", split)]
+    rows = {name: read(files[name], source) for name in named}
+    if not rows or isinstance(rows[named[0]], IterableDataset):
+        raise ValueError(
+            f"{source}: want one of the splits {[*files]}, got {split!r} (train.jsonl and "
+            "test.jsonl in a folder are two splits)"
+        )
+    try:
+        counts = {name: len(rows[name]) for name in named}
+        parts = ReadInstruction.from_spec(split).to_absolute(counts)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return concatenate_datasets(
+        [rows[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    )
+
+
+def _read_files(
+    files: list[str], source: str, *, columns: list[str] | None, streaming: bool, skip_bad: bool
+) -> Rows:
+    settings = {"files": files, "skip_bad": skip_bad, "columns": columns and tuple(columns)}
     if streaming:
-        return _with_a_row(IterableDataset.from_generator(read, gen_kwargs=settings), path)
-    rows = list(read(**settings))
+        return IterableDataset.from_generator(_rows_of, gen_kwargs=settings)
+    rows = list(_rows_of(**settings))
     if all(MALFORMED in row for row in rows):
         first = f", the first: {rows[0][MALFORMED]}" if rows else ""
-        raise ValueError(f"{path}: want at least one row, got none ({len(rows)} malformed{first})")
-    return as_dataset(rows, str(path))
+        raise ValueError(
+            f"{source}: want at least one row, got none ({len(rows)} malformed{first})"
+        )
+    return as_dataset(rows, source)
+
+
+def _rows_of(
+    files: list[str], skip_bad: bool, columns: tuple[str, ...] | None
+) -> Iterator[dict[str, Any]]:
+    for file in files:
+        yield from READERS[Path(file).suffix](file, skip_bad, columns)
 
 
 def _with_a_row(rows: Rows, path: Path) -> Rows:

@@ -49,6 +49,34 @@ def test_a_folder_of_files_has_its_splits(tmp_path):
     write_lines(tmp_path / "test.jsonl", tiny.rows(2))
     assert len(load_rows(str(tmp_path))) == 5
     assert len(load_rows(str(tmp_path), split="test")) == 2
+    parts = load_rows(str(tmp_path), split="train[3:]+test[:1]")
+    assert texts(parts) == [*tiny.rows(5)[3:], tiny.rows(1)[0]]
+    for split in ("dev", "dev[:1]", "train[:x]"):
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            load_rows(str(tmp_path), split=split)
+    with pytest.raises(ValueError, match=r"want one of the splits .*got 'train\[:2\]'"):
+        load_rows(str(tmp_path), split="train[:2]", streaming=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_files_of_a_folder_are_read_as_single_ones_are(streaming, tmp_path, monkeypatch):
+    dated = tiny.rows(1)[0] | {"chosen": "2026-01-31"}
+    lines = [tiny.rows(2), [b"{", dated, tiny.rows(1)[0] | {"tools": []}]]
+    for number, each in enumerate(lines):
+        write_lines(tmp_path / f"train-{number}.jsonl", each)
+    with pytest.raises(RowError, match="train-1.jsonl, line 1, field 'row'"):
+        list(load_rows(str(tmp_path), streaming=streaming))
+    monkeypatch.chdir(tmp_path)
+    rows = load_rows(".", streaming=streaming, on_bad_rows="skip")
+    assert [row["chosen"] for row in rows][2:4] == [None, "2026-01-31"]
+    named = {"path_or_name": "json", "data_files": str(tmp_path / "*-1.jsonl")}
+    rows = load_rows(**named, streaming=streaming, on_bad_rows="skip")
+    assert [row["chosen"] for row in rows][:2] == [None, "2026-01-31"]
+
+
+def test_a_file_gives_parts_of_its_rows(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", tiny.rows(4))
+    assert texts(load_rows(path, split="train[50%:]")) == tiny.rows(4)[2:]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json-stream", "csv", "parquet", "mixture"])
@@ -210,9 +238,7 @@ def test_the_hubs_arguments_are_refused_for_local_rows(tmp_path):
 
 def test_splits_and_files_that_are_not_there_are_refused(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", tiny.rows(2))
-    with pytest.raises(
-        ValueError, match="want split 'train' of a single file.*folder.*, got 'test'"
-    ):
+    with pytest.raises(ValueError, match=r"want one of the splits \['train'\], got 'test'"):
         load_rows(path, split="test")
     DatasetDict({"train": Dataset.from_list(tiny.rows())}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"want one of the splits \['train'\], got 'test'"):
