@@ -9,15 +9,14 @@ keeps its own.
 import contextlib
 import gc
 import os
-import subprocess
 import sys
 import traceback
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import fastdpo
+from fastdpo.launch import is_launched, launch, launch_flags
 
 if TYPE_CHECKING:
     from fastdpo.arguments import RunArguments
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 # Nothing above imports torch, so that --help and --version answer at once: a command imports
 # what it runs.
 
-MODULE = "fastdpo.cli"  # what `accelerate launch --module` runs
 USAGE = """\
 usage: fastdpo [--version] [--help] COMMAND ...
 
@@ -43,21 +41,6 @@ usage: fastdpo [--version] [--help] COMMAND ...
   demo    train a small model built on the spot (no download) and show what it learned
 
 `fastdpo COMMAND --help` lists a command's flags."""
-
-# `trl dpo --accelerate_config NAME`, as flags of `accelerate launch`
-_FSDP = (
-    "--use_fsdp --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
-    "--fsdp_state_dict_type FULL_STATE_DICT --fsdp_cpu_ram_efficient_loading true "
-)
-ACCELERATE_CONFIGS = {
-    "single_gpu": "--num_processes 1",
-    "multi_gpu": "--multi_gpu",
-    "fsdp1": _FSDP + "--fsdp_version 1 --fsdp_sync_module_states true --fsdp_use_orig_params true",
-    "fsdp2": _FSDP + "--fsdp_version 2 --fsdp_reshard_after_forward true",
-    "zero1": "--use_deepspeed --zero_stage 1",
-    "zero2": "--use_deepspeed --zero_stage 2",
-    "zero3": "--use_deepspeed --zero_stage 3 --zero3_init_flag true --zero3_save_16bit_model true",
-}
 
 
 class BadInput(Exception):
@@ -108,10 +91,10 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
 
     with _bad_input():
         run, fresh, unknown = TrainParser(prog=prog).parse(argv)
-        launch_flags = _launch_flags(unknown)
+        flags = launch_flags(unknown)
         _check_flags(run)
-        if not _is_launched() and (launch_flags or run.training.n_gpu > 1):
-            return _launch(launch_flags, argv)
+        if not is_launched() and (flags or run.training.n_gpu > 1):
+            return launch(flags, argv)
         identity = run_identity(run)
         folder = _choose_folder(run.training, identity, fresh)
 
@@ -192,8 +175,8 @@ def _verify(argv: Sequence[str]) -> int:
 
     with _bad_input():
         run, max_pairs, unknown = VerifyParser(prog="fastdpo verify").parse(argv)
-        if launch_flags := _launch_flags(unknown):
-            raise ValueError(f"want flags of one process, got {launch_flags[0]}")
+        if flags := launch_flags(unknown):
+            raise ValueError(f"want flags of one process, got {flags[0]}")
         _check_flags(run)
         subject = load_subject(run, max_pairs)
         plain = plain_way(subject)
@@ -299,74 +282,6 @@ def _save(
         is_local = dataset_name is None or Path(dataset_name).exists()
         trainer.push_to_hub(dataset_name=None if is_local else dataset_name)
         say(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
-
-
-def _is_launched() -> bool:
-    """Whether `accelerate launch`, torchrun or deepspeed has started this process."""
-    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-
-
-def _launch_flags(unknown: list[str]) -> list[str]:
-    """Flags of `accelerate launch`, `--accelerate_config` written out, `--flag=false` dropped.
-
-    ValueError for what accelerate does not know either.
-    """
-    if not unknown:
-        return []
-    parser = _launch_parser()
-    is_off = {f"{flag}=false" for flag in parser._option_string_actions}
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.error = _raise
-    finder.add_argument("--accelerate_config")
-    given, flags = finder.parse_known_args([flag for flag in unknown if flag not in is_off])
-    if given.accelerate_config is not None:
-        flags = [*_accelerate_config(given.accelerate_config), *flags]
-    command, stray = parser.parse_known_args([*flags, "--module", MODULE])
-    if stray or command.training_script != MODULE:  # where a value without its flag ends up
-        raise ValueError(f"unknown flag: {' '.join(stray) or command.training_script}")
-    return flags
-
-
-def _launch_parser() -> ArgumentParser:
-    from accelerate.commands.launch import launch_command_parser
-
-    parser = launch_command_parser()
-    parser.error = _raise
-    return parser
-
-
-def _raise(message: str) -> NoReturn:
-    raise ValueError(message)
-
-
-def _accelerate_config(name: str) -> list[str]:
-    """A name of ACCELERATE_CONFIGS, or a file of accelerate's, as flags of `accelerate launch`."""
-    if name in ACCELERATE_CONFIGS:
-        return ACCELERATE_CONFIGS[name].split()
-    if not Path(name).is_file():
-        raise ValueError(
-            f"accelerate_config: want a file or one of {[*ACCELERATE_CONFIGS]}, got {name!r}"
-        )
-    return ["--config_file", name]
-
-
-def _launch(launch_flags: list[str], argv: Sequence[str]) -> int:
-    """`fastdpo train <argv>` in as many processes as `accelerate launch` makes of the flags.
-
-    The exit code of the first process that failed; 128 + its signal where one was killed.
-    """
-    from accelerate.commands.launch import launch_command
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    command = [*launch_flags, "--module", MODULE, "train", *argv]
-    try:
-        launch_command(_launch_parser().parse_args(command))
-    except subprocess.CalledProcessError as error:
-        return error.returncode
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
-    return 0
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import cli
+from fastdpo.launch import ACCELERATE_CONFIGS, launch_flags
 from fastdpo.trainer import DPOTrainer
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -173,15 +174,15 @@ def test_launch_flags_go_through_accelerate(here, tmp_path, capfd):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", cli.ACCELERATE_CONFIGS)
+@pytest.mark.parametrize("name", ACCELERATE_CONFIGS)
 def test_accelerate_knows_the_flags_of_every_named_config(name):
-    assert cli._launch_flags(["--accelerate_config", name]) == cli.ACCELERATE_CONFIGS[name].split()
+    assert launch_flags(["--accelerate_config", name]) == ACCELERATE_CONFIGS[name].split()
 
 
 def test_launch_flags_may_be_written_with_an_equals_sign_or_be_off():
-    zero2 = cli.ACCELERATE_CONFIGS["zero2"].split()
-    assert cli._launch_flags(["--accelerate_config=zero2"]) == zero2
-    assert cli._launch_flags(["--multi_gpu=false", "--num_processes", "2"]) == [
+    zero2 = ACCELERATE_CONFIGS["zero2"].split()
+    assert launch_flags(["--accelerate_config=zero2"]) == zero2
+    assert launch_flags(["--multi_gpu=false", "--num_processes", "2"]) == [
         "--num_processes",
         "2",
     ]
@@ -201,7 +202,7 @@ def test_a_process_that_fails_gives_its_exit_code(here, tmp_path, monkeypatch, e
 
 def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch):
     launched = []
-    monkeypatch.setattr(cli, "_launch", lambda flags, argv: launched.append((flags, argv)) or 0)
+    monkeypatch.setattr(cli, "launch", lambda flags, argv: launched.append((flags, argv)) or 0)
     monkeypatch.setattr("fastdpo.config.DPOConfig.n_gpu", 2)
     argv = flags(settings(here, tmp_path / "out"))
     assert cli.main(["train", *argv]) == 0

@@ -1,0 +1,96 @@
+"""Flags of `accelerate launch`: which of a command's are, and a run in the processes they ask for.
+
+accelerate is imported in functions alone, so that `fastdpo --help` answers at once.
+"""
+
+import os
+import subprocess
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+MODULE = "fastdpo.cli"  # what `accelerate launch --module` runs
+
+# `trl dpo --accelerate_config NAME`, as flags of `accelerate launch`
+_FSDP = (
+    "--use_fsdp --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
+    "--fsdp_state_dict_type FULL_STATE_DICT --fsdp_cpu_ram_efficient_loading true "
+)
+ACCELERATE_CONFIGS = {
+    "single_gpu": "--num_processes 1",
+    "multi_gpu": "--multi_gpu",
+    "fsdp1": _FSDP + "--fsdp_version 1 --fsdp_sync_module_states true --fsdp_use_orig_params true",
+    "fsdp2": _FSDP + "--fsdp_version 2 --fsdp_reshard_after_forward true",
+    "zero1": "--use_deepspeed --zero_stage 1",
+    "zero2": "--use_deepspeed --zero_stage 2",
+    "zero3": "--use_deepspeed --zero_stage 3 --zero3_init_flag true --zero3_save_16bit_model true",
+}
+
+
+def is_launched() -> bool:
+    """Whether `accelerate launch`, torchrun or deepspeed has started this process."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def launch_flags(unknown: list[str]) -> list[str]:
+    """Flags of `accelerate launch`, `--accelerate_config` written out, `--flag=false` dropped.
+
+    ValueError for what accelerate does not know either.
+    """
+    if not unknown:
+        return []
+    parser = _launch_parser()
+    is_off = {f"{flag}=false" for flag in parser._option_string_actions}
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.error = _raise
+    finder.add_argument("--accelerate_config")
+    given, flags = finder.parse_known_args([flag for flag in unknown if flag not in is_off])
+    if given.accelerate_config is not None:
+        flags = [*_accelerate_config(given.accelerate_config), *flags]
+    command, stray = parser.parse_known_args([*flags, "--module", MODULE])
+    if stray or command.training_script != MODULE:  # where a value without its flag ends up
+        raise ValueError(f"unknown flag: {' '.join(stray) or command.training_script}")
+    return flags
+
+
+def _launch_parser() -> ArgumentParser:
+    from accelerate.commands.launch import launch_command_parser
+
+    parser = launch_command_parser()
+    parser.error = _raise
+    return parser
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _accelerate_config(name: str) -> list[str]:
+    """A name of ACCELERATE_CONFIGS, or a file of accelerate's, as flags of `accelerate launch`."""
+    if name in ACCELERATE_CONFIGS:
+        return ACCELERATE_CONFIGS[name].split()
+    if not Path(name).is_file():
+        raise ValueError(
+            f"accelerate_config: want a file or one of {[*ACCELERATE_CONFIGS]}, got {name!r}"
+        )
+    return ["--config_file", name]
+
+
+def launch(flags: list[str], argv: Sequence[str]) -> int:
+    """`fastdpo train <argv>` in as many processes as `accelerate launch` makes of the flags.
+
+    The exit code of the first process that failed; 128 + its signal where one was killed.
+    """
+    from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    command = [*flags, "--module", MODULE, "train", *argv]
+    try:
+        launch_command(_launch_parser().parse_args(command))
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    return 0
