@@ -12,21 +12,15 @@ log-probabilities in the rows are taken as they are.
 
 import contextlib
 import copy
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
-from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from fastdpo.batch import PairBatch
@@ -34,8 +28,6 @@ from fastdpo.columns import REFERENCE_COLUMNS, Cut
 from fastdpo.kernels.reference import completion_sums
 from fastdpo.model import attach_scorer, token_logps_without_grad
 from fastdpo.reference_cache import ReferenceCache, open_cache
-
-BATCHES_AT_ONCE = 16  # scored before the CPU waits for them and keeps them
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,79 +192,3 @@ def _placed(model: nn.Module, source: str, device: torch.device) -> FrozenModel:
     if getattr(model, "hf_device_map", None) is None:
         model.to(device)
     return FrozenModel(model, source)
-
-
-def have_reference_logps(datasets: Mapping[str, Dataset | IterableDataset]) -> bool:
-    """Whether the rows of all datasets have reference log-probabilities.
-
-    ValueError if only some do.
-    """
-    required = set(REFERENCE_COLUMNS)
-    scored = [name for name, rows in datasets.items() if required <= set(rows.column_names)]
-    others = [name for name in datasets if name not in scored]
-    if scored and others:
-        raise ValueError(
-            f"want {' and '.join(REFERENCE_COLUMNS)} in all datasets or in none, got them in "
-            f"{', '.join(scored)} and not in {', '.join(others)}"
-        )
-    return bool(scored)
-
-
-def after_precompute(
-    reference: Reference, policy: nn.Module, cache: ReferenceCache | None
-) -> RowLogps:
-    """`reference`, now that all rows have its log-probabilities, those of `cache` among them.
-
-    It still scores new rows, unless it is the policy itself, which is about to change.
-    """
-    is_gone = isinstance(reference, FrozenModel) and reference.model is policy
-    source = f"{reference.source}, all rows scored before training"
-    if cache and cache.found:
-        source += f" ({cache.found:,} found in the cache)"
-    return RowLogps(source, None if is_gone else reference)
-
-
-def with_reference_logps(
-    dataset: Dataset | IterableDataset,
-    *,
-    reference_logps: Callable[[PairBatch], Tensor],
-    collator: Callable,
-    batch_size: int,
-    accelerator: Accelerator,
-    cache: ReferenceCache | None,
-) -> Dataset:
-    """`dataset` with ref_chosen_logps and ref_rejected_logps of every pair, scored over all ranks.
-
-    cache: of the main process, None on the others; pairs that are there are not scored again.
-    ValueError for a streamed dataset, which has no place to keep them.
-    """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            "want a map-style dataset with precompute_ref_log_probs=True, got a streamed one"
-        )
-    keys = cache.keys(dataset) if cache else []
-    known_N2 = cache.find(keys) if cache else np.full((len(dataset), 2), np.nan)
-    logps_N2 = broadcast(torch.from_numpy(known_N2).to(accelerator.device)).cpu()
-    missing = logps_N2.isnan().any(1).nonzero().flatten().tolist()
-    loader = DataLoader(dataset.select(missing), batch_size=batch_size, collate_fn=collator)
-    scored = _scored(loader, reference_logps, accelerator) if missing else iter(())
-    rows = iter(missing)
-    while lot := [*itertools.islice(scored, BATCHES_AT_ONCE)]:
-        lot_N2 = torch.cat(lot).double().cpu()
-        its_rows = [*itertools.islice(rows, len(lot_N2))]
-        logps_N2[its_rows] = lot_N2
-        if cache:
-            cache.add([keys[row] for row in its_rows], lot_N2.numpy())
-    for name, logps_N in zip(REFERENCE_COLUMNS, logps_N2.T, strict=True):
-        dataset = dataset.add_column(name, logps_N.tolist())
-    return dataset
-
-
-def _scored(
-    loader: DataLoader, reference_logps: Callable[[PairBatch], Tensor], accelerator: Accelerator
-) -> Iterator[Tensor]:
-    """(B, 2) of each batch of all ranks, chosen and rejected, in the loader's order."""
-    for inputs in accelerator.prepare(loader):
-        logps_S = reference_logps(PairBatch.from_inputs(inputs))
-        # without the rows that accelerate repeats to fill the last batch
-        yield accelerator.gather_for_metrics(torch.stack(logps_S.chunk(2), 1))

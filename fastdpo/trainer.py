@@ -49,17 +49,10 @@ from fastdpo.model import (
 )
 from fastdpo.pair_check import check_pairs
 from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
+from fastdpo.precompute import after_precompute, have_reference_logps, with_reference_logps
 from fastdpo.ranks import one_rank_first
 from fastdpo.reference_cache import ReferenceCache, probe_pairs
-from fastdpo.reference_logps import (
-    FrozenModel,
-    RowLogps,
-    after_precompute,
-    check_apart,
-    have_reference_logps,
-    make_reference,
-    with_reference_logps,
-)
+from fastdpo.reference_logps import FrozenModel, RowLogps, check_apart, make_reference
 from fastdpo.resuming_trainer import ResumingTrainer
 from fastdpo.row_trainer import COLLATORS_LAYOUT, RowTrainer, by_name, map_datasets
 from fastdpo.rows import Rows

@@ -11,12 +11,13 @@ from peft import LoraConfig
 from trainers import LORA, logged, make_trainer, trained_before
 
 import fastdpo
-from fastdpo import reference_logps
+from fastdpo import precompute
 from fastdpo.collate import PaddedCollator
+from fastdpo.columns import REFERENCE_COLUMNS
 from fastdpo.reference_cache import RECORD
 from fastdpo.reference_logps import AdaptersOff, FrozenModel
 
-COLUMNS = [*reference_logps.REFERENCE_COLUMNS]
+COLUMNS = [*REFERENCE_COLUMNS]
 
 
 @pytest.fixture
@@ -203,7 +204,7 @@ def test_a_module_may_have_a_state_of_its_own(tmp_path, tokenizer, scored):
 
 
 def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path, tokenizer, scored, monkeypatch):
-    monkeypatch.setattr(reference_logps, "BATCHES_AT_ONCE", 2)
+    monkeypatch.setattr(precompute, "BATCHES_AT_ONCE", 2)
     own = FrozenModel.logps
 
     def killed(self, policy, batch, ld_alpha=None):
