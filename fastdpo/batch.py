@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -46,12 +45,6 @@ class TokensRun:
 
     def __add__(self, other: "TokensRun") -> "TokensRun":
         return TokensRun(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def over_ranks(self, accelerator: Accelerator) -> dict[str, int]:
-        """The sums over all ranks, named for the log."""
-        counts = torch.tensor(astuple(self), device=accelerator.device)
-        names = ("tokens/run", "tokens/shared", "tokens/padding_avoided")
-        return dict(zip(names, accelerator.reduce(counts, "sum").tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

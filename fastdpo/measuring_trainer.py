@@ -17,7 +17,14 @@ from torch.utils.data import DataLoader
 
 from fastdpo.batch import PairBatch, TokensRun
 from fastdpo.losses import PairLoss
-from fastdpo.metrics import MetricSums, RunCounts, Sums, evaluation_metrics, pair_metrics
+from fastdpo.metrics import (
+    MetricSums,
+    RunCounts,
+    Sums,
+    evaluation_metrics,
+    pair_metrics,
+    tokens_over_ranks,
+)
 from fastdpo.model import ScoredOutput
 from fastdpo.pack_trainer import PackTrainer
 from fastdpo.ranks import pairs_not_repeated
@@ -77,7 +84,7 @@ class MeasuringTrainer(PackTrainer):
         if "loss" in logs or "train_runtime" in logs:
             logs |= self._take("train", self.counts.train)
         if "train_runtime" in logs:  # the dictionary that train() returns, so changed in place
-            logs |= self.counts.tokens.over_ranks(self.accelerator)
+            logs |= tokens_over_ranks(self.counts.tokens, self.accelerator)
         super().log(logs, start_time)
 
     def _take(self, mode: str, sums: MetricSums) -> dict[str, float]:

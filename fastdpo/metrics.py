@@ -1,7 +1,7 @@
 """What a run logs: TRL's metric names, sums kept on the device, read when they are logged."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import torch
 from accelerate import Accelerator
@@ -60,6 +60,13 @@ class RunCounts:
 
     def start_evaluation(self) -> None:
         self.eval, self.num_evaluated = MetricSums(), 0
+
+
+def tokens_over_ranks(tokens: TokensRun, accelerator: Accelerator) -> dict[str, int]:
+    """The sums over all ranks, named for the log."""
+    counts = torch.tensor(astuple(tokens), device=accelerator.device)
+    names = ("tokens/run", "tokens/shared", "tokens/padding_avoided")
+    return dict(zip(names, accelerator.reduce(counts, "sum").tolist(), strict=True))
 
 
 @torch.no_grad()

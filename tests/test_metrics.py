@@ -6,9 +6,9 @@ import pytest
 import torch
 from watches import Watch
 
-from fastdpo.batch import PairBatch
+from fastdpo.batch import PairBatch, TokensRun
 from fastdpo.losses import pair_loss
-from fastdpo.metrics import MetricSums, evaluation_metrics, pair_metrics
+from fastdpo.metrics import MetricSums, evaluation_metrics, pair_metrics, tokens_over_ranks
 from fastdpo.model import ScoredOutput
 
 ONE_RANK = SimpleNamespace(reduce=lambda sums, how: sums)
@@ -78,6 +78,15 @@ def test_ranks_add_up_in_one_order_whatever_came_first():
     there.take_means(SimpleNamespace(reduce=lambda sums, how: seen.append(sums) or sums))
     both = SimpleNamespace(reduce=lambda sums, how: {"sum": sums + seen[0]}[how])
     assert here.take_means(both) == {"a": 2.0, "b": 2.0}
+
+
+def test_tokens_add_up_over_ranks():
+    two_ranks = SimpleNamespace(device="cpu", reduce=lambda counts, how: {"sum": 2 * counts}[how])
+    assert tokens_over_ranks(TokensRun(30, 2, 8), two_ranks) == {
+        "tokens/run": 60,
+        "tokens/shared": 4,
+        "tokens/padding_avoided": 16,
+    }
 
 
 def test_a_long_interval_loses_no_small_number():
