@@ -59,14 +59,15 @@ def pair_loss(
     to C: on a CPU always, elsewhere with FASTDPO_DEBUG=1, as the CPU has to wait for them.
     """
     arguments = token_logps_C, cu_seqlens, reference_logps_S
+    device = token_logps_C.device
     of_batch = reference.BATCH_LOSSES.keys() & set(settings.get("loss_type", ()))
-    of_twin = {"batch_losses": tuple(of_batch), "float_dtypes": (torch.float32, torch.float64)}
-    _pair_loss.check_pair_loss(*arguments, **settings, **of_twin)
-    if token_logps_C.device.type == "cpu" or os.environ.get("FASTDPO_DEBUG") == "1":
+    in_triton = backend_for(device) == "triton" and not of_batch
+    if not in_triton:  # the kernel's function checks its arguments itself
+        in_torch = {"batch_losses": tuple(of_batch), "float_dtypes": (torch.float32, torch.float64)}
+        _pair_loss.check_pair_loss(*arguments, **settings, **in_torch)
+    if device.type == "cpu" or os.environ.get("FASTDPO_DEBUG") == "1":
         _check_lengths(cu_seqlens, token_logps_C.numel())
-    if backend_for(token_logps_C.device) == "triton" and not of_batch:
-        return _pair_loss.pair_loss(*arguments, **settings)
-    return reference.pair_loss(*arguments, **settings)
+    return (_pair_loss if in_triton else reference).pair_loss(*arguments, **settings)
 
 
 def _check_lengths(cu_seqlens: Tensor, C: int) -> None:
