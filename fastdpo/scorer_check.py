@@ -6,6 +6,8 @@ padding.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,20 +19,34 @@ LEAST_MOVE = 0.1  # nats: the length of a forward alone moves bitsandbytes' int8
 
 
 def check_scorer(
-    model: nn.Module, input_ids: list[int], *, name: str = "model", aux_loss: bool = False
+    model: nn.Module,
+    input_ids: list[int],
+    *,
+    name: str = "model",
+    aux_loss: bool = False,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> None:
     """ValueError unless scoring `input_ids` agrees with the log-softmax of the model's own logits.
 
     And unless they stay as they are without the tokens that follow. Three forwards. With aux_loss,
     the load-balancing loss is compared with the model's own too. name: the model's, for the error.
+    autocast: the run's. It rounds, so it is left out unless weights of several dtypes need it.
     """
     name = f"{name} ({type(causal_lm_of(model)).__name__})"
     ids_L = torch.tensor(input_ids, device=model.device)
+    has_one_dtype = len({weight.dtype for weight in model.parameters()}) == 1
+    with nullcontext() if has_one_dtype else autocast():
+        _check_logps(model, ids_L, name)
+        if aux_loss:
+            _check_aux_loss(model, ids_L, name)
+
+
+def _check_logps(model: nn.Module, ids_L: Tensor, name: str) -> None:
     with inference(model):
         own = model(input_ids=ids_L[None], use_cache=False)
         token_logps_L = _scored_alone(model, ids_L).token_logps_C
         beginning_L = _scored_alone(model, ids_L[: 1 + len(ids_L) // 2]).token_logps_C
-    logits_LV = own.logits[0, -len(input_ids) : -1]  # after the virtual tokens of prompt tuning
+    logits_LV = own.logits[0, -len(ids_L) : -1]  # after the virtual tokens of prompt tuning
     own_L = logits_LV.float().log_softmax(-1).gather(1, ids_L[1:, None]).squeeze(1)
     difference = (own_L - token_logps_L.to(own_L.device)).abs().max().item()
     if math.isnan(difference):
@@ -49,8 +65,6 @@ def check_scorer(
             f"{name}: want a causal model, got log-probabilities that move by {moved:.1e} nats "
             "with the tokens that follow"
         )
-    if aux_loss:
-        _check_aux_loss(model, ids_L, name)
 
 
 def _scored_alone(model: nn.Module, ids_L: Tensor, **router: Any) -> ScoredOutput:

@@ -19,7 +19,6 @@ README.md has a step in the order of its calls.
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +185,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
     def _set_up_models(
         self, ref_model: PreTrainedModel | None, pair: Pair, *, has_new_adapters: bool
     ) -> None:
-        """Attach the scorer to policy and reference, and check both against the data and `pair`.
-
-        ValueError for token ids beyond a model's vocabulary, or logits that are not hidden @ headᵀ.
-        """
+        """Attach the scorer to policy and reference, and check both against the data and `pair`."""
         args = self.args
         attach_scorer(self.model, **args.head_settings)
         self.router_aux_loss_coef = aux_loss_weight(
@@ -208,15 +204,18 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         if args.sync_ref_model:
             self.follower = FollowPolicy(self.model, self.reference, is_sharded=self.is_sharded)
             self.add_callback(self.follower)
-        check_pairs(datasets, self.models().values(), args)
-        if not self.is_sharded:
-            ids = (pair["prompt_ids"] + pair["chosen_ids"])[:32]
-            for name, model in self.models().items():
-                is_balanced = name == "model" and self.router_aux_loss_coef > 0
-                # without the run's autocast, which rounds, unless it takes one to run at all
-                has_one_dtype = len({weight.dtype for weight in model.parameters()}) == 1
-                with nullcontext() if has_one_dtype else self.accelerator.autocast():
-                    check_scorer(model, ids, name=name, aux_loss=is_balanced)
+        self._check_models(datasets, pair)
+
+    def _check_models(self, datasets: dict[str, Rows], pair: Pair) -> None:
+        """ValueError for token ids that a model lacks, or logits that are not hidden @ headᵀ."""
+        check_pairs(datasets, self.models().values(), self.args)
+        if self.is_sharded:
+            return
+        ids = (pair["prompt_ids"] + pair["chosen_ids"])[:32]
+        autocast = self.accelerator.autocast
+        for name, model in self.models().items():
+            is_balanced = name == "model" and self.router_aux_loss_coef > 0
+            check_scorer(model, ids, name=name, aux_loss=is_balanced, autocast=autocast)
 
     def models(self) -> dict[str, nn.Module]:
         """The policy, and the reference where it is a model of its own, by its argument's name."""
