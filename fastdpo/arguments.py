@@ -13,7 +13,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
-from fastdpo.config import DPOConfig, setting
+from fastdpo.config import DPOConfig
+from fastdpo.setting import setting
 
 
 @dataclass

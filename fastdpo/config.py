@@ -7,7 +7,7 @@ there is no GPU, and `logging_nan_inf_filter`.
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -18,16 +18,9 @@ from fastdpo.columns import Cut
 from fastdpo.kernels.linear_logps import HEAD_CACHE_BYTES
 from fastdpo.losses import BATCH_LOSSES, F_DIVERGENCES, LOSS_TYPES, SMOOTHED, WITH_F_DIVERGENCE
 from fastdpo.model import TOKEN_STATS
+from fastdpo.setting import count_or_auto, setting
 
 logger = logging.get_logger(__name__)
-
-
-def setting(default: Any, text: str, **metadata: Any) -> Any:
-    """A dataclass's field with its help text; metadata may have `choices`."""
-    metadata["help"] = text
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -199,9 +192,11 @@ class DPOConfig(TrainingArguments):
             self.activation_checkpointing = self.gradient_checkpointing
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        multiple = _count("pad_to_multiple_of", self.pad_to_multiple_of)
+        multiple = count_or_auto("pad_to_multiple_of", self.pad_to_multiple_of)
         self.pad_to_multiple_of = None if multiple == "auto" else multiple
-        self.max_tokens_per_forward = _count("max_tokens_per_forward", self.max_tokens_per_forward)
+        self.max_tokens_per_forward = count_or_auto(
+            "max_tokens_per_forward", self.max_tokens_per_forward
+        )
         self._check_objects()
         has_own_accelerator_config = self.accelerator_config is not None
         super().__post_init__()
@@ -398,12 +393,3 @@ def _are_finite(values: Any) -> bool:
     """Whether `values` is a list of finite numbers."""
     is_list = isinstance(values, (list, tuple))
     return is_list and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
-
-
-def _count(name: str, value: int | str | None) -> int | str | None:
-    """The number in `value`, which the command line hands over as text; "auto"; or None."""
-    text = str(value).lower()
-    if text in ("none", "null", "auto"):
-        return "auto" if text == "auto" else None
-    _want(text.isdecimal() and int(text) > 0, f"{name} auto or a count", value)
-    return int(text)
