@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS, Cut
 from fastdpo.messages import check_text, is_conversation
-from fastdpo.pairs_cache import map_once
+from fastdpo.pairs_cache import has_transform, map_once
 from fastdpo.preferences import (
     FIELDS,
     MALFORMED,
@@ -74,7 +74,7 @@ def prepare_pairs(
     if not isinstance(dataset, Dataset | IterableDataset):
         got = type(dataset).__name__
         raise TypeError(f"{name} dataset: want a datasets.Dataset or IterableDataset, got {got}")
-    if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
+    if not has_transform(dataset):
         dataset = dataset.with_format(None)  # lists and texts; a transform of the rows' own stays
     columns = _columns(dataset, name)
     warn_of_unread(f"{name} dataset", columns)
@@ -90,7 +90,7 @@ def prepare_pairs(
     if isinstance(dataset, IterableDataset):
         return _as_it_comes(dataset, tokenize, cut, columns), None
     made = {*tokenize.features, MALFORMED, ORIGIN, length_column}
-    may_stay = keep_columns and dataset.format["type"] != "custom"  # a transform makes its own
+    may_stay = keep_columns and not has_transform(dataset)  # a transform makes its own
     others = [column for column in dataset.column_names if may_stay and column not in made]
     pairs = map_once(
         dataset,
@@ -100,7 +100,7 @@ def prepare_pairs(
         batch_size=AT_ONCE,
         with_indices=True,
         remove_columns=[column for column in dataset.column_names if column not in others],
-        features=Features({name: dataset.features[name] for name in others} | tokenize.features),
+        features=Features({key: dataset.features[key] for key in others} | tokenize.features),
         num_proc=num_proc and min(num_proc, len(dataset)),
         desc=f"Tokenizing the {name} dataset",
     ).with_format(None)
@@ -128,8 +128,8 @@ def _status(pairs: Dataset, cut: Cut) -> np.ndarray:
 def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
     """The columns of `dataset`; ValueError where a pair's are not among them."""
     columns = dataset.column_names
-    is_made = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
-    if columns is None or is_made:  # the rows say; one that could not be read does not
+    if columns is None or has_transform(dataset):
+        # the rows say; one that could not be read does not
         columns = list(next((row for row in dataset if MALFORMED not in row), {}))
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"{name} dataset: want at least one row that can be read, got none")

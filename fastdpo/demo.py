@@ -47,7 +47,7 @@ SAME_LOSS = 1e-3  # how far the two runs' losses may be apart before their times
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class DemoSize:
     """How large a demo: of the model, and of its two trainings."""
 
     hidden_size: int
@@ -55,8 +55,8 @@ class Size:
     dpo_steps: int
 
 
-FULL = Size(hidden_size=256, fit_steps=280, dpo_steps=55)
-TINY = Size(hidden_size=32, fit_steps=3, dpo_steps=4)
+FULL = DemoSize(hidden_size=256, fit_steps=280, dpo_steps=55)
+TINY = DemoSize(hidden_size=32, fit_steps=3, dpo_steps=4)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     return _demo(arguments.output_dir, size)
 
 
-def _demo(folder: Path, size: Size) -> int:
+def _demo(folder: Path, size: DemoSize) -> int:
     start = time.perf_counter()
     print(
         "Fitting a small model to texts that count up, and twice as many that count down ...",
@@ -133,14 +133,14 @@ def held_out() -> list[Question]:
     return make_questions()[:HELD_OUT]
 
 
-def train_rows(size: Size) -> Dataset:
+def train_rows(size: DemoSize) -> Dataset:
     """The pairs of all updates, in order; the questions come again when all were seen."""
     questions = make_questions()[HELD_OUT:]
     drawn = itertools.islice(itertools.cycle(questions), size.dpo_steps * BATCH)
     return Dataset.from_list(preference_rows(list(drawn)))
 
 
-def fit(size: Size) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
+def fit(size: DemoSize) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
     """Tokenizer and a model fitted to answers in both directions, two wrong for each right one."""
     torch.manual_seed(0)
     draw = random.Random(0)
@@ -185,7 +185,7 @@ def greedy_answers(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -
     return [" ".join(tokenizer.decode(each, skip_special_tokens=True).split()) for each in answers]
 
 
-def measure_fastdpo(folder: Path, size: Size) -> None:
+def measure_fastdpo(folder: Path, size: DemoSize) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "fitted")
     trainer = DPOTrainer(
         model=str(folder / "fitted"),
@@ -218,7 +218,7 @@ def measure_fastdpo(folder: Path, size: Size) -> None:
     (folder / "fastdpo.json").write_text(json.dumps(measured))
 
 
-def measure_naive(folder: Path, size: Size) -> None:
+def measure_naive(folder: Path, size: DemoSize) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "fitted")
     policy = AutoModelForCausalLM.from_pretrained(folder / "fitted")
     reference = copy.deepcopy(policy).eval()

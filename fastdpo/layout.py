@@ -45,7 +45,7 @@ def why_padded(model: nn.Module) -> str | None:
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return f"{model.active_peft_config.peft_type.value} puts tokens of its own before each row"
     adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
-    if any(getattr(config, "alora_invocation_tokens", None) for config in adapters):
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
         return "aLoRA looks for its invocation once in each row"
     layer_types = set(getattr(config, "layer_types", None) or ())
     others = sorted(layer_types - LAYER_TYPES)

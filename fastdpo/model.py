@@ -172,9 +172,9 @@ def _score(
     )
     aux_loss = expert_counts = None
     if token_uses is not None:
-        counts = nn.functional.pad(token_uses, (causal_lm._virtual_tokens, 0), value=1)
+        uses = nn.functional.pad(token_uses, (causal_lm._virtual_tokens, 0), value=1)
         top_k = experts_per_token(causal_lm)
-        aux_loss, expert_counts = balancing_loss(outputs.router_logits, top_k, counts, batch_counts)
+        aux_loss, expert_counts = balancing_loss(outputs.router_logits, top_k, uses, batch_counts)
     # named _C though still of the N scored rows: `score` expands them. The head of a model on
     # several GPUs may be on another than the batch.
     stats_N = {f"{name}_C": value_N.to(device) for name, value_N in stats_N.items()}

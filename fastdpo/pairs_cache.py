@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from datasets.fingerprint import generate_fingerprint, update_fingerprint
 from transformers.utils import logging
 
@@ -19,6 +19,11 @@ logger = logging.get_logger(__name__)
 def folder() -> Path:
     """The folder fastdpo of `datasets`' own cache, made where something is written to it."""
     return Path(datasets.config.HF_DATASETS_CACHE, "fastdpo")
+
+
+def has_transform(dataset: Dataset | IterableDataset) -> bool:
+    """Whether a function makes its rows at each read (Dataset.set_transform)."""
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
 def map_once(
@@ -43,8 +48,7 @@ def map_once(
 def _cache_file(dataset: Dataset, tokenize: Callable, remove_columns: list[str]) -> str | None:
     """The file for rows in memory; None for a transform, whose rows may change unseen, and where
     `datasets` keeps the file, or is to keep none."""
-    is_made = dataset.format["type"] == "custom"
-    if dataset.cache_files or is_made or not datasets.is_caching_enabled():
+    if dataset.cache_files or has_transform(dataset) or not datasets.is_caching_enabled():
         return None
     # of what the rows are, where dataset._fingerprint is of how they were made
     rows = generate_fingerprint(dataset)

@@ -20,7 +20,7 @@ from transformers import (
 
 from fastdpo.model import causal_lm_of
 
-WITH_ADAPTERS = (
+HAS_ADAPTERS = (
     "want a model by its name, got {}, which has adapters (adapter_config.json): merge them into "
     "it first (merge_and_unload), or load it with AutoPeftModelForCausalLM for DPOTrainer"
 )
@@ -55,7 +55,7 @@ def load_policy(
     weights that cannot be read or are not all there, and for adapters beside or in place of them.
     """
     if Path(name, "adapter_config.json").is_file():
-        raise ValueError(WITH_ADAPTERS.format(name))
+        raise ValueError(HAS_ADAPTERS.format(name))
     old_name = init_kwargs.pop("torch_dtype", None)
     dtype = init_kwargs.pop("dtype", None) or old_name or "float32"
     if isinstance(dtype, str) and dtype != "auto":
@@ -87,7 +87,7 @@ def load_policy(
         # a torn file, weights of another shape, an argument it does not know
         raise ValueError(f"want a model that loads, got {name}: {error}") from error
     if getattr(model, "peft_config", None):  # of a repository on the Hub
-        raise ValueError(WITH_ADAPTERS.format(name))
+        raise ValueError(HAS_ADAPTERS.format(name))
     missing = sorted(loaded["missing_keys"])
     if missing and not _is_quantized(model):
         raise ValueError(

@@ -24,7 +24,7 @@ from fastdpo.rows import Rows
 from fastdpo.sampler import SeededByEpoch, WholeStream
 
 COLLATORS = (PaddedCollator, PackedCollator, PackCollator)
-COLLATORS_LAYOUT = Layout("its own", "what the data_collator makes of a batch")
+COLLATORS_LAYOUT = Layout("custom", "as your data_collator lays a batch out")
 
 
 class RowTrainer(MeasuringTrainer):
@@ -108,9 +108,9 @@ class RowTrainer(MeasuringTrainer):
 
     def _collating_for_logits(self, wanted: bool) -> AbstractContextManager:
         wanted = wanted and self.layout is not COLLATORS_LAYOUT
-        return self.collating_with(self._collator("padded") if wanted else None)
+        return self.collating_with(self._make_collator("padded") if wanted else None)
 
-    def _collator(self, layout: str) -> PaddedCollator | PackedCollator:
+    def _make_collator(self, layout: str) -> PaddedCollator | PackedCollator:
         pad_token_id = self.processing_class.pad_token_id
         return make_collator(layout, pad_token_id=pad_token_id, **self.args.collator_settings)
 

@@ -163,9 +163,9 @@ def _in_pieces(columns: dict[str, list], start: int, stop: int) -> Dataset:
 
 
 def _check_one_kind(values: list[Any], source: str, name: str) -> None:
-    def error_of(count: int) -> Exception | None:
+    def error_of(stop: int) -> Exception | None:
         try:
-            _in_pieces({name: values}, 0, count)
+            _in_pieces({name: values}, 0, stop)
         except UNLIKE as error:
             return error
         return None

@@ -69,7 +69,7 @@ from fastdpo.trainer_check import (
 )
 
 TAGS = ["fastdpo", "dpo"]
-NOISY = (
+WHY_NEFTUNE_PADS = (
     "neftune_noise_alpha scales its noise by the length of a row, and only the padded layout has "
     "one sequence in a row"
 )
@@ -174,7 +174,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         self.layout = COLLATORS_LAYOUT
         if data_collator is None:
             self.layout = self._choose_layout(pair)
-            self.data_collator = self._collator(self.layout.name)
+            self.data_collator = self._make_collator(self.layout.name)
         if args.precompute_ref_log_probs and not isinstance(self.reference, RowLogps):
             self._precompute_reference()
         self.model.add_model_tags(TAGS)
@@ -249,7 +249,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         """Settle how pairs are laid out, once the models are where they will run."""
         check = LayoutCheck(
             pair=pair,
-            collator=self._collator,
+            collator=self._make_collator,
             device=self.args.device,
             autocast=self.accelerator.autocast,
         )
@@ -264,7 +264,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
     def _reason_to_pad(self) -> str | None:
         """Why the run itself needs the padded layout."""
         if self.args.neftune_noise_alpha is not None:
-            return NOISY
+            return WHY_NEFTUNE_PADS
         steps = ("training_step", "compute_loss", "prediction_step")
         if self.args.layout == "auto" and self._redefines(*steps):
             return f"{type(self).__name__} may run the model on a batch by itself"

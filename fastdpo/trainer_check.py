@@ -18,8 +18,8 @@ from fastdpo.metrics import TOKEN_METRICS
 from fastdpo.model import causal_lm_of
 
 PROMPT_LEARNING = (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING, PeftType.P_TUNING)
-AROUND_LAYERS = (PeftType.ADAPTION_PROMPT, PeftType.XLORA)  # which put other forwards in place
-OF_MODELS = ("galore", "apollo", "lomo")  # optimizers that are made of a model
+FORWARD_REPLACERS = (PeftType.ADAPTION_PROMPT, PeftType.XLORA)
+OPTIMIZERS_OF_MODELS = ("galore", "apollo", "lomo")  # which transformers makes of a model
 NEVER_CALLED = (  # methods of TRL's DPOTrainer, now and before
     "_prepare_dataset _compute_loss _precompute_ref_logps compute_ref_log_probs "
     "get_batch_loss_metrics concatenated_forward".split()
@@ -64,13 +64,13 @@ def _check_peft_config(config: Any, model: str | PreTrainedModel | PeftModel) ->
             "want peft_config or a model with adapters, got both: merge the model's adapters "
             "first, or leave peft_config out to train them on"
         )
-    if config.is_prompt_learning or config.peft_type in AROUND_LAYERS:
+    if config.is_prompt_learning or config.peft_type in FORWARD_REPLACERS:
         raise ValueError(f"want adapters on layers, got {config.peft_type} (not there yet)")
 
 
 def _check_adapters(config: PeftConfig, name: str) -> None:
     is_unknown = config.is_prompt_learning and config.peft_type not in PROMPT_LEARNING
-    if is_unknown or config.peft_type in AROUND_LAYERS:
+    if is_unknown or config.peft_type in FORWARD_REPLACERS:
         names = ", ".join(kind.value for kind in PROMPT_LEARNING)
         raise ValueError(
             f"want {name} with adapters on layers or {names}, got {config.peft_type.value}"
@@ -160,7 +160,7 @@ def check_optimizer_and_schedule(args: DPOConfig) -> None:
     parameters = [torch.zeros(1, device=args.device, requires_grad=True)]
     optimizer = torch.optim.SGD(parameters)
     try:
-        if not any(name in args.optim for name in OF_MODELS):
+        if not any(name in args.optim for name in OPTIMIZERS_OF_MODELS):
             kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
             if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
                 optimizer = kind(parameters, **settings)
