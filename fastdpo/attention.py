@@ -136,7 +136,7 @@ def _window_of(module: nn.Module) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-@torch.compiler.disable  # lengths differ from batch to batch: it would be compiled anew for each
+@torch.compiler.disable  # lengths differ from batch to batch: it would be compiled again for each
 def _along_tree(query, key, value, tree: Tree, *, scale, dropout, window, softcap) -> Tensor:
     query, key, value = _autocast(query, key, value)
     varlen = _varlen_kernel(query, value, window, softcap, dropout)

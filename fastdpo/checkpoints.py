@@ -74,7 +74,7 @@ def _is_whole(file: Path) -> bool:
 def last_checkpoint(path: Path) -> tuple[Path | None, tuple[str, ...]]:
     """The latest whole checkpoint of `path`, and a note on each later one.
 
-    ValueError where it holds the model alone, and going on would start the optimizer anew.
+    ValueError where it holds the model alone, and going on would start the optimizer from scratch.
     """
     notes = ()
     for checkpoint in checkpoints_in(path):

@@ -2,8 +2,8 @@
 
 `fastdpo train` takes the flags and YAML files of `trl dpo`; `fastdpo dpo` is the same. Bad input
 ends with one line on stderr and exit code 2, Ctrl-C with 130. Whatever goes wrong while flags, rows
-and model are read counts as bad input; FASTDPO_DEBUG=1 shows its traceback as well. A later error
-keeps its own.
+and model are read counts as bad input; FASTDPO_DEBUG=1 shows its traceback as well. Later errors
+propagate with their traceback.
 """
 
 import contextlib
@@ -111,7 +111,7 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
         with _bad_input():
             if is_main:
                 stack.enter_context(locked(folder.path))
-            if is_made:  # to be taken away again if the run never starts
+            if is_made:  # removed again if the run never starts
                 stack.callback(_remove_if_empty, folder.path)
             trainer = _build_trainer(run)
         say(trainer.summary())
@@ -151,7 +151,7 @@ def _train(trainer: "DPOTrainer", checkpoint: Path | None) -> None:
 
 
 def verify(argv: Sequence[str]) -> int:
-    """Hold the engine against plain PyTorch as `argv` says: 0 where they agree, 1 where not.
+    """Compare the engine with plain PyTorch as `argv` says: 0 where they agree, 1 where not.
 
     3 for an error that is not bad input; 141, as in a shell, where the reader of the output has
     gone. 1 is kept for a difference.

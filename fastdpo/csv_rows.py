@@ -43,7 +43,7 @@ def csv_rows(
 
 
 def _csv_lines(path: str) -> Iterator[list[str]]:
-    """The cells of each line that is not blank; RowError for what is no CSV, even where bad rows
+    """The cells of each line that is not blank; RowError for malformed CSV, even where bad rows
     are skipped: there is no telling where the next row begins."""
     csv.field_size_limit(2**31 - 1)  # its own limit is 131,072 characters
     with open(path, encoding="utf-8-sig", newline="") as file:

@@ -69,7 +69,7 @@ def prepare_pairs(
     streamed dataset is read up to its first pair, the rest as it trains, and not counted: None.
 
     RowError at the first malformed row, or with on_bad_rows="skip" a warning that counts them;
-    ValueError where columns are missing or no row is left, TypeError for what is no dataset.
+    ValueError where columns are missing or no row is left, TypeError for anything but a dataset.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         got = type(dataset).__name__
@@ -161,7 +161,7 @@ def _as_it_comes(
         with_indices=True,
         remove_columns=columns,
     ).filter(_is_kept, input_columns=STATUS)
-    # a later row may have had columns that the first one had not
+    # a later row may have columns that the first lacked
     features = Features({k: v for k, v in tokenize.features.items() if k not in (STATUS, NOTE)})
     pairs = pairs.select_columns([*features]).cast(features)
     if next(iter(pairs), None) is None:

@@ -1,4 +1,4 @@
-"""`fastdpo demo`: fit a small model, teach it a preference, and hold it against the naive way.
+"""`fastdpo demo`: fit a small model, teach it a preference, and compare it with the naive way.
 
     fit (both directions) --> fitted/ --DPOTrainer--> trained/ --> score on held-out questions
                                      \\--naive loop--> the same losses, its time and memory

@@ -25,8 +25,8 @@ logger = logging.get_logger(__name__)
 class FollowPolicy(TrainerCallback):
     """Moves the parameters of `reference` that it does not have in common with the policy.
 
-    ValueError for adapters, whose mean is not that of what they do, for a reference that is no
-    model of its own with the policy's parameters, and for weights in pieces.
+    ValueError for adapters, whose mean is not that of what they do, for a reference that is not
+    a model of its own with the policy's parameters, and for sharded weights.
     """
 
     def __init__(self, policy: nn.Module, reference: Reference, *, is_sharded: bool):

@@ -26,8 +26,8 @@ def json_rows(
     """The rows of a JSON file, checked, as preferences.storable makes them.
 
     columns: those to read, None for all. A malformed row, or one of another kind than the first, is
-    RowError, or with skip_bad what preferences.raise_or_mark makes of it. ValueError where the rows
-    up to the first good one lack some of `columns`.
+    RowError, or with skip_bad what preferences.raise_or_mark makes of it. ValueError where the
+    first good row lacks some of `columns`.
     """
     kinds: dict[str, str] = {}  # of the first row's texts
     unseen = set(columns or ()).difference(OPTION_FIELDS)  # of the columns, until a row is good

@@ -74,8 +74,8 @@ def choose_layout(
     """Pick a layout that all `models` can run, and switch their attention to it.
 
     wanted: "auto" or one of collate.LAYOUTS. probe(model, layout): how the two layouts differ on a
-    real pair, None for not at all; None where the weights are not in one piece. reason_to_pad: why
-    the run itself needs the padded layout. ValueError where a layout asked for by name cannot run,
+    real pair, None for not at all; None where the weights are sharded. reason_to_pad: why the run
+    itself needs the padded layout. ValueError where a layout asked for by name cannot run,
     or, when `strict`, where the probe finds a difference.
     """
     if wanted == "padded":
@@ -89,7 +89,7 @@ def choose_layout(
         is_error = is_error or strict
         reason = _switch_attention(name, models, probe)
     if reason is None:
-        unchecked = "" if probe else " (not checked: the weights are not in one piece)"
+        unchecked = "" if probe else " (not checked: the weights are sharded)"
         return Layout(name, DESCRIPTIONS[name] + unchecked)
     if is_error:
         raise ValueError(f"want layout={wanted!r} for a model that can run it: {reason}")

@@ -46,7 +46,7 @@ class LayoutCheck:
             except (TypeError, ValueError, RuntimeError) as error:
                 return f"{name} cannot run it: {error}"
         rms = (padded_C - packed_C).square().mean().sqrt().item()
-        if rms <= (tolerance := self._tolerance(model)):  # a NaN is no agreement
+        if rms <= (tolerance := self._tolerance(model)):  # NaN must not pass
             return None
         return (
             f"{name} gives other log-probabilities than padded, {rms:.2g} nats a token (up to "

@@ -33,8 +33,8 @@ from fastdpo.ranks import pairs_not_repeated
 class MeasuringTrainer(PackTrainer):
     """Subclasses call count_training or count_evaluation in compute_loss, once for each forward.
 
-    counts: of the current or last training; train() starts anew. _metrics: numbers that a subclass
-    appends to a name's list for "train" or "eval", as under TRL; a log has their mean.
+    counts: of the current or last training; train() starts from 0. _metrics: numbers that a
+    subclass appends to a name's list for "train" or "eval", as under TRL; a log has their mean.
     has_own_loss: whether the subclass computes the loss itself; eval_loss is then transformers'
     average, not the mean over pairs.
     """

@@ -7,7 +7,7 @@ import datasets
 
 from fastdpo.row_errors import FieldError
 
-JSON = getattr(datasets, "Json", ())  # a feature that datasets 4 has not
+JSON = getattr(datasets, "Json", ())  # not in datasets 4
 
 
 def check_text(field: str, value: Any) -> None:
@@ -67,7 +67,7 @@ def _check_content(where: str, message: dict[str, Any]) -> None:
 
 def decoded(messages: list[Any]) -> list[Any]:
     """The messages, those kept as JSON text (preferences.as_json_texts) parsed, without keys that
-    are None; one that is no message stays."""
+    are None; an item that is not a message stays."""
     return [
         {key: value for key, value in message.items() if value is not None}
         if isinstance(message, dict)

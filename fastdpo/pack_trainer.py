@@ -41,12 +41,11 @@ DDP_TYPES = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 class PackTrainer(Trainer):
-    """Subclasses set `restored_on_retry`: names of the attributes that compute_loss adds to.
+    """Subclasses set `restored_on_retry` and `loss_is_scaled_for_ga`.
 
-    An update that starts again restores them, and the random state.
-
-    And loss_is_scaled_for_ga, as in transformers.Trainer: whether compute_loss divides by the pairs
-    of the whole update.
+    restored_on_retry: names of the attributes that compute_loss adds to; an update that starts
+    again restores them, and the random state. loss_is_scaled_for_ga: as in transformers.Trainer,
+    whether compute_loss divides by the pairs of the whole update.
 
     compute_loss is called with one pack at a time and must have no collective of its own, as ranks
     may have different numbers of packs. A pack with is_filler runs only because FSDP needs the same
@@ -174,11 +173,11 @@ class PackTrainer(Trainer):
         of_ranks = self.accelerator.gather(counts).view(-1, len(batches))
         for inputs, count in zip(batches, of_ranks.amax(0).tolist(), strict=True):  # a wait
             if len(inputs["packs"]) < count:
-                self._lay_out_anew(inputs, at_least=count)
+                self._lay_out_again(inputs, at_least=count)
             filler = inputs["packs"][-1] | {"is_filler": True}
             inputs["packs"] += [filler] * (count - len(inputs["packs"]))
 
-    def _lay_out_anew(self, inputs: Batch, at_least: int = 1) -> None:
+    def _lay_out_again(self, inputs: Batch, at_least: int = 1) -> None:
         inputs |= self.to_device(self._pack_collator(inputs["pairs"].pairs, at_least))
 
     def training_step(
@@ -232,7 +231,7 @@ class PackTrainer(Trainer):
         """
         for inputs in batches:
             if not all(map(self.budget.fits, inputs["packs"])):  # made before it shrank
-                self._lay_out_anew(inputs)
+                self._lay_out_again(inputs)
         losses, needed = None, UNBOUNDED
         try:
             losses = [run(inputs) for inputs in batches]

@@ -99,7 +99,7 @@ class PackedRow:
     """Where everything is: trunks first, the other branches of all groups behind them.
 
     sequences: a prompt and a completion each. share: whether those of one prompt are one group. A
-    segment is a run of tokens at consecutive positions that belong to as many sequences each.
+    segment is a run of tokens at consecutive positions that belong to the same number of sequences.
     """
 
     def __init__(self, sequences: list[tuple[ndarray, ndarray]], *, share: bool):

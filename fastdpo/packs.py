@@ -1,4 +1,4 @@
-"""A training batch in packs of at most so many tokens, run one after the other.
+"""A training batch in packs of at most max_tokens tokens, run one after the other.
 
     pairs --into_packs--> packs --collator--> {"packs": [inputs of a forward, ...], "pairs": ...}
 
@@ -19,7 +19,7 @@ Collator = PaddedCollator | PackedCollator
 
 
 class KeptPairs:
-    """A batch's pairs, kept to lay them out anew; opaque, so that nothing walks through them."""
+    """A batch's pairs, kept to lay them out again; opaque, so that nothing walks through them."""
 
     def __init__(self, pairs: Sequence[Pair]):
         self.pairs = pairs

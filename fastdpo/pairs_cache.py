@@ -39,8 +39,8 @@ def map_once(
         return dataset.map(tokenize, cache_file_name=cache_file, **settings)
     except OSError as error:
         logger.warning(
-            f"{name} dataset: tokenised in memory, and anew at the next start, as the pairs cannot "
-            f"be kept in a file: {error}"
+            f"{name} dataset: tokenised in memory, and again at the next start, as the pairs "
+            f"cannot be kept in a file: {error}"
         )
         return dataset.map(tokenize, keep_in_memory=True, **settings)
 

@@ -76,7 +76,7 @@ class TrainParser(HfArgumentParser):
                 action.type = _or_none(action.type)
 
     def _take_values(self, values: dict[str, Any]) -> list[str]:
-        """Make `values` the defaults; those that are no flag of this parser come back as tokens."""
+        """Make `values` the defaults; those without a flag of this parser come back as tokens."""
         unknown = []
         for name, value in values.items():
             # --flag and --no_flag are two actions of one name
@@ -125,7 +125,7 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
         try:
             values = yaml.load(file, _EachOnce)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no YAML: {error}") from error
+            raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: want a mapping of flags to values, got {values!r}")
     environment = values.pop("env", None) or {}

@@ -135,7 +135,7 @@ def _are_written_out(texts: dict[str, str]) -> bool:
 def _with_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
     """The longest common beginning as the prompt; a space before the split goes with the rest.
 
-    Of conversations of which one is the beginning of the other, the shorter keeps its last message.
+    If one conversation begins with all of the other, the shorter keeps its last message.
     """
     shared, shorter = 0, min(len(chosen), len(rejected))
     while shared < shorter and chosen[shared] == rejected[shared]:

@@ -1,7 +1,7 @@
 """Rows of a quantised head, made when asked: bitsandbytes' 8-bit and 4-bit layers, in torch.
 
 A linear_logps head needs shape, dtype and head[rows]; a tile of it at a time is dequantised. The
-layouts are bitsandbytes 0.50's; tests/test_quantised.py holds them against its own dequantisation.
+layouts are bitsandbytes 0.50's; tests/test_quantised.py compares them with its own dequantisation.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Collectives between forwards, and what one rank does before others; of one process nothing."""
+"""Collectives between forwards, and what one rank does before others; no-ops with one process."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext

@@ -31,7 +31,7 @@ class ResumingTrainer(Trainer):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed is on: weights may be in pieces."""
+        """Whether FSDP or DeepSpeed is on: weights may be sharded."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -58,11 +58,12 @@ def load_rows(
     single file is all of "train". streaming=True gives an IterableDataset, which reads as it goes
     (an array in a .json file whole). columns: those to read, None for all.
 
-    RowError at the first malformed row, with file, line and field. Malformed too: in JSON a row of
-    another kind than the first; in CSV one with other fields than the header, or a cell that should
-    be JSON and is not. With on_bad_rows="skip" the row stays, with that message as
-    `fastdpo_malformed`, for prepare_pairs to count and leave out. ValueError for a path or split
-    that is not there, and for what `datasets` cannot read.
+    RowError at the first malformed row, with file, line and field. Malformed too: in JSON a
+    conversation among texts or the other way round, or a prompt in some rows alone; in CSV a row
+    with other fields than the header, or a cell that should be JSON and is not. With
+    on_bad_rows="skip" the row stays, with that message as `fastdpo_malformed`, for prepare_pairs to
+    count and leave out. ValueError for a path or split that is not there, and for what `datasets`
+    cannot read.
     """
     path, skip_bad = Path(path_or_name).expanduser(), on_bad_rows == "skip"
     is_saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
@@ -170,7 +171,7 @@ def _check_one_kind(values: list[Any], source: str, name: str) -> None:
             return error
         return None
 
-    # the first row with which the rows up to it are no column
+    # the first row with which the rows up to it do not make a column
     row = bisect_left(range(len(values)), True, key=lambda i: error_of(i + 1) is not None)
     if row < len(values):
         error = error_of(row + 1)

@@ -1,8 +1,8 @@
 """Decide what to do with a run's folder: start, resume, report that it is finished, or refuse.
 
 run.json, written before the first step, holds the run's identity (run_identity.py). A run of the
-same identity goes on from the last whole checkpoint, or is said to be complete; another one is
-refused; `fresh` starts in a new folder beside it.
+same identity resumes from the last whole checkpoint, or is reported complete; any other is refused.
+`fresh` starts in a new folder beside it.
 """
 
 import contextlib

@@ -38,7 +38,7 @@ NOT_IDENTITY = frozenset(
     "attn_implementation pad_to_multiple_of ddp_find_unused_parameters ddp_bucket_cap_mb "
     "torch_compile torch_compile_backend torch_compile_mode".split()
 )
-# but where rows are streamed, whose order hangs on them
+# but where rows are streamed, whose order depends on them
 OF_STREAMS = frozenset({"dataloader_num_workers"})
 
 

@@ -1,4 +1,4 @@
-"""The order in which several ranks draw pairs, the same on each."""
+"""Samplers whose order survives a resume, and streams that several ranks share."""
 
 from collections.abc import Iterator
 

@@ -25,7 +25,7 @@ def check_start(
     Reads one number from the device.
     """
     difference = (losses.logps_S - reference_logps_S).abs().max().item()
-    if not difference <= TOLERANCE:  # a NaN is no agreement
+    if not difference <= TOLERANCE:  # NaN must not pass
         logger.warning(
             "the policy does not start at its reference: a completion's log-probability under the "
             f"policy and under the reference ({source}) differ by up to {difference:.3g} nats "

@@ -50,9 +50,9 @@ def tokens_that_fit(
     """How many tokens of a forward and backward fit into `device`'s free memory, less kept_bytes.
 
     probes: inputs of more and more tokens. run(inputs) leaves the gradients where they are: made
-    anew they would be the peak of a small forward, whatever its tokens cost. The last two probes
+    again they would be the peak of a small forward, whatever its tokens cost. The last two probes
     that memory has room for tell what a token costs, and what comes on top. UNBOUNDED, until memory
-    runs out, where the device is no GPU or no probe has more tokens than another.
+    runs out, where the device is not a GPU or no probe has more tokens than another.
     torch.OutOfMemoryError where there is no room for the first.
     """
     growing = {inputs["tokens"].run: inputs for inputs in probes}

@@ -4,7 +4,7 @@
     batch --score--> token logps        batch --reference.logps--> reference logps
     token logps, reference logps --pair_loss--> losses
 
-Its classes, the first to override first; each file is named after its class:
+Its classes, the first to override first; the others are in files of their names:
 
     DPOTrainer          models, reference and layout set up; the loss of a batch or pack
     LossAttributes      args' loss settings by TRL's names

@@ -29,7 +29,7 @@ EVAL_METRICS += "loss aux_loss num_tokens runtime samples_per_second steps_per_s
 
 
 def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
-    """TypeError or ValueError for what are no models and adapters, or do not go together."""
+    """TypeError or ValueError unless these are models and adapters that go together."""
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise TypeError(f"want model as a name or a loaded model, got {type(model).__name__}")
     if not isinstance(ref_model, PreTrainedModel | PeftModel | None):
@@ -85,7 +85,7 @@ def check_arguments(
     quantization_config: Any,
     peft_config: Any = None,
 ) -> None:
-    """TypeError or ValueError for other arguments of DPOTrainer; model as check_models lets it by.
+    """TypeError or ValueError for other arguments of DPOTrainer; model has passed check_models.
 
     The experts of a model that is still a name are looked at when it is loaded.
     """
@@ -204,7 +204,7 @@ def _why_no_checkpoints(config: PeftConfig | None) -> str | None:
 def check_overrides(kind: type, base: type, args: DPOConfig) -> None:
     """TypeError where `kind` redefines a method of TRL's trainer that `base` never calls.
 
-    ValueError for packs with a compute_loss that returns means, as a pack is no batch. A class
+    ValueError for packs with a compute_loss that returns means, as a pack is not a batch. A class
     whose compute_loss divides by num_items_in_batch says so by loss_is_scaled_for_ga=True.
     """
     unused = [name for name in NEVER_CALLED if redefines(kind, base, name)]
@@ -231,7 +231,7 @@ def redefines(kind: type, base: type, *names: str) -> bool:
 
 
 def check_best_metric(args: DPOConfig, eval_dataset: Any, compute_metrics: Any) -> None:
-    """ValueError for a metric_for_best_model that no evaluation has; the first one would tell.
+    """ValueError for a metric_for_best_model that no evaluation has, before the first one fails.
 
     With compute_metrics, it may be any name.
     """

@@ -197,7 +197,7 @@ def test_a_cache_folder_that_cannot_be_made_ends_no_run(cache, tokenizer, caplog
     cache.parent.write_text("no folder")
     pairs, _ = pairs_of(tiny.rows(), tokenizer)
     assert len(pairs) == len(tiny.rows())
-    assert "tokenised in memory, and anew at the next start" in caplog.records[-1].getMessage()
+    assert "tokenised in memory, and again at the next start" in caplog.records[-1].getMessage()
 
 
 def test_one_rank_tokenises_for_all_and_its_errors_hold_up_none(tmp_path, monkeypatch):
