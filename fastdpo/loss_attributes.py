@@ -12,9 +12,13 @@ def _of_args(name: str) -> property:
 
 
 class LossAttributes:
-    """Each reads and sets what `args` holds; callbacks change them between steps."""
+    """Each reads and sets what `args` holds; callbacks change them between steps.
+
+    router_aux_loss_coef: weight of the experts' load-balancing loss, set by the trainer.
+    """
 
     args: DPOConfig
+    router_aux_loss_coef: float
 
     beta = _of_args("beta")
     label_smoothing = _of_args("label_smoothing")
@@ -22,6 +26,11 @@ class LossAttributes:
     f_divergence_type = _of_args("f_divergence_type")
     f_alpha_divergence_coef = _of_args("f_alpha_divergence_coef")
     use_weighting = _of_args("use_weighting")
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether the experts' load-balancing loss is part of the loss."""
+        return self.router_aux_loss_coef > 0
 
     @property
     def loss_types(self) -> list[str]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fastdpo.batch import PairBatch
 from fastdpo.columns import REFERENCE_COLUMNS
 from fastdpo.reference_cache import ReferenceCache
-from fastdpo.reference_logps import FrozenModel, Reference, RowLogps
+from fastdpo.reference_logps import Reference, RowLogps, apart
 
 BATCHES_AT_ONCE = 16  # scored before the CPU waits for them and keeps them
 
@@ -36,17 +36,18 @@ def have_reference_logps(datasets: Mapping[str, Dataset | IterableDataset]) -> b
 
 
 def after_precompute(
-    reference: Reference, policy: nn.Module, cache: ReferenceCache | None
-) -> RowLogps:
+    reference: Reference, policy: nn.Module, cache: ReferenceCache | None, *, is_sharded: bool
+) -> Reference:
     """`reference`, now that all rows have its log-probabilities, those of `cache` among them.
 
-    It still scores new rows, unless it is the policy itself, which is about to change.
+    It still scores new rows; the policy itself, where that is the reference, until it trains, or,
+    with is_sharded, until it is sharded.
     """
-    is_gone = isinstance(reference, FrozenModel) and reference.model is policy
     source = f"{reference.source}, all rows scored before training"
     if cache and cache.found:
         source += f" ({cache.found:,} found in the cache)"
-    return RowLogps(source, None if is_gone else reference)
+    in_rows = RowLogps(source, reference)
+    return apart(policy, in_rows) if is_sharded else in_rows
 
 
 def with_reference_logps(

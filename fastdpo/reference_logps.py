@@ -142,10 +142,14 @@ def frozen_copy(policy: nn.Module, *, share_frozen: bool = True) -> nn.Module:
     return copy.deepcopy(policy, {id(each): each for each in tensors}).requires_grad_(False).eval()
 
 
-def check_apart(policy: nn.Module, reference: Reference) -> None:
-    """ValueError where something trains that the reference has too: it would follow the policy."""
+def apart(policy: nn.Module, reference: Reference) -> Reference:
+    """`reference` from when `policy` changes on: that itself no longer scores new rows.
+
+    ValueError where something trains that the reference has too: it would follow the policy.
+    """
     if isinstance(reference, RowLogps):
-        return
+        is_policy = isinstance(reference.others, FrozenModel) and reference.others.model is policy
+        return RowLogps(reference.source) if is_policy else reference
     own = reference.frozen if isinstance(reference, AdaptersOff) else reference.model.parameters()
     trained = {parameter for parameter in policy.parameters() if parameter.requires_grad}
     if shared := trained.intersection(own):
@@ -153,6 +157,7 @@ def check_apart(policy: nn.Module, reference: Reference) -> None:
             "want what trains to have requires_grad before DPOTrainer is made, which shares the "
             f"rest with its reference, got {len(shared)} parameters that were frozen then"
         )
+    return reference
 
 
 def make_reference(

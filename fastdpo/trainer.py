@@ -51,7 +51,7 @@ from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
 from fastdpo.precompute import after_precompute, have_reference_logps, with_reference_logps
 from fastdpo.ranks import one_rank_first
 from fastdpo.reference_cache import ReferenceCache, probe_pairs
-from fastdpo.reference_logps import FrozenModel, RowLogps, check_apart, make_reference
+from fastdpo.reference_logps import FrozenModel, RowLogps, apart, make_reference
 from fastdpo.resuming_trainer import ResumingTrainer
 from fastdpo.row_trainer import COLLATORS_LAYOUT, RowTrainer, by_name, map_datasets
 from fastdpo.rows import Rows
@@ -125,8 +125,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         self.has_own_loss = self._redefines("compute_loss", "prediction_step")
         if returns_means(type(self), DPOTrainer):
             self.loss_is_scaled_for_ga = False  # Trainer divides
-        init_kwargs = {"trust_remote_code": args.trust_remote_code}
-        init_kwargs |= args.model_init_kwargs or {}
+        init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
         tokenizer = load_tokenizer(
             processing_class,
             model,
@@ -214,7 +213,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         ids = (pair["prompt_ids"] + pair["chosen_ids"])[:32]
         autocast = self.accelerator.autocast
         for name, model in self.models().items():
-            is_balanced = name == "model" and self.router_aux_loss_coef > 0
+            is_balanced = name == "model" and self.aux_loss_enabled
             check_scorer(model, ids, name=name, aux_loss=is_balanced, autocast=autocast)
 
     def models(self) -> dict[str, nn.Module]:
@@ -231,7 +230,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         if not self.is_sharded:
-            check_apart(self.model, self.reference)
+            self.reference = apart(self.model, self.reference)
         return super()._inner_training_loop(*args, **kwargs)
 
     def summary(self) -> str:
@@ -291,7 +290,9 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         self.eval_dataset = map_datasets(
             lambda pairs, _: scored(pairs, batch_size=batch_size), self.eval_dataset, "eval"
         )
-        self.reference = after_precompute(self.reference, self.model, cache)
+        self.reference = after_precompute(
+            self.reference, self.model, cache, is_sharded=self.is_sharded
+        )
 
     def _reference_cache(self) -> ReferenceCache | None:
         """The main process's, unless a collator of the user's own cuts the pairs."""
@@ -309,7 +310,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         if self.args.mixes_pairs:
             score_pack = functools.partial(self._pack_logps, model)
             packs = with_pack_losses(packs, score_pack, **self.args.loss_settings)
-        if self.router_aux_loss_coef:
+        if self.aux_loss_enabled:
             num_pairs = sum(count_pairs(pack) for pack in packs if "is_filler" not in pack)
             count = functools.partial(self._expert_counts, model)
             packs = with_batch_experts(packs, count, num_pairs)
@@ -349,7 +350,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             model,
             batch,
             stats=self.args.token_stats,
-            aux_loss=bool(self.router_aux_loss_coef),
+            aux_loss=self.aux_loss_enabled,
             batch_counts=experts and experts.counts,
         )
         losses = self._pair_losses(batch, scored, reference_logps_S, pack_loss)

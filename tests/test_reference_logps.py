@@ -328,8 +328,10 @@ def test_new_rows_are_scored_after_all_others_were(tmp_path, tokenizer, kind):
     assert evaluation(precompute_ref_log_probs=True) == pytest.approx(evaluation(), abs=1e-6)
 
 
-def test_new_rows_without_anyone_to_score_them_say_so(tmp_path, tokenizer):
+def test_the_policy_scores_new_rows_until_it_trains(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, precompute_ref_log_probs=True)
+    metrics = trainer.evaluate(Dataset.from_list(tiny.rows(5)))
+    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
     trainer.train()
     with pytest.raises(ValueError, match="the policy before training.* is not there to score it"):
         trainer.evaluate(Dataset.from_list(tiny.rows()))

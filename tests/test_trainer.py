@@ -171,11 +171,13 @@ def test_experts_whose_loss_is_made_otherwise_are_refused(tmp_path, tokenizer, m
     model = tiny.model("mixtral", len(tokenizer))
     with pytest.raises(ValueError, match="want its own load-balancing loss"):
         make_trainer(tmp_path, tokenizer, model=model)
-    make_trainer(tmp_path, tokenizer, model=model, router_aux_loss_coef=0.0)
+    trainer = make_trainer(tmp_path, tokenizer, model=model, router_aux_loss_coef=0.0)
+    assert not trainer.aux_loss_enabled
 
 
 def test_experts_are_balanced_as_the_model_says(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, model=tiny.model("mixtral", len(tokenizer)))
+    assert trainer.aux_loss_enabled  # TRL's name
     trainer.train()
     aux_loss = logged(trainer, "aux_loss")[0]
     weight = trainer.model.config.router_aux_loss_coef
