@@ -51,8 +51,8 @@ class Case:
 
 
 def fold_cases():
-    """The fold of a tile: each head's of 1024 and 8192 rows, and a last one, alone and with every
-    statistic."""
+    """The fold of a tile: each head's of 1024, 4096 and 8192 rows, and a last one, alone and with
+    every statistic."""
     pointers = ("z", "peak", "total", "label_logit", "rescale")
     integers = ("width", "start", "z_stride", "p_stride")
     optional = ("bias_ptr", "exp_z_sum_ptr", "z_sum_ptr", "exp_square_sum_ptr")
@@ -64,7 +64,8 @@ def fold_cases():
         types |= {"softcap": "fp32"} if capped else {}
         types |= dict.fromkeys(optional, "*fp32") if full else {}
         constants = dict.fromkeys({"softcap", *optional} - types.keys())  # None is one of a kernel
-        widths = [tile_shape("cuda", N, V, D, room=0)[1] for N in (1024, 8192)]
+        rows = ((1024, 0), (4096, 0), (8192, 8192))  # with room where a trained head's p is kept
+        widths = [tile_shape("cuda", N, V, D, room)[1] for N, room in rows]
         for width in (*widths, V % TILE_COLUMNS["cuda"]):
             launch = fold.launch_of(width, has_sums=full)
             num_warps = launch.pop("num_warps")

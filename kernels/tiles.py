@@ -12,9 +12,13 @@ from torch import Tensor
 from fastdpo.kernels.products import HeadRows, Term
 
 # Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
-TILE_ROWS = {"cpu": 512, "cuda": 8192}
-TILE_COLUMNS = {"cpu": 1024, "cuda": 4096}
+# Each tile of columns reads and writes all of u once: a GPU's are as wide as the rows that the fold
+# can keep in registers.
+TILE_ROWS = {"cpu": 512, "cuda": 4096}
+TILE_COLUMNS = {"cpu": 1024, "cuda": 8192}
+FEW_ROWS = 2048  # with fewer, a GPU's tile may be wider, for fewer launches
 LEAST_ROWS = 1024  # a GPU's tile is not shrunk below this to fit a gradient's memory
+MOST_ROWS = 8192  # nor does it grow beyond this to fill it
 # Rows of a tile start at multiples of this. cuBLAS wants them aligned; and on a CPU exp2 may round
 # elements left over from whole vectors differently: these are then the same columns in every row.
 ROW_MULTIPLE = 16
@@ -95,18 +99,19 @@ def _rows_with_room(terms: list[Term], p_dtype: torch.dtype) -> int:
 def tile_shape(kind: str, N: int, V: int, D: int, room: int) -> tuple[int, int]:
     """Rows and columns of a tile; the rows are shared out evenly.
 
-    On a GPU, no more rows than there is `room` for where the p of a trained head may be kept, if
-    that is not too few. Fewer rows allow more columns, up to the point where the head's (columns,
-    D) slice, which may have to be converted or dequantised, would be larger than the tile of
-    logits.
+    On a GPU, as many rows as there is `room` for where the p of a trained head may be kept, if
+    that is not too few. More rows leave fewer columns, and few rows allow more, up to the point
+    where the head's (columns, D) slice, which may have to be converted or dequantised, would be
+    larger than the tile of logits.
     """
     rows, columns = TILE_ROWS[kind], TILE_COLUMNS[kind]
-    if kind == "cuda" and LEAST_ROWS <= room < rows:
-        rows = room
+    size = rows * columns
+    if kind == "cuda" and room >= LEAST_ROWS:
+        rows = min(room, MOST_ROWS)
     rows = -(-N // -(-N // rows))
     if kind == "cuda":
-        columns = TILE_ROWS[kind] * columns // max(rows, D)
-        columns = max(1, columns // ROW_MULTIPLE) * ROW_MULTIPLE
+        most = columns if rows >= FEW_ROWS else V
+        columns = min(most, max(1, size // max(rows, D) // ROW_MULTIPLE) * ROW_MULTIPLE)
     return rows, min(V, columns)
 
 

@@ -214,6 +214,21 @@ def test_a_heads_workspace_on_a_gpu_is_bounded(N, D, dtype, head, settings, mib)
 
 
 @pytest.mark.parametrize(
+    ("N", "D", "room", "shape"),
+    [
+        (8192, 4096, 0, (4096, 8192)),
+        (5000, 896, 0, (2500, 8192)),
+        (4096, 8192, 0, (4096, 4096)),  # no more of a head's elements than of logits
+        (1024, 896, 0, (1024, 32768)),  # few rows: fewer launches
+        (8192, 4096, 4096, (4096, 8192)),
+        (8192, 4096, 8192, (8192, 4096)),  # all of a trained head's p may stay
+    ],
+)
+def test_a_gpus_tile_is_wide_so_that_u_is_read_seldom(N, D, room, shape):
+    assert tiles.tile_shape("cuda", N, 131072, D, room) == shape
+
+
+@pytest.mark.parametrize(
     ("N", "D", "head_dtype", "kept"),
     [
         (8192, 4096, torch.bfloat16, 1 / 2),

@@ -98,7 +98,7 @@ class PretendedGPU:
 
 triton.runtime.driver.set_active(PretendedGPU())
 torch.cuda.device_of = device_of
-tiles.TILE_ROWS["cpu"] = tiles.TILE_ROWS["cuda"] // 64
+tiles.TILE_ROWS["cpu"] = tiles.TILE_ROWS["cuda"] // 32
 tiles.TILE_COLUMNS["cpu"] = tiles.TILE_COLUMNS["cuda"]
 
 def compiled(kernel):
@@ -124,7 +124,7 @@ with torch.no_grad():  # which makes no p
     linear_logps(torch.zeros(40, 8), torch.zeros(16384, 8), torch.zeros(40).long())
 assert len(grids) > 8 and {grid[1:] for grid in grids} == {(1, 1)}
 head(200, 16384, skip_below=2**-12)
-assert {grid[1:] for grid in grids} == {(1, 1), (4096 // 32, 1), (2, 1)}, set(grids)
+assert {grid[1:] for grid in grids} == {(1, 1), (8192 // 32, 1), (2, 1)}, set(grids)
 for N in range(16, 600, 37):  # every step scores another number of tokens
     head(N, 16384, skip_below=2**-12)
     head(N, 16384 + 5)
