@@ -26,19 +26,12 @@ class KeptTiles:
     def _find_rooms(self, tiles: Tiles) -> dict[tuple[int, int], Tensor]:
         rooms, elsewhere = {}, {}
         for columns in tiles.columns:
-            free = self._memory_of_gradient(columns, tiles.p_scratch.dtype)
-            for block in tiles.blocks:
-                tile, size = (block.start, columns.start), tiles.size(block, columns)
-                if size <= len(free):
-                    rooms[tile], free = free[:size], free[size:]
-                else:
-                    elsewhere[tile] = size
+            sizes = {(b.start, columns.start): tiles.size(b, columns) for b in tiles.blocks}
+            rooms |= _share_out(self._memory_of_gradient(columns, tiles.p_scratch.dtype), sizes)
+            elsewhere |= {tile: size for tile, size in sizes.items() if tile not in rooms}
         budget = tiles.settings.head_cache_bytes // tiles.p_scratch.element_size()
-        free = tiles.p_scratch.new_empty(min(budget, sum(elsewhere.values())))
-        for tile, size in elsewhere.items():
-            if size <= len(free):
-                rooms[tile], free = free[:size], free[size:]
-        return rooms
+        cache = tiles.p_scratch.new_empty(min(budget, sum(elsewhere.values())))
+        return rooms | _share_out(cache, elsewhere)
 
     def _memory_of_gradient(self, columns: slice, dtype: torch.dtype) -> Tensor:
         """The rows of these columns in the first gradient, as flat memory of `dtype`."""
@@ -65,6 +58,15 @@ class KeptTiles:
         """Memory for each dw_VK, None where frozen; new from the second backward on."""
         taken, self._gradients = self._gradients, None
         return _new_gradients(tiles) if taken is None else taken
+
+
+def _share_out(memory: Tensor, sizes: dict[tuple[int, int], int]) -> dict[tuple[int, int], Tensor]:
+    """A piece of flat memory for each tile, in order, that still fits into what is left."""
+    rooms = {}
+    for tile, size in sizes.items():
+        if size <= len(memory):
+            rooms[tile], memory = memory[:size], memory[size:]
+    return rooms
 
 
 def _new_gradients(tiles: Tiles) -> list[Tensor | None]:
