@@ -20,7 +20,7 @@ class KeptTiles:
 
     def __init__(self, tiles: Tiles):
         self._gradients = _new_gradients(tiles)
-        self._rooms = self._find_rooms(tiles) if tiles.settings.trained else {}
+        self._rooms = self._find_rooms(tiles) if tiles.settings.any_weight_needs_grad else {}
         self._kept = {}
 
     def _find_rooms(self, tiles: Tiles) -> dict[tuple[int, int], Tensor]:

@@ -41,14 +41,14 @@ class _LinearLogps(torch.autograd.Function):
         u_of_terms = walk(tiles, softmax, kept)
         token_logps_N, log_total_N, dlogp_dlabel_N = _logps_and_slopes(tiles, softmax)
         lse_N = softmax.peak_N + log_total_N
-        stats = statistics(tiles, softmax, lse_N, u_of_terms)  # u is overwritten below
-        _finish_dlogp_dx(u_of_terms, tiles, softmax.total_N, dlogp_dlabel_N)
+        stats = statistics(tiles, softmax, lse_N, u_of_terms)  # before u is overwritten
+        dlogp_dx_of_terms = _finish_dlogp_dx(u_of_terms, tiles, softmax.total_N, dlogp_dlabel_N)
 
         for_weights = ()
-        if settings.trained:
+        if settings.any_weight_needs_grad:
             tensors = (x if isinstance(x, Tensor) else None for x in factors)
             for_weights = labels_N, bias_V, softmax.peak_N, log_total_N, dlogp_dlabel_N, *tensors
-        ctx.save_for_backward(*u_of_terms, *for_weights)
+        ctx.save_for_backward(*dlogp_dx_of_terms, *for_weights)
         # a HeadRows is no tensor: save_for_backward would refuse it
         ctx.head_rows = None if isinstance(factors[1], Tensor) else factors[1]
         ctx.settings, ctx.kept, ctx.x_dtypes = settings, kept, [x.dtype for x in factors[::2]]
@@ -68,9 +68,10 @@ class _LinearLogps(torch.autograd.Function):
                 if dlogp_dx_NK is not None:
                     dx_NK = torch.empty_like(dlogp_dx_NK, dtype=ctx.x_dtypes[k])
                     dfactors[2 * k] = torch.mul(dlogp_dx_NK, dlogps_N[:, None], out=dx_NK)
-            if settings.trained:
+            if settings.any_weight_needs_grad:
                 labels_N, bias_V, peak_N, log_total_N, dlogp_dlabel_N, *factors = for_weights
-                factors[1] = factors[1] if ctx.head_rows is None else ctx.head_rows
+                if ctx.head_rows is not None:
+                    factors[1] = ctx.head_rows
                 tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
                 # where a row's answer is NaN, so are all gradients
                 p_coefficient_N = dlogps_N.to(settings.wide) * -settings.scale + 0 * dlogp_dlabel_N
@@ -100,17 +101,17 @@ def _logps_and_slopes(tiles: Tiles, softmax: RunningSoftmax) -> tuple[Tensor, Te
 
 def _finish_dlogp_dx(
     u_of_terms: list[Tensor | None], tiles: Tiles, total_N, dlogp_dlabel_N
-) -> None:
-    """Turn each u, in place, into dlogp/dx = scale * (dlogp_dlabel * w[label] - u / total)."""
+) -> list[Tensor | None]:
+    """Each u, overwritten by dlogp/dx = scale * (dlogp_dlabel * w[label] - u / total)."""
     for term, u_NK in zip(tiles.terms, u_of_terms, strict=True):
         if u_NK is None:
             continue
-        last = term.w_VK.shape[0] - 1
         for chunk in tiles.row_chunks(term):
             u_NK[chunk].div_(total_N[chunk, None] / -tiles.settings.scale).addcmul_(
-                term.w_pieces.at(tiles.labels_N[chunk].clamp(0, last)),
+                term.w_pieces.at(tiles.labels_N[chunk].clamp(0, tiles.V - 1)),
                 dlogp_dlabel_N[chunk, None] * tiles.settings.scale,
             )
+    return u_of_terms
 
 
 def linear_logps(

@@ -41,7 +41,7 @@ def statistics(
 def _mean_logit(tiles: Tiles, softmax: RunningSoftmax) -> Tensor:
     """sum_v z_v / V of each row."""
     if softmax.z_sum_N is not None:
-        return softmax.z_sum_N / tiles.terms[0].w_VK.shape[0]
+        return softmax.z_sum_N / tiles.V
     dots = [_row_dots(tiles, term, _mean_w(tiles, term)) for term in tiles.terms]
     return tiles.settings.scale * sum(dots)
 
@@ -81,4 +81,4 @@ def _mean_w(tiles: Tiles, term: Term) -> Tensor:
     """Mean row of the term's weight: (1, K)."""
     wide = tiles.settings.wide
     pieces = (term.w_VK[columns].sum(0, True, dtype=wide) for columns in tiles.columns)
-    return sum(pieces) / term.w_VK.shape[0]
+    return sum(pieces) / tiles.V

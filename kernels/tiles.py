@@ -44,7 +44,8 @@ class Settings(NamedTuple):
         return torch.float64 if self.operand_dtype == torch.float64 else torch.float32
 
     @property
-    def trained(self) -> bool:
+    def any_weight_needs_grad(self) -> bool:
+        """Whether the head, an adapter's up_VR or the bias wants a gradient."""
         return self.bias_needs_grad or any(w_needs for _, w_needs in self.terms_need_grad)
 
     def terms(self, *factors: Tensor | HeadRows) -> list[Term]:
@@ -63,9 +64,10 @@ class Tiles:
     ):
         kind = "cpu" if labels_N.device.type == "cpu" else "cuda"
         room = _rows_with_room(terms, settings.operand_dtype)
-        most_rows, width = tile_shape(kind, len(labels_N), *terms[0].w_VK.shape, room)
+        self.V, D = terms[0].w_VK.shape
+        most_rows, width = tile_shape(kind, len(labels_N), self.V, D, room)
         self.blocks = even_slices(len(labels_N), most_rows)
-        self.columns = slices(terms[0].w_VK.shape[0], width)
+        self.columns = slices(self.V, width)
         self.terms, self.settings, self.labels_N = terms, settings, labels_N
         self.bias_V = None if bias_V is None else bias_V.contiguous()
         size, dtype = most_rows * self._stride(width), settings.operand_dtype
@@ -81,7 +83,7 @@ class Tiles:
         """Elements of memory that one tile takes."""
         return (block.stop - block.start) * self._stride(columns.stop - columns.start)
 
-    def of(self, memory: Tensor, block: slice, columns: slice) -> Tensor:
+    def view(self, memory: Tensor, block: slice, columns: slice) -> Tensor:
         """One tile, (rows, columns), at the beginning of flat `memory`."""
         width = columns.stop - columns.start
         return memory[: self.size(block, columns)].view(-1, self._stride(width))[:, :width]

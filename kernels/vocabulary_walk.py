@@ -49,8 +49,8 @@ def _fold_tile(
     tiles: Tiles, block: slice, columns: slice, softmax: RunningSoftmax, memory: Tensor | None
 ) -> Tensor | None:
     """Fold one tile into its rows' `softmax`. Returns its p, made in `memory`; None without."""
-    settings, z_NT = tiles.settings, tiles.of(tiles.z_scratch, block, columns)
-    p_NT = None if memory is None else tiles.of(memory, block, columns)
+    settings, z_NT = tiles.settings, tiles.view(tiles.z_scratch, block, columns)
+    p_NT = None if memory is None else tiles.view(memory, block, columns)
     if p_NT is not None and p_NT.dtype == z_NT.dtype:
         z_NT = p_NT
     for k, term in enumerate(tiles.terms):
@@ -92,7 +92,8 @@ def weight_gradients(
             # the peaks first: lse has the rounding of a logit
             row_scale_N = (tile_peak_N - peak_N[block] - log_total_N[block]).exp_()
             row_scale_N *= p_coefficient_N[block]
-            dlogits_NT, labels_N = tiles.of(tiles.p_scratch, block, columns), tiles.labels_N[block]
+            dlogits_NT = tiles.view(tiles.p_scratch, block, columns)
+            labels_N = tiles.labels_N[block]
             make_dlogits(p_NT, dlogits_NT, row_scale_N, dlabel_N[block], labels_N, columns.start)
             for weight in weights:
                 weight.add(dlogits_NT, block, columns)
