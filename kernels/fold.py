@@ -4,8 +4,8 @@
     p_NT = exp(z - peak) * c, 0 for the label   c = 1 - (z / softcap)², or 1 without a cap
 
 N rows, T columns of the vocabulary from `start` on; no p is made where p_NT is None. README.md
-derives it. The label's part in the gradient is 1 - p, which p in 16 bits would have rounded away
-where a model is sure: it is left out here and made from the answer, in float32 (dlogits.py).
+derives it. The label's part in the gradient is 1 - p, which p in 16 bits would round away where the
+model is confident: it is left out here and computed from the answer, in float32 (dlogits.py).
 """
 
 import math
@@ -23,7 +23,7 @@ OF_ROWS = ["labels_ptr", "peak_ptr", "total_ptr", "label_logit_ptr", "rescale_pt
 OF_ROWS += ["exp_z_sum_ptr", "z_sum_ptr", "exp_square_sum_ptr"]
 LOG2_E = math.log2(math.e)
 MOST_IN_REGISTERS = 8192  # columns: a row up to this long is read once and stays in registers
-BLOCK_T = 1024  # columns read at a time of a longer row, which is read twice
+BLOCK_T = 1024  # columns read at a time in a longer row, which is read twice
 BLOCK_T_OF_SUMS = 512  # the same with sums for statistics: with 1024, triton 3.7.1 spills on sm_100
 
 

@@ -131,21 +131,20 @@ def linear_logps(
     """Log-probability of each row's label: float32 (N,), from float32 logits.
 
     hidden_ND, head_VD: float16, bfloat16 or float32 (float64 with backend="torch", which then
-    returns it). head_VD may be a HeadRows, dequantised a tile at a time, the labels' rows once
-    more at the end. On a GPU head_VD is converted to hidden_ND's dtype, or to autocast's.
+    returns it). head_VD may be a HeadRows, which is dequantised tile by tile, and the labels' rows
+    a second time at the end. On a GPU head_VD is converted to hidden_ND's dtype, or to autocast's.
     labels_N: int64 in [0, V), unchecked: looking would make the CPU wait for the GPU. A label
-    outside, or a hidden state that is not finite, makes its row's answer NaN, its gradient too,
-    and those of head and bias. Gradients flow to hidden_ND, head_VD, bias_V and low_rank, summed
-    in float32. Under autocast the products' operands are narrowed as in any matmul. On a GPU,
-    products of float32 operands obey torch's TF32 switch, which transformers may set with
-    torch_compile.
+    outside, or a hidden state that is not finite, makes its row's answer NaN, its gradient too, and
+    those of head and bias. Gradients flow to hidden_ND, head_VD, bias_V and low_rank, summed in
+    float32. Under autocast the products' operands are narrowed as in any matmul. On a GPU, products
+    of float32 operands obey torch's TF32 switch, which transformers may set with torch_compile.
 
-    low_rank: (down_NR, up_VR), a term down_NR upᵀ beside hidden headᵀ; of a LoRA adapter A, B,
-        it is (s * hidden Aᵀ, B).
+    low_rank: (down_NR, up_VR), a term down_NR upᵀ beside hidden headᵀ; for a LoRA adapter with
+        matrices A, B and scale s, pass (s * hidden Aᵀ, B).
     scale, softcap: logits are softcap * tanh(scale * (hidden headᵀ + down upᵀ + bias) / softcap).
-        For a temperature T, divide both by it.
+        For a temperature T, pass scale / T and softcap / T.
     stats: of "lse", "entropy", "mean_logit", "log_sum_p2" (log sum_v p_v²), float32, and
-        "is_top1" (bool; a tie counts), from the same pass and without gradient; the answer is
+        "is_top1" (bool; True in a tie), from the same pass and without gradient; the answer is
         then (token_logps_N, {name: (N,)}).
     head_cache_bytes: for tiles of p kept from the forward for a trained weight's gradient, beyond
         those that fit into the gradient's own memory (p of D of the N rows, where both have the
@@ -156,7 +155,7 @@ def linear_logps(
         Log-probabilities and the gradients of head_VD, up_VR and bias_V do not change; a row of
         hidden_ND's by at most |dlogp| * scale * (the probability left out) * (the norm of the
         longest head row), and of down_NR's with up_VR's rows. The label's part stays exact. Measure
-        before use: bench/results/cpu.md.
+        before use: bench/results/cpu.md, "The gradient filter".
     backend: "triton" (a GPU, or Triton's interpreter) or "torch"; products of whole tiles are
         torch's in both.
 
@@ -165,10 +164,10 @@ def linear_logps(
     memory and the cache until the backward. README.md counts all of it.
 
     Deterministic: the same inputs give the same bits. On a CPU a row's log-probability, and its
-    statistics but the entropy, are also batch-invariant: the same bits whatever rows are scored
+    statistics except the entropy, are also batch-invariant: the same bits whatever rows are scored
     with it, with one thread, or on Intel's CPUs with any number from torch 2.13 on. Its entropy and
-    its gradient may differ in the last bits, and on a GPU all may. README.md says what that rests
-    on.
+    its gradient may differ in the last bits, and on a GPU all may. README.md, "The same bits",
+    explains why.
 
     ValueError for shapes, dtypes or settings that do not fit; RuntimeError for create_graph=True:
     there is no second derivative. The same with full logits: reference.linear_logps.

@@ -242,7 +242,7 @@ def check_pair_loss(
     f_divergence_type: str = "reverse_kl",
     batch_losses: tuple[str, ...] = (),
     float_dtypes: tuple[torch.dtype, ...] = (torch.float32,),
-    **_others: float | None,
+    **_others: float | None,  # beta and others that need no check; pair_loss refuses unknown names
 ) -> None:
     """ValueError for shapes, dtypes or settings that pair_loss and its twin do not take.
 

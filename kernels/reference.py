@@ -1,9 +1,9 @@
 """Every kernel in plain PyTorch, by the same name: what each must equal.
 
-Full logits, autograd, no tricks. Inputs are promoted to float32, or stay float64. The arguments
-are the kernel's own, but for those that only decide how it computes. linear_logps is a
-specification alone. pair_loss also runs as it stands on a CPU, and on a GPU with BATCH_LOSSES;
-completion_sums, which has no kernel, everywhere.
+Full logits, autograd, no tricks. Inputs are promoted to float32; float64 stays float64. Arguments
+are the kernel's own, except those that only control how it computes. linear_logps serves only as a
+specification. pair_loss is also what runs on a CPU, and on a GPU with BATCH_LOSSES; completion_sums
+has no kernel and runs everywhere.
 """
 
 import math
@@ -273,7 +273,7 @@ def _sft(logps_S, reference_logps_S, *, token_logps_C, cu_seqlens, **_):
 BATCH_LOSSES = {"aot": _aot, "aot_unpaired": _aot_unpaired, "sft": _sft}
 
 # The scores of log-ratios log t: f'(t) of an f-divergence f (f-DPO, arXiv:2309.16240, theorem 1),
-# up to an additive constant, TRL's, which cancels but in losses of rewards per token.
+# up to an additive constant, TRL's, which cancels except in losses of rewards per token.
 
 
 def _reverse_kl(logratios_S, alpha):

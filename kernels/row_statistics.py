@@ -52,7 +52,7 @@ def _mean_of_p(tiles: Tiles, softmax: RunningSoftmax, u_of_terms: list[Tensor | 
         return softmax.exp_z_sum_N / softmax.total_N
     pairs = zip(tiles.terms, u_of_terms, strict=True)
     dots = [_row_dots(tiles, term, u_NK) for term, u_NK in pairs]
-    # as logp is made: lse has the rounding of a logit, and would be multiplied by one
+    # computed as logp is: lse has the rounding of a logit, and would be multiplied by one
     logp_N = softmax.label_logit_N - softmax.peak_N - softmax.total_N.log()
     label_term_N = logp_N.exp() * softmax.label_logit_N
     return tiles.settings.scale * sum(dots) / softmax.total_N + label_term_N
