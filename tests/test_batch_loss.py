@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from ranks import logged_by
+from processes import logged_by
 from torch._subclasses.fake_tensor import FakeTensorMode
 from trainers import LORA, RunsOutOfMemory, logged, make_trainer, weights
 from watches import Watch

@@ -1,6 +1,6 @@
 """Scoring under FSDP2: the head's weight is whole when the scorer reads it, in both directions."""
 
-from ranks import run_ranks
+from processes import run_ranks
 
 SHARDED_AS_WHOLE = """
 import copy

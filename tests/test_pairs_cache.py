@@ -10,7 +10,7 @@ import pytest
 import tiny
 from datasets import Dataset, Features, Value
 from pairs import pairs_of
-from ranks import run_ranks
+from processes import run_ranks
 
 from fastdpo.data import prepare_pairs
 from fastdpo.row_errors import RowError

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from datasets import IterableDataset
-from ranks import printed_json, run_ranks
+from processes import printed_json, run_ranks
 from trainers import logged, make_trainer
 
 

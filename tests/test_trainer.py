@@ -9,7 +9,7 @@ import tiny
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
-from ranks import run_ranks
+from processes import run_ranks
 from trainers import LORA, logged, make_trainer
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from watches import Watch

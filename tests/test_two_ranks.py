@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from processes import run_ranks
 
 
 def trained(folder, world_size, runs):
