@@ -1,6 +1,10 @@
-"""A conversation, rows made to tokenised pairs, and those read back as texts."""
+"""A conversation, rows made to tokenised pairs, and those read back as texts; two tokenizers."""
 
+import copy
+
+import tiny
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from fastdpo.data import prepare_pairs
 
@@ -22,6 +26,20 @@ CHAT = {
 
 def chat(**changes):
     return CHAT | changes
+
+
+def merging_tokenizer():
+    """One in which some words' letters are merged."""
+    return tiny.tokenizer(["Two and two make four."] * 9)
+
+
+def with_ends(tokenizer):
+    """A copy that itself adds <s> before a text and </s> after it."""
+    ending = copy.deepcopy(tokenizer)
+    ending._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return ending
 
 
 def pairs_of(rows, tokenizer, **settings):

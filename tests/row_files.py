@@ -4,14 +4,10 @@ import json
 
 
 def write_lines(path, lines):
-    path.write_bytes(
-        b"\n".join(each if isinstance(each, bytes) else dumped(each) for each in lines)
-    )
+    """Write rows, as JSON, and raw bytes, a line each; returns the path as a str."""
+    raw = [each if isinstance(each, bytes) else json.dumps(each).encode() for each in lines]
+    path.write_bytes(b"\n".join(raw))
     return str(path)
-
-
-def dumped(row):
-    return json.dumps(row).encode()
 
 
 def texts(rows):

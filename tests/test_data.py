@@ -8,11 +8,10 @@ import datasets
 import pytest
 import tiny
 from datasets import Dataset, Features, IterableDataset, List, Value
-from pairs import CHAT, assistant, chat, decoded, pairs_of, user
+from pairs import CHAT, assistant, chat, decoded, merging_tokenizer, pairs_of, user, with_ends
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fastdpo.data import prepare_pairs
@@ -20,12 +19,11 @@ from fastdpo.row_errors import RowError
 from fastdpo.rows import in_one_kind
 
 REAL_PAIRS = Path(__file__).parents[2] / "shared/data/preferences_en.jsonl"
-EOS = 2
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny.tokenizer(["Two and two make four."] * 9)
+    return merging_tokenizer()
 
 
 def test_text_rows_end_with_one_eos(tokenizer):
@@ -50,10 +48,7 @@ def test_conversations_are_rendered_by_the_template(tokenizer):
 
 
 def test_a_tokenizer_with_ends_of_its_own_adds_no_second(tokenizer):
-    ending = copy.deepcopy(tokenizer)
-    ending._tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)]
-    )
+    ending, bos, eos = with_ends(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
     rows = [
         {"prompt": "a b", "chosen": " c", "rejected": " d</s>"},
         {"prompt": "<s>a b", "chosen": " c", "rejected": " d"},
@@ -63,8 +58,8 @@ def test_a_tokenizer_with_ends_of_its_own_adds_no_second(tokenizer):
         (pair,), _ = pairs_of([row], ending)
         for side in ("chosen_ids", "rejected_ids"):
             whole = pair["prompt_ids"] + pair[side]
-            assert whole.count(1) == 1 and whole[0] == 1
-            assert whole[-1] == EOS and whole[-2] != EOS
+            assert whole.count(bos) == 1 and whole[0] == bos
+            assert whole[-1] == eos and whole[-2] != eos
 
 
 def test_ends_that_a_text_itself_has_twice_stay(tokenizer):

@@ -2,7 +2,7 @@
 
 import pytest
 import tiny
-from pairs import assistant, chat, decoded, pairs_of, user
+from pairs import assistant, chat, decoded, merging_tokenizer, pairs_of, user
 
 from fastdpo.columns import ID_COLUMNS
 from fastdpo.row_errors import RowError
@@ -10,7 +10,7 @@ from fastdpo.row_errors import RowError
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny.tokenizer(["Two and two make four."] * 9)
+    return merging_tokenizer()
 
 
 CALL = [user("a"), assistant("f"), {"role": "ipython", "content": "1"}]

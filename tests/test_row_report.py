@@ -1,21 +1,16 @@
 """Rows that are dropped, without the end of their prompt, or odd: counted, and told once."""
 
-import copy
-
 import pytest
 import tiny
 from datasets import Dataset
-from pairs import decoded, pairs_of
-from tokenizers.processors import TemplateProcessing
+from pairs import decoded, merging_tokenizer, pairs_of, with_ends
 
 from fastdpo.data import prepare_pairs
-
-EOS = 2
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny.tokenizer(["Two and two make four."] * 9)
+    return merging_tokenizer()
 
 
 def test_a_prompt_whose_end_is_lost_is_counted_and_reported_once(caplog):
@@ -38,11 +33,7 @@ def test_a_prompt_whose_end_is_lost_is_counted_and_reported_once(caplog):
 
 
 def test_the_end_that_a_tokenizer_adds_to_a_prompt_is_no_loss(tokenizer):
-    ending = copy.deepcopy(tokenizer)
-    ending._tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)]
-    )
-    assert pairs_of(tiny.rows(3), ending)[1].prompt_end_lost == 0
+    assert pairs_of(tiny.rows(3), with_ends(tokenizer))[1].prompt_end_lost == 0
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
