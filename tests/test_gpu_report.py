@@ -1,4 +1,4 @@
-"""bench/gpu_report.sh: its steps and its time, with a Python that is none; when a race counts."""
+"""bench/gpu_report.sh: its steps and time limits, with a stub for Python; when a race is valid."""
 
 import math
 import os

@@ -16,7 +16,7 @@ from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.products import has_fast_mkl, has_good_onednn
 from fastdpo.quantised import FourBitRows, Int8Rows
 
-PRODUCTS = {  # hidden states and head want gradients, D (of 16 rows), cache bytes, products
+PRODUCTS = {  # hidden states need grad, head needs grad, D (of 16 rows), cache bytes, products
     "no-grad": (False, False, 16, 1 << 30, 1),
     "frozen": (True, False, 16, 1 << 30, 2),
     "trained": (True, True, 3, 1 << 30, 3),
@@ -180,7 +180,7 @@ GPU_HEADS = {  # dtype of the hidden states, head, settings, MiB beside u and th
 
 @pytest.fixture
 def gpu_folds(monkeypatch):
-    """A GPU's tiles and dtypes, by no arithmetic; the list grows by an element for each fold."""
+    """A GPU's tiling and dtypes without any arithmetic; returns the shapes folded so far."""
     folds = []
     monkeypatch.setitem(vocabulary_walk.FOLDS, "triton", lambda *args: folds.append(args[0].shape))
     monkeypatch.setitem(vocabulary_walk.DLOGITS, "triton", lambda *args: None)
