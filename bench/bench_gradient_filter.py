@@ -4,10 +4,11 @@
     pytest bench/bench_gradient_filter.py -m "not slow"         one tiny head, seconds
 
 A frozen head, forward and backward, whole and with Cut Cross-Entropy's threshold of 2**-12, in
-turns, as multiples of the bare product. What may be left out depends on how sure a model is and on
-which tokens are next to each other. Logits here are a Zipf distribution's, in the order of its
-ranks, as the token ids of a byte-pair encoding roughly are, and on top of it noise that differs
-from row to row: the louder, the surer. float32 on a CPU, bfloat16 on a GPU.
+turns, as multiples of the bare product. What may be left out depends on how confident the model is
+and on which tokens are next to each other. Logits here are a Zipf distribution's, in the order of
+its ranks, as the token ids of a byte-pair encoding roughly are, and on top of it noise that differs
+from row to row: the larger the noise, the more confident the model. float32 on a CPU, bfloat16 on a
+GPU.
 """
 
 import functools
@@ -36,7 +37,7 @@ ROUNDING = 0.1 if IS_16_BITS else 1e-4  # of the longest head row
 
 @functools.lru_cache(maxsize=1)  # the noises of a head come one after the other
 def drawn(head):
-    """hidden_ND, head_VD of noise 1 and labels_N, on the device: drawing half a billion is slow."""
+    """hidden_ND, head_VD with noise 1, labels_N; drawn on the device, as a CPU would be slow."""
     N, D, V = HEADS[head]
     torch.manual_seed(0)
     hidden_ND, head_VD = torch.randn(N, D, device=DEVICE), torch.randn(V, D, device=DEVICE)

@@ -219,7 +219,7 @@ def test_pair_loss(benchmark, size, loss_type, way):
     costs = [[each.cost for each in taken[name]] for name in ("ours", "theirs")]
     milliseconds = 1e3 * statistics.median(costs[1])
     ratio = statistics.median(theirs / own for own, theirs in zip(*costs, strict=True))
-    counted = "-" if way == "compiled" else ops.count  # compiled code is none of the dispatcher's
+    counted = "-" if way == "compiled" else ops.count  # the dispatcher does not see compiled code
     measured = {"ms": milliseconds, "times fastdpo": ratio, "ops": counted}
     found.put(row, measured)
     benchmark.extra_info |= measured

@@ -4,7 +4,7 @@
     pytest bench/bench_train_step.py -m "not slow"                        one tiny model, seconds
     pytest bench/bench_train_step.py -k "large and chat"                  8B on a GPU, else 135M
 
-And: is a DPO step whose reference was scored before dearer than a supervised step of the same
+And: does a DPO step with a precomputed reference cost more than a supervised step on the same
 sequences? Whole steps of the public trainers, from one `on_step_begin` to the next. Contenders
 take turns, step by step, on the same batches; a run whose losses differ is not timed. A row is 4
 timed steps after the warm-up; the table's title says of how many pairs. Below it: how many times

@@ -63,7 +63,7 @@ def fold_cases():
         types |= dict.fromkeys(integers, "i32")
         types |= {"softcap": "fp32"} if capped else {}
         types |= dict.fromkeys(optional, "*fp32") if full else {}
-        constants = dict.fromkeys({"softcap", *optional} - types.keys())  # None is one of a kernel
+        constants = dict.fromkeys({"softcap", *optional} - types.keys())  # None is a constant
         rows = ((1024, 0), (4096, 0), (8192, 8192))  # with room where a trained head's p is kept
         widths = [tile_shape("cuda", N, V, D, room)[1] for N, room in rows]
         for width in (*widths, V % TILE_COLUMNS["cuda"]):

@@ -21,7 +21,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """One step's CPU time over all threads, the system's part of it, and its time on the wall."""
+    """One step's CPU time over all threads, the system's share of it, and its wall time."""
 
     cpu: float
     system: float
@@ -29,7 +29,7 @@ class Seconds:
 
     @property
     def cost(self) -> float:
-        """What a ratio is made of: CPU time where one thread does all of the work, else the wall's.
+        """What a ratio is made of: CPU time where one thread does all of the work, else wall time.
 
         CPU time is blind to what else runs on the machine, and to a GPU's work.
         """
@@ -37,7 +37,7 @@ class Seconds:
 
     @property
     def user(self) -> float:
-        """CPU time without the system's part."""
+        """CPU time without the system's share."""
         return self.cpu - self.system
 
 
