@@ -1,4 +1,4 @@
-"""How much dearer than the bare product is a head, up to DPO's loss, forward and backward?
+"""How much more than the bare product does a head cost, up to DPO's loss, forward and backward?
 
     OMP_NUM_THREADS=1 pytest bench/bench_linear_logps.py      real models' vocabularies, an hour
     pytest bench/bench_linear_logps.py -m "not slow"          one tiny head, seconds
@@ -57,7 +57,7 @@ def inputs(head):
 
 @functools.lru_cache(maxsize=1)
 def truth(head):
-    """logps_S, the loss's gradients dhidden_ND and dhead_VD, and token_logps_N, made in float64."""
+    """token_logps_N, and what `step` returns of a trained head; both computed in float64."""
     hidden_ND, head_VD, labels_N = inputs(head)
     wide_ND, wide_VD = hidden_ND.double(), head_VD.double()
 
@@ -73,7 +73,7 @@ def truth(head):
     wide_VD.requires_grad_()
     for rows in chunks:
         token_logps(rows).backward(dtoken_logps_N[rows])
-    return logps_S.detach(), wide_ND.grad.float(), wide_VD.grad.float(), token_logps_N.detach()
+    return token_logps_N.detach(), (logps_S.detach(), wide_ND.grad.float(), wide_VD.grad.float())
 
 
 def step(way, mode, hidden_ND, head_VD, labels_N):
@@ -92,7 +92,7 @@ def errors(way, made, wanted):
     nats, share = (NATS_OF_OURS, GRADIENT_OF_OURS) if is_ours else (NATS, GRADIENT)
     error_S = made[0] - wanted[0]
     assert error_S.abs().max() < nats, f"off by {error_S.abs().max():.1e} nats"
-    for gradient, wanted_gradient in zip(made[1:], wanted[1:3], strict=True):
+    for gradient, wanted_gradient in zip(made[1:], wanted[1:], strict=True):
         if gradient is not None:
             error = (gradient - wanted_gradient).abs().max() / wanted_gradient.abs().max()
             assert error < share, f"a gradient is off by {error:.1e} of its largest element"
@@ -102,7 +102,7 @@ def errors(way, made, wanted):
 def token_errors(way, head):
     """Largest and rms error of token_logps_N, of a way that makes them."""
     with torch.no_grad():
-        return _largest_and_rms(TOKEN_WAYS[way](*inputs(head)) - truth(head)[3])
+        return _largest_and_rms(TOKEN_WAYS[way](*inputs(head)) - truth(head)[0])
 
 
 def _largest_and_rms(error):
@@ -134,7 +134,7 @@ def test_linear_logps(benchmark, head, mode, way):
     args = inputs(head)
     out_NV = torch.zeros(*HEADS[head][::2], device=DEVICE, dtype=DTYPE)
 
-    largest, rms = errors(way, step(way, mode, *args), truth(head))
+    largest, rms = errors(way, step(way, mode, *args), truth(head)[1])
     turns = {
         "product": lambda: torch.mm(args[0], args[1].T, out=out_NV),
         "step": lambda: step(way, mode, *args),
@@ -173,7 +173,7 @@ def product_of(head):
 @heads
 @pytest.mark.skipif(CUDA, reason="of a CPU's threads")
 def test_two_threads(benchmark, head, mode):
-    """Two threads' time on the wall as a share of one's, in turns."""
+    """Two threads' wall time as a share of one's, in turns."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("want two cores, got one")
     args = inputs(head)
@@ -198,6 +198,6 @@ def test_two_threads(benchmark, head, mode):
         torch.set_num_threads(threads_before)
     for name in steps:
         one, two = (statistics.median(taken[name, threads]) for threads in (1, 2))
-        table("Two threads, time on the wall as a share of one thread's").put(
+        table("Two threads' wall time as a share of one thread's").put(
             name, {f"{head} {mode}": f"{two / one:.2f}"}
         )

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from bench.length_profiles import DATASETS, TINY, TYPICAL, Pair, random_pairs, real_pairs
-from bench.measure import CUDA
+from bench.measure import CUDA, DEVICE
 
 PAD_ID, END_ID = 0, 1
 WARMUP_STEPS = 2
@@ -115,7 +115,7 @@ def random_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     config = copy.deepcopy(MODELS[name])
     config.update({"pad_token_id": PAD_ID, "bos_token_id": None, "eos_token_id": END_ID})
-    with torch.device("cuda" if CUDA else "cpu"):  # drawing half a billion weights on a CPU is slow
+    with DEVICE:  # drawing half a billion weights on a CPU is slow
         return AutoModelForCausalLM.from_config(config)
 
 
