@@ -65,12 +65,13 @@ def test_experts_loss_is_the_models_own_in_every_family(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_experts_loss_is_made_in_float32_under_autocast(dtype):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_experts_loss_is_made_in_float32(dtype, autocast):
     torch.manual_seed(0)
-    router_logits = tuple(torch.randn(4096, 8) for _ in range(4))
+    router_logits = tuple(torch.randn(4096, 8, dtype=dtype) for _ in range(4))
     token_uses = torch.randint(0, 3, (1, 4096))
-    wanted, _ = balancing_loss(router_logits, 2, token_uses)
-    with torch.autocast("cpu", dtype):
+    wanted, _ = balancing_loss(tuple(each.float() for each in router_logits), 2, token_uses)
+    with torch.autocast("cpu", dtype, enabled=autocast):
         loss, _ = balancing_loss(router_logits, 2, token_uses)
     assert loss.item() == wanted.item()
 
