@@ -9,12 +9,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from trainers import LORA, logged, make_trainer, trained_before
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastdpo
 from fastdpo import precompute
 from fastdpo.collate import PaddedCollator
-from fastdpo.columns import REFERENCE_COLUMNS
-from fastdpo.reference_cache import RECORD
+from fastdpo.columns import REFERENCE_COLUMNS, Cut
+from fastdpo.reference_cache import PROBE, RECORD, ReferenceCache, probe_pairs
 from fastdpo.reference_logps import AdaptersOff, FrozenModel
 
 COLUMNS = [*REFERENCE_COLUMNS]
@@ -251,6 +252,24 @@ def test_a_record_that_is_not_whole_is_not_taken(tmp_path, tokenizer, scored, ca
         scored.clear()
         for column, values in logps_of(first).items():
             assert np.array_equal(values, logps_of(again)[column])
+
+
+def test_pairs_of_the_same_tokens_have_keys_of_their_own(tmp_path):
+    rows = [
+        {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]},
+        {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]},
+        {"prompt_ids": [1], "chosen_ids": [4], "rejected_ids": [2, 3]},
+    ]
+    pairs = Dataset.from_list(rows).with_format("numpy")
+    assert len({*ReferenceCache(tmp_path, Cut()).keys(pairs)}) == 3
+
+
+def test_the_probe_keeps_to_a_models_positions_and_tokens():
+    model = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=8, n_head=2, n_layer=1, vocab_size=7))
+    for pair, length in zip(probe_pairs(model), PROBE, strict=True):
+        assert len(pair["prompt_ids"]) + len(pair["chosen_ids"]) == min(32, 1 + length)
+        assert len(pair["rejected_ids"]) == len(pair["chosen_ids"])
+        assert max(map(max, pair.values())) < 7
 
 
 def test_a_nan_score_is_computed_again_and_never_cached(tmp_path, tokenizer, scored, cache):

@@ -19,6 +19,7 @@ from trainers import LORA, logged, make_trainer, trained_before, weights
 
 from fastdpo import DPOTrainer
 from fastdpo.batch import PairBatch
+from fastdpo.precompute import after_precompute
 from fastdpo.reference_logps import AdaptersOff, FrozenModel, frozen_copy, make_reference
 
 SCORED = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -30.0}
@@ -335,6 +336,14 @@ def test_the_policy_scores_new_rows_until_it_trains(tmp_path, tokenizer):
     trainer.train()
     with pytest.raises(ValueError, match="the policy before training.* is not there to score it"):
         trainer.evaluate(Dataset.from_list(tiny.rows()))
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_weights_that_will_be_sharded_score_no_new_rows(is_sharded):
+    policy = tiny.model("llama", tiny.VOCAB)
+    reference = FrozenModel(policy, "the policy")
+    in_rows = after_precompute(reference, policy, None, is_sharded=is_sharded)
+    assert (in_rows.others is None) is is_sharded
 
 
 def test_rows_that_are_scored_are_not_scored_again(tmp_path, tokenizer):

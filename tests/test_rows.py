@@ -2,6 +2,7 @@
 
 import io
 import json
+import types
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -72,6 +73,16 @@ def test_the_files_of_a_folder_are_read_as_single_ones_are(streaming, tmp_path, 
     named = {"path_or_name": "json", "data_files": str(tmp_path / "*-1.jsonl")}
     rows = load_rows(**named, streaming=streaming, on_bad_rows="skip")
     assert [row["chosen"] for row in rows][:2] == [None, "2026-01-31"]
+
+
+def test_files_that_are_elsewhere_are_read_by_datasets(monkeypatch):
+    url = "https://somewhere/rows.jsonl"
+    there, read = types.SimpleNamespace(config=types.SimpleNamespace()), []
+    there.config.data_files = {"train": [url]}
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda **_: there)
+    monkeypatch.setattr("datasets.load_dataset", lambda **settings: read.append(settings))
+    load_rows("json", data_files=url)
+    assert read[0]["data_files"] == url
 
 
 def test_a_file_gives_parts_of_its_rows(tmp_path):

@@ -35,13 +35,13 @@ def pretend_gpu(monkeypatch, *, start_over, allocated, peak, free):
 
 
 class PretendedGPU:
-    """A GPU whose token of a forward costs `per_token` bytes, all else 1000, a first run 7000.
+    """A GPU whose token of a forward costs `per_token` bytes, all else `on_top`, a first run 7000.
 
     Each run leaves 40 bytes behind, and a cache, which is not free before it is emptied.
     """
 
-    def __init__(self, monkeypatch, *, free, per_token=10):
-        self.free, self.per_token = free, per_token
+    def __init__(self, monkeypatch, *, free, per_token=10, on_top=1000):
+        self.free, self.per_token, self.on_top = free, per_token, on_top
         self.allocated, self.peak, self.cached, self.runs = 500, 90_000, 0, 0
         pretend_gpu(
             monkeypatch,
@@ -53,7 +53,7 @@ class PretendedGPU:
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(self, "cached", 0))
 
     def run(self, inputs):
-        taken = 1000 + self.per_token * inputs["tokens"].run + 7000 * (self.runs == 0)
+        taken = self.on_top + self.per_token * inputs["tokens"].run + 7000 * (self.runs == 0)
         if taken > self.free:
             raise torch.OutOfMemoryError("pretended")
         self.peak = max(self.peak, self.allocated + taken)
@@ -73,6 +73,11 @@ def test_a_budget_is_at_least_a_token_and_a_token_at_least_a_byte(monkeypatch):
     assert PretendedGPU(monkeypatch, free=50_000).fit(kept_bytes=60_000) == 1
     gpu = PretendedGPU(monkeypatch, free=50_000, per_token=0)
     assert gpu.fit() == int(SAFE_SHARE * 50_000 - (1000 - 180))
+
+
+def test_tokens_that_cost_more_and_more_do_not_lend_memory(monkeypatch):
+    gpu = PretendedGPU(monkeypatch, free=50_000, on_top=-800)
+    assert gpu.fit() == int(SAFE_SHARE * 50_000 / 10)
 
 
 def test_pairs_of_as_many_tokens_tell_nothing(monkeypatch):
