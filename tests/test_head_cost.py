@@ -229,16 +229,16 @@ def test_a_gpus_tile_is_wide_so_that_u_is_read_seldom(N, D, room, shape):
 
 
 @pytest.mark.parametrize(
-    ("N", "D", "head_dtype", "kept"),
+    ("N", "D", "head_dtype", "rows", "kept"),
     [
-        (8192, 4096, torch.bfloat16, 1 / 2),
-        (8192, 2048, torch.bfloat16, 1 / 4),
-        (8192, 4096, torch.float32, 1),
-        (4096, 4096, torch.bfloat16, 1),
-        (8192, 896, torch.bfloat16, 0),  # tiles of so few rows would not be worth it
+        (8192, 4096, torch.bfloat16, 4096, 1 / 2),
+        (8192, 2048, torch.bfloat16, 2048, 1 / 4),
+        (8192, 4096, torch.float32, 8192, 1),
+        (4096, 4096, torch.bfloat16, 4096, 1),
+        (8192, 896, torch.bfloat16, 4096, 0),  # tiles of so few rows would not be worth it
     ],
 )
-def test_a_gpus_tiles_fit_the_memory_of_a_heads_gradient(gpu_folds, N, D, head_dtype, kept):
+def test_a_gpus_tiles_fit_the_memory_of_a_heads_gradient(gpu_folds, N, D, head_dtype, rows, kept):
     V = 4 * 8192
     with FakeTensorMode():
         hidden_ND = torch.empty(N, D, dtype=torch.bfloat16, requires_grad=True)
@@ -248,6 +248,7 @@ def test_a_gpus_tiles_fit_the_memory_of_a_heads_gradient(gpu_folds, N, D, head_d
         logits = sum(map(math.prod, gpu_folds))
         logps_N.backward(torch.empty_like(logps_N))
     assert logits == N * V and sum(map(math.prod, gpu_folds)) == N * V * (2 - kept)
+    assert {shape[0] for shape in gpu_folds} == {rows}
 
 
 @pytest.mark.usefixtures("small_tiles")
