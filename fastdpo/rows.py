@@ -50,13 +50,14 @@ def load_rows(
     columns: list[str] | None = None,
     on_bad_rows: str = "raise",
 ) -> Rows:
-    """The rows of a file, of a folder of files or that Dataset.save_to_disk wrote, or of a Hub
-    dataset.
+    """The rows of a file, of a folder of files, of one that Dataset.save_to_disk wrote, or of a
+    Hub dataset.
 
     config_name, data_files, data_dir: as `datasets.load_dataset` takes them, for the Hub and for
-    folders of files. split: a name, or of what is no stream also parts such as "train[:100]"; a
-    single file is all of "train". streaming=True gives an IterableDataset, which reads as it goes
-    (an array in a .json file whole). columns: those to read, None for all.
+    folders of files. split: its name, or without streaming also parts such as "train[:100]" (not
+    of what save_to_disk wrote); a single file is all of "train". streaming=True gives an
+    IterableDataset, which reads as it goes (an array in a .json file whole). columns: those to
+    read, None for all.
 
     RowError at the first malformed row, with file, line and field. Malformed too: in JSON a
     conversation among texts or the other way round, or a prompt in some rows alone; in CSV a row
