@@ -18,7 +18,7 @@ from fastdpo.columns import Cut
 from fastdpo.kernels.linear_logps import HEAD_CACHE_BYTES
 from fastdpo.losses import BATCH_LOSSES, F_DIVERGENCES, LOSS_TYPES, SMOOTHED, WITH_F_DIVERGENCE
 from fastdpo.model import TOKEN_STATS
-from fastdpo.setting import count_or_auto, setting
+from fastdpo.setting import count_or_auto, setting, want
 
 logger = logging.get_logger(__name__)
 
@@ -284,48 +284,48 @@ class DPOConfig(TrainingArguments):
                 except ValueError as error:
                     raise ValueError(f"DPOConfig: want {name} as JSON: {error}") from error
             elif name.endswith("_kwargs"):
-                _want(isinstance(value, dict | None), f"{name} as a mapping", value)
+                want(isinstance(value, dict | None), f"{name} as a mapping", value)
 
     def _check_loop(self):
         """Values that transformers would refuse late, or train no step with."""
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
         for name in (*sizes, "gradient_accumulation_steps"):
-            _want(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
+            want(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
         counts = ("num_train_epochs", "dataloader_num_workers")
         for name in ("learning_rate", "weight_decay", "warmup_steps", *counts):
             value = getattr(self, name)
-            _want(0 <= value < math.inf, f"{name} >= 0", value)
+            want(0 <= value < math.inf, f"{name} >= 0", value)
         norm, alpha = self.max_grad_norm, self.neftune_noise_alpha
         # inf measures, and clips none; 0 does neither
-        _want(norm is not None and norm >= 0, "max_grad_norm >= 0", norm)
-        _want(alpha is None or 0 <= alpha < math.inf, "neftune_noise_alpha >= 0", alpha)
+        want(norm is not None and norm >= 0, "max_grad_norm >= 0", norm)
+        want(alpha is None or 0 <= alpha < math.inf, "neftune_noise_alpha >= 0", alpha)
 
     def _check_choices(self):
         for each in fields(self):
             choices, value = each.metadata.get("choices"), getattr(self, each.name)
             if choices and each.name in DPOConfig.__annotations__:  # transformers checks its own
-                _want(value in choices, f"{each.name} in {choices}", value)
+                want(value in choices, f"{each.name} in {choices}", value)
 
     def _check_values(self):
         # one token cannot be predicted and predict
-        _want(self.max_length is None or self.max_length >= 2, "max_length >= 2", self.max_length)
-        _want(self.head_cache_bytes >= 0, "head_cache_bytes >= 0", self.head_cache_bytes)
-        _want(0 <= self.head_skip_below < 1, "head_skip_below in [0, 1)", self.head_skip_below)
+        want(self.max_length is None or self.max_length >= 2, "max_length >= 2", self.max_length)
+        want(self.head_cache_bytes >= 0, "head_cache_bytes >= 0", self.head_cache_bytes)
+        want(0 <= self.head_skip_below < 1, "head_skip_below in [0, 1)", self.head_skip_below)
         coef, batch_size = self.router_aux_loss_coef, self.precompute_ref_batch_size
-        _want(coef is None or 0 <= coef < math.inf, "router_aux_loss_coef >= 0", coef)
-        _want(batch_size is None or batch_size > 0, "precompute_ref_batch_size > 0", batch_size)
+        want(coef is None or 0 <= coef < math.inf, "router_aux_loss_coef >= 0", coef)
+        want(batch_size is None or batch_size > 0, "precompute_ref_batch_size > 0", batch_size)
         share, steps = self.ref_model_mixup_alpha, self.ref_model_sync_steps
-        _want(0 < share <= 1, "ref_model_mixup_alpha in (0, 1]", share)
-        _want(steps >= 1, "ref_model_sync_steps >= 1", steps)
-        _want(
+        want(0 < share <= 1, "ref_model_mixup_alpha in (0, 1]", share)
+        want(steps >= 1, "ref_model_sync_steps >= 1", steps)
+        want(
             not (self.sync_ref_model and self.precompute_ref_log_probs),
             "precompute_ref_log_probs=False with sync_ref_model (the reference changes)",
             self.precompute_ref_log_probs,
         )
         weights, alpha = self.loss_weights, self.f_alpha_divergence_coef
-        _want(weights is None or _are_finite(weights), "loss_weights as finite numbers", weights)
-        _want(_are_finite([alpha]), "a finite f_alpha_divergence_coef", alpha)
-        _want(
+        want(weights is None or _are_finite(weights), "loss_weights as finite numbers", weights)
+        want(_are_finite([alpha]), "a finite f_alpha_divergence_coef", alpha)
+        want(
             self.max_tokens_per_forward is None or self.include_num_input_tokens_seen == "no",
             "include_num_input_tokens_seen no with max_tokens_per_forward (num_tokens is logged)",
             self.include_num_input_tokens_seen,
@@ -333,41 +333,41 @@ class DPOConfig(TrainingArguments):
 
     def _check_loss(self):
         are_known = bool(self.loss_type) and set(self.loss_type) <= set(LOSS_TYPES)
-        _want(are_known, f"loss_type some of {LOSS_TYPES}", self.loss_type)
+        want(are_known, f"loss_type some of {LOSS_TYPES}", self.loss_type)
         count = len(self.loss_type)
-        _want(
+        want(
             self.loss_weights is None or len(self.loss_weights) == count,
             f"loss_weights with {count} weights, as loss_type has",
             self.loss_weights,
         )
-        _want(0 < self.beta < math.inf, "beta > 0", self.beta)
-        _want(self.discopop_tau > 0, "discopop_tau > 0", self.discopop_tau)
+        want(0 < self.beta < math.inf, "beta > 0", self.beta)
+        want(self.discopop_tau > 0, "discopop_tau > 0", self.discopop_tau)
         smoothing = self.label_smoothing
-        _want(0 <= smoothing < 0.5, "label_smoothing in [0, 0.5)", smoothing)
+        want(0 <= smoothing < 0.5, "label_smoothing in [0, 0.5)", smoothing)
         if "exo_pair" in self.loss_type:
-            _want(smoothing > 0, "label_smoothing > 0 with loss_type exo_pair (1e-3)", smoothing)
-        _want(
+            want(smoothing > 0, "label_smoothing > 0 with loss_type exo_pair (1e-3)", smoothing)
+        want(
             not smoothing or set(self.loss_type) & set(SMOOTHED),
             f"label_smoothing 0 with loss_type {self.loss_type} (it is read by {SMOOTHED})",
             smoothing,
         )
         alpha = self.ld_alpha
-        _want(alpha is None or 0 <= alpha <= 1, "ld_alpha in [0, 1]", alpha)
+        want(alpha is None or 0 <= alpha <= 1, "ld_alpha in [0, 1]", alpha)
         divergence = self.f_divergence_type
-        _want(
+        want(
             divergence == "reverse_kl" or set(self.loss_type) <= set(WITH_F_DIVERGENCE),
             f"f_divergence_type reverse_kl with loss_type {self.loss_type} (others go with "
             f"{WITH_F_DIVERGENCE})",
             divergence,
         )
-        _want(
+        want(
             not (self.mixes_pairs and self.use_weighting),
             f"use_weighting=False with loss_type {self.loss_type} (in {BATCH_LOSSES}, no pair has "
             "a loss of its own to weigh)",
             self.use_weighting,
         )
         is_noisy = not self.disable_dropout or self.neftune_noise_alpha is not None
-        _want(
+        want(
             not (self.mixes_pairs and is_noisy) or self.max_tokens_per_forward is None,
             f"max_tokens_per_forward unset with loss_type {self.loss_type} and noise, of dropout "
             "or neftune_noise_alpha (a pack is run twice, and two forwards have different noise)",
@@ -377,16 +377,11 @@ class DPOConfig(TrainingArguments):
     def _check_unsupported(self):
         """What fastdpo does not run yet: refused where it is switched on."""
         offloading = self.activation_offloading
-        _want(not offloading, "activation_offloading=False (True is not there yet)", offloading)
+        want(not offloading, "activation_offloading=False (True is not there yet)", offloading)
         dispatch = self.accelerator_config.dispatch_batches
-        _want(not dispatch, "dispatch_batches=False in accelerator_config", dispatch)
+        want(not dispatch, "dispatch_batches=False in accelerator_config", dispatch)
         liger = (self.liger_kernel_config or {}).get("fused_linear_cross_entropy")
-        _want(not liger, "fused_linear_cross_entropy=False in liger_kernel_config", liger)
-
-
-def _want(condition: bool, wanted: str, came: Any):
-    if not condition:
-        raise ValueError(f"DPOConfig: want {wanted}, got {came!r}")
+        want(not liger, "fused_linear_cross_entropy=False in liger_kernel_config", liger)
 
 
 def _are_finite(values: Any) -> bool:

@@ -143,7 +143,7 @@ def frozen_copy(policy: nn.Module, *, share_frozen: bool = True) -> nn.Module:
 
 
 def apart(policy: nn.Module, reference: Reference) -> Reference:
-    """`reference` from when `policy` changes on: that itself no longer scores new rows.
+    """`reference` once `policy` trains: the policy, if it was that itself, scores no new rows.
 
     ValueError where something trains that the reference has too: it would follow the policy.
     """

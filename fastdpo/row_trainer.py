@@ -48,7 +48,7 @@ class RowTrainer(MeasuringTrainer):
     def _tokenise(
         self, dataset: Rows, name: str, tokenizer: PreTrainedTokenizerBase, args: DPOConfig
     ) -> Rows:
-        """`dataset` as token ids, counted; for a constructor, too, before `args` is this one's."""
+        """`dataset` as token ids, counted. The constructor has it before there is a self.args."""
         pairs, self.pair_counts[name] = prepare_pairs(
             dataset, tokenizer, name=name, **args.data_settings
         )

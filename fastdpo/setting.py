@@ -1,4 +1,4 @@
-"""One setting of a dataclass: how its field is declared, and what a count may be given as."""
+"""One setting of a dataclass: how its field is declared, refused, and given as a count."""
 
 from dataclasses import field
 from typing import Any
@@ -12,14 +12,16 @@ def setting(default: Any, text: str, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def count_or_auto(name: str, value: int | str | None) -> int | str | None:
-    """The number in `value`, which the command line hands over as text; "auto"; or None.
+def want(condition: bool, wanted: str, came: Any) -> None:
+    """ValueError for a setting of DPOConfig, unless `condition`; `wanted` names it."""
+    if not condition:
+        raise ValueError(f"DPOConfig: want {wanted}, got {came!r}")
 
-    ValueError for anything else; name: DPOConfig's, for the error.
-    """
+
+def count_or_auto(name: str, value: int | str | None) -> int | str | None:
+    """The number in `value`, which the command line hands over as text; "auto"; or None."""
     text = str(value).lower()
     if text in ("none", "null", "auto"):
         return "auto" if text == "auto" else None
-    if not text.isdecimal() or int(text) == 0:
-        raise ValueError(f"DPOConfig: want {name} auto or a count, got {value!r}")
+    want(text.isdecimal() and int(text) > 0, f"{name} auto or a count", value)
     return int(text)
