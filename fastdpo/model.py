@@ -138,18 +138,18 @@ def score(
 def inference(model: nn.Module) -> Iterator[None]:
     """Within, `model` has no gradient, dropout or checkpointing, whatever mode it is in.
 
-    In one walk over its modules: eval() and train() took twice as long, 24 ms beside other work for
-    the 2001 modules of 24 layers with LoRA.
+    In one walk over its modules, and past their slow __setattr__: 1.4 ms for the 2001 modules of 24
+    layers with LoRA, where eval() and train() take 7.
     """
-    training = [module for module in model.modules() if module.training]
+    training = [vars(module) for module in model.modules() if module.training]
     try:
-        for module in training:
-            module.training = False
+        for attributes in training:
+            attributes["training"] = False
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        for attributes in training:
+            attributes["training"] = True
 
 
 def token_logps_without_grad(model: nn.Module, batch: PairBatch) -> Tensor:
