@@ -3,6 +3,9 @@
 import pytest
 import tiny
 from datasets import Dataset
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from peft import LoraConfig
 
 import fastdpo
@@ -54,6 +57,28 @@ LOSSES = {
         "ld_alpha": 0.4,
     },
     "ld_alpha-precomputed": {"ld_alpha": 0.4, "precompute_ref_log_probs": True},
+}
+ANY = {  # what goes with anything else that is here
+    "loss_type": st.lists(
+        st.sampled_from(["sigmoid", "ipo", "hinge", "nca_pair", "apo_zero", "discopop", "sft"]),
+        min_size=1,
+        max_size=3,
+        unique=True,
+    ),
+    "beta": st.sampled_from([0.05, 1.0]),
+    "ld_alpha": st.sampled_from([0.0, 0.4]),
+    "precompute_ref_log_probs": st.booleans(),
+    "gradient_accumulation_steps": st.just(2),
+    "gradient_checkpointing": st.just(False),
+    "max_length": st.sampled_from([None, 48]),
+    "truncation_mode": st.sampled_from(["keep_start", "keep_end"]),
+    "pad_to_multiple_of": st.just(16),
+    "lr_scheduler_type": st.sampled_from(["cosine", "constant"]),
+    "warmup_steps": st.just(1),
+    "max_grad_norm": st.sampled_from([0.0, 0.1]),
+    "weight_decay": st.just(0.1),
+    "optim": st.sampled_from(["sgd", "adafactor"]),
+    "seed": st.integers(0, 9),
 }
 
 
@@ -107,6 +132,19 @@ def test_changing_the_import_changes_no_logged_number(model, tmp_path, adapters)
 @pytest.mark.parametrize("settings", LOSSES.values(), ids=LOSSES)
 def test_every_loss_logs_the_numbers_of_trl(model, tmp_path, settings):
     assert_logs_alike(model, tmp_path, max_steps=3, **settings)
+
+
+@hypothesis_settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # each run writes tmp_path anew
+)
+@given(settings=st.fixed_dictionaries({}, optional=ANY))
+def test_any_settings_together_log_the_numbers_of_trl(model, tmp_path, settings):
+    # over accumulated batches TRL takes the mean of each batch's mean per token
+    but = TOKEN_METRICS if "gradient_accumulation_steps" in settings else ()
+    assert_logs_alike(model, tmp_path, ref_seed=1, but=but, max_steps=3, **settings)
 
 
 @pytest.mark.parametrize("ref_seed", [None, 1], ids=["a copy", "another model"])
