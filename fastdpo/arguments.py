@@ -165,7 +165,7 @@ def peft_config(model_args: ModelConfig) -> LoraConfig | None:
     )
 
 
-def check_adapters(model: nn.Module, model_args: ModelConfig) -> None:
+def check_layers_named(model: nn.Module, model_args: ModelConfig) -> None:
     """ValueError for a layer that the flags name for an adapter, or to be saved, and `model` has
     not: peft leaves it out."""
     names = {

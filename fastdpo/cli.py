@@ -240,7 +240,7 @@ def _choose_folder(
 def _build_trainer(run: "RunArguments") -> "DPOTrainer":
     import torch
 
-    from fastdpo.arguments import check_adapters, init_kwargs, peft_config, quantization_config
+    from fastdpo.arguments import check_layers_named, init_kwargs, peft_config, quantization_config
     from fastdpo.mixture import load_datasets
     from fastdpo.trainer import DPOTrainer
     from fastdpo.trainer_check import check_optimizer_and_schedule
@@ -263,7 +263,7 @@ def _build_trainer(run: "RunArguments") -> "DPOTrainer":
         quantization_config=quantization_config(model_args),
         peft_config=peft_config(model_args),
     )
-    check_adapters(trainer.model, model_args)
+    check_layers_named(trainer.model, model_args)
     if script_args.ignore_bias_buffers:
         # DistributedDataParallel reads this name; some backends cannot broadcast booleans
         trainer.model._ddp_params_and_buffers_to_ignore = [

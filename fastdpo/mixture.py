@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset, Value, concatenate_datasets
 
 from fastdpo.arguments import DatasetMixtureConfig, ScriptArguments
 from fastdpo.preferences import ORIGIN
-from fastdpo.rows import Rows, in_one_kind, load_rows
+from fastdpo.rows import Rows, in_one_schema, load_rows
 
 
 def load_datasets(
@@ -68,7 +68,7 @@ def _load_mixture(
         )
         parts.append(rows)
     names = [each.path for each in mixture_args.datasets]
-    parts = _in_one_kind(parts, names, skip_bad=on_bad_rows == "skip")
+    parts = _concatenable(parts, names, skip_bad=on_bad_rows == "skip")
     parts = [_with_origin(part, name) for part, name in zip(parts, names, strict=True)]
     fractions = [each.fraction for each in mixture_args.datasets]
     if any(fraction is not None for fraction in fractions):
@@ -82,7 +82,7 @@ def _load_mixture(
     return halves["train"], halves["test"] if with_eval else None
 
 
-def _in_one_kind(parts: list[Rows], names: list[str], *, skip_bad: bool) -> list[Rows]:
+def _concatenable(parts: list[Rows], names: list[str], *, skip_bad: bool) -> list[Rows]:
     """`parts` with the same columns; as they are, where they have. ValueError for texts beside
     conversations, as far as it shows before a row is read."""
     features = [part.features or {} for part in parts]
@@ -97,9 +97,8 @@ def _in_one_kind(parts: list[Rows], names: list[str], *, skip_bad: bool) -> list
     is_stream = isinstance(parts[0], IterableDataset)
     if not is_stream and all(each == features[0] for each in features):
         return parts
-    return [
-        in_one_kind(part, name, skip_bad=skip_bad) for part, name in zip(parts, names, strict=True)
-    ]
+    named = zip(parts, names, strict=True)
+    return [in_one_schema(part, name, skip_bad=skip_bad) for part, name in named]
 
 
 def _with_origin(rows: Rows, source: str) -> Rows:

@@ -148,7 +148,7 @@ def as_dataset(rows: Iterable[dict[str, Any]], source: str = "rows") -> Dataset:
         return _in_pieces(columns, 0, len(rows))
     except UNLIKE:
         for name, values in columns.items():
-            _check_one_kind(values, source, name)
+            _check_column(values, source, name)
         raise
 
 
@@ -164,7 +164,7 @@ def _in_pieces(columns: dict[str, list], start: int, stop: int) -> Dataset:
     return concatenate_datasets(halves)
 
 
-def _check_one_kind(values: list[Any], source: str, name: str) -> None:
+def _check_column(values: list[Any], source: str, name: str) -> None:
     def error_of(stop: int) -> Exception | None:
         try:
             _in_pieces({name: values}, 0, stop)
@@ -254,7 +254,7 @@ def _with_a_row(rows: Rows, path: Path) -> Rows:
     return rows
 
 
-def in_one_kind(rows: Rows, source: str, *, skip_bad: bool) -> Rows:
+def in_one_schema(rows: Rows, source: str, *, skip_bad: bool) -> Rows:
     """`rows` in one schema for all sources, so that several can be concatenated: known fields only,
     with an explicit prompt, and messages and options as JSON text.
 

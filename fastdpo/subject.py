@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.arguments import (
     RunArguments,
-    check_adapters,
+    check_layers_named,
     init_kwargs,
     peft_config,
     quantization_config,
@@ -103,7 +103,7 @@ def load_subject(run: RunArguments, max_pairs: int) -> Subject:
         quantization_config=quantization_config(run.model),
         **kwargs,
     )
-    check_adapters(policy, run.model)
+    check_layers_named(policy, run.model)
     make_ready(
         policy,
         None,

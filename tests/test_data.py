@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastdpo.data import prepare_pairs
 from fastdpo.row_errors import RowError
-from fastdpo.rows import in_one_kind
+from fastdpo.rows import in_one_schema
 
 REAL_PAIRS = Path(__file__).parents[2] / "shared/data/preferences_en.jsonl"
 
@@ -224,7 +224,7 @@ def test_nulls_that_a_user_wrote_in_json_stay_and_those_of_arrow_go(tokenizer, k
     dataset = Dataset.from_list([row], features=Features(features | {"tools": any_json}))
     assert dataset[0]["prompt"][0]["tool_calls"] is None  # added by Arrow
     if kind == "mixture":
-        dataset = in_one_kind(dataset, "rows", skip_bad=False)
+        dataset = in_one_schema(dataset, "rows", skip_bad=False)
     dataset = dataset.to_iterable_dataset() if kind == "stream" else dataset
     showing = copy.deepcopy(tokenizer)
     showing.chat_template = "{{ tools }}{% for m in messages %}{{ m }}{% endfor %}{{ eos_token }}"

@@ -14,7 +14,7 @@ from row_files import texts, write_lines
 
 from fastdpo.data import prepare_pairs
 from fastdpo.row_errors import RowError
-from fastdpo.rows import as_dataset, in_one_kind, load_rows
+from fastdpo.rows import as_dataset, in_one_schema, load_rows
 
 
 def no_rows():
@@ -108,7 +108,7 @@ def test_a_prompt_in_a_column_of_another_name_is_warned_of(kind, tmp_path, caplo
         path.write_text("\n".join(map(json.dumps, [row] * 2)))
     rows = load_rows(str(path), streaming=kind == "json-stream")
     if kind == "mixture":
-        rows = in_one_kind(rows, str(path), skip_bad=False)
+        rows = in_one_schema(rows, str(path), skip_bad=False)
     prepare_pairs(rows, tiny.tokenizer(), name=kind)
     (told,) = [record.getMessage() for record in caplog.records]
     assert "no column prompt" in told and told.endswith("not read: ['system', 'question']")
