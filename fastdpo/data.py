@@ -8,7 +8,6 @@ those that the three begin with alike; what follows is the completion. Row numbe
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +79,8 @@ def prepare_pairs(
     warn_of_unread(f"{name} dataset", columns)
     tokenize = _Tokenize(
         tokenizer=tokenizer,
+        # not all ids below the largest need have a token
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
         name=name,
         row_features=dataset.features,
         skip_bad=on_bad_rows == "skip",
@@ -206,6 +207,7 @@ class _Tokenize:
     """A batch of rows as columns, and their row numbers -> the columns of `features`."""
 
     tokenizer: PreTrainedTokenizerBase
+    vocab_size: int  # bounds ids that came with a row
     name: str
     row_features: Features | None
     skip_bad: bool
@@ -228,10 +230,7 @@ class _Tokenize:
         ]
         self._attempt(self._render, rows)
         self._add_ids([row for row in rows if row.texts is not None])
-        has_own_ids = any("prompt_ids" in row.checked for row in rows)
-        self._attempt(
-            partial(self._split, vocab_size=self._vocab_size() if has_own_ids else 0), rows
-        )
+        self._attempt(self._split, rows)
         columns = {name: [row.pair.get(name) for row in rows] for name in self.features}
         return columns | {STATUS: [row.status for row in rows], NOTE: [row.note for row in rows]}
 
@@ -248,7 +247,6 @@ class _Tokenize:
             except (FieldError, RowError) as error:
                 where = "" if isinstance(error, RowError) else f"{row.origin}, "
                 row.status, row.note = BAD, f"{self.name} dataset, {where}{error}"
-                row.texts = None
                 if not self.skip_bad:
                     raise RowError(row.note) from None
 
@@ -324,12 +322,8 @@ class _Tokenize:
         all_ids = [ids[1:] if ids[:2] == begin else ids for ids in all_ids]
         return [ids[:-1] if ids[-2:] == end else ids for ids in all_ids]
 
-    def _vocab_size(self) -> int:
-        """One more than the largest token id: not all below need have a token."""
-        return max(self.tokenizer.get_vocab().values()) + 1
-
-    def _split(self, row: _Row, *, vocab_size: int) -> None:
-        """Make the fields the pair's columns. vocab_size bounds ids that came with the row."""
+    def _split(self, row: _Row) -> None:
+        """Make the fields the pair's columns."""
         given = row.checked
         pair = {name: given[name] for name in (*ID_COLUMNS, *REFERENCE_COLUMNS) if name in given}
         lost: list[int] = []
@@ -343,8 +337,8 @@ class _Tokenize:
             if not pair[field]:
                 text = given[field.removesuffix("_ids")]
                 raise FieldError(field.removesuffix("_ids"), "at least one token of its own", text)
-            if field in given and max(pair[field]) >= vocab_size:
-                raise FieldError(field, f"token ids below {vocab_size}", max(pair[field]))
+            if field in given and max(pair[field]) >= self.vocab_size:
+                raise FieldError(field, f"token ids below {self.vocab_size}", max(pair[field]))
         row.pair = pair
         if lost and lost != [self.tokenizer.eos_token_id]:  # the tokenizer's own end of any text
             row.status = END_LOST

@@ -83,6 +83,13 @@ def test_a_vocabulary_may_have_holes_and_no_unknown_token(tokenizer):
         pairs_of([ids | {"rejected_ids": [10]}], holes)
 
 
+def test_the_vocabulary_is_made_once_for_all_rows(tokenizer, monkeypatch):
+    made = []
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: made.append(1) or {"x": 9})
+    assert pairs_of([{"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}] * 200, tokenizer)
+    assert len(made) == 1
+
+
 def test_reference_logps_that_are_nowhere_are_none(tokenizer):
     row = tiny.rows(1)[0] | {"ref_chosen_logps": None, "ref_rejected_logps": None}
     pairs, _ = pairs_of([row] * 3, tokenizer)
