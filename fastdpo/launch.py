@@ -88,9 +88,10 @@ def launch(flags: list[str], argv: Sequence[str]) -> int:
     command = [*flags, "--module", MODULE, "train", *argv]
     try:
         launch_command(_launch_parser().parse_args(command))
-    except subprocess.CalledProcessError as error:
-        return error.returncode
+    except subprocess.CalledProcessError as error:  # of a single process
+        code = error.returncode
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
-    return 0
+    else:
+        return 0
+    return code if code > 0 else 128 - code

@@ -188,16 +188,21 @@ def test_launch_flags_may_be_written_with_an_equals_sign_or_be_off():
     ]
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
 @pytest.mark.parametrize("exitcode, code", [(1, 1), (2, 2), (-9, 137)])
-def test_a_process_that_fails_gives_its_exit_code(here, tmp_path, monkeypatch, exitcode, code):
+def test_a_process_that_fails_gives_its_exit_code(
+    here, tmp_path, monkeypatch, processes, exitcode, code
+):
     failure = SimpleNamespace(exitcode=exitcode, timestamp=0)
 
     def launch_command(_):
+        if processes == "1":
+            raise subprocess.CalledProcessError(exitcode, "train")
         raise ChildFailedError("train", {0: failure})
 
     monkeypatch.setattr(ChildFailedError, "format_msg", lambda *_: "it has failed")
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
-    assert train(here, tmp_path / "out", "--num_processes", "2", "--multi_gpu") == code
+    assert train(here, tmp_path / "out", "--num_processes", processes, "--multi_gpu") == code
 
 
 def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch):
