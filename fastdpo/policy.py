@@ -25,6 +25,9 @@ HAS_ADAPTERS = (
     "it first (merge_and_unload), or load it with AutoPeftModelForCausalLM for DPOTrainer"
 )
 
+# of from_pretrained's arguments, those that say where a model, its configuration and tokenizer are
+WHERE = {"revision", "subfolder", "cache_dir", "token", "local_files_only", "trust_remote_code"}
+
 
 def make_policy(
     model: str | PreTrainedModel | PeftModel,
@@ -54,7 +57,7 @@ def load_policy(
     model is placed on the current GPU, any other is left for the trainer to place. ValueError for
     weights that cannot be read or are not all there, and for adapters beside or in place of them.
     """
-    if Path(name, "adapter_config.json").is_file():
+    if Path(name, init_kwargs.get("subfolder", ""), "adapter_config.json").is_file():
         raise ValueError(HAS_ADAPTERS.format(name))
     old_name = init_kwargs.pop("torch_dtype", None)
     dtype = init_kwargs.pop("dtype", None) or old_name or "float32"
@@ -70,10 +73,7 @@ def load_policy(
         init_kwargs["quantization_config"] = quantization_config
         if torch.cuda.is_available():
             init_kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
-    config_kwargs = {
-        k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs
-    }
-    config = _read(AutoConfig, "a model's configuration", name, **config_kwargs)
+    config = _read(AutoConfig, "a model's configuration", name, **init_kwargs)
     if config.is_encoder_decoder:
         raise ValueError(f"want a decoder-only language model, got {name} ({config.model_type})")
     if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
@@ -186,7 +186,8 @@ def load_tokenizer(
     pad_token: str | None = None,
     **init_kwargs: Any,
 ) -> PreTrainedTokenizerBase:
-    """`processing_class`, or the tokenizer beside `model`, able to pad.
+    """`processing_class`, or the tokenizer beside `model`, able to pad; init_kwargs: as load_policy
+    has them.
 
     It pads with pad_token, or the token of its own, or else its end token. TypeError for anything
     but a tokenizer; ValueError for a pad_token that it lacks, where there is none of the three, and
@@ -212,12 +213,13 @@ def load_tokenizer(
     return processing_class
 
 
-def _read(reader: type, wanted: str, name: str, **settings: Any) -> Any:
+def _read(reader: type, wanted: str, name: str, **init_kwargs: Any) -> Any:
     """What `reader`, a class of transformers', finds under a name; ValueError, whatever a file
     there may hold instead."""
     _check_found(name)
+    where = {each: init_kwargs[each] for each in WHERE & init_kwargs.keys()}
     try:
-        return reader.from_pretrained(name, **settings)
+        return reader.from_pretrained(name, **where)
     except Exception as error:
         detail = f"{type(error).__name__}: {error}"
         raise ValueError(f"want {wanted} in {name}, got none: {detail}") from error

@@ -83,13 +83,7 @@ def load_subject(run: RunArguments, max_pairs: int) -> Subject:
     )
     kwargs = init_kwargs(args, run.model)
     name = run.model.model_name_or_path
-    tokenizer = load_tokenizer(
-        None,
-        name,
-        pad_token=args.pad_token,
-        revision=kwargs["revision"],
-        trust_remote_code=args.trust_remote_code,
-    )
+    tokenizer = load_tokenizer(None, name, pad_token=args.pad_token, **kwargs)
     pairs, counts = prepare_pairs(_first(rows, max_pairs), tokenizer, **args.data_settings)
     if counts.equal == counts.pairs:
         raise ValueError(

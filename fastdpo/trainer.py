@@ -126,13 +126,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         if returns_means(type(self), DPOTrainer):
             self.loss_is_scaled_for_ga = False  # Trainer divides
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-        tokenizer = load_tokenizer(
-            processing_class,
-            model,
-            pad_token=args.pad_token,
-            revision=init_kwargs.get("revision"),
-            trust_remote_code=init_kwargs["trust_remote_code"],
-        )
+        tokenizer = load_tokenizer(processing_class, model, pad_token=args.pad_token, **init_kwargs)
         self.pair_counts = {}
         tokenise = functools.partial(self._tokenise, tokenizer=tokenizer, args=args)
         with one_rank_first(args):

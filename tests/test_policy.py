@@ -130,6 +130,14 @@ def test_a_tokenizer_is_read_of_the_revision_asked_for(monkeypatch, tokenizer):
     assert asked == {"revision": "v1", "trust_remote_code": True}
 
 
+def test_a_model_and_its_tokenizer_may_be_in_a_subfolder(tmp_path, tokenizer):
+    families.model("llama", torch.float32).save_pretrained(tmp_path / "sub")
+    tokenizer.save_pretrained(tmp_path / "sub")
+    assert load_policy(str(tmp_path), subfolder="sub").config.model_type == "llama"
+    loaded = load_tokenizer(None, str(tmp_path), subfolder="sub", dtype="float32")
+    assert len(loaded) == len(tokenizer)
+
+
 def test_soft_capped_attention_is_loaded_as_one_that_caps(tmp_path):
     families.model("gemma2", torch.float32).save_pretrained(tmp_path)
     assert why_padded(load_policy(str(tmp_path), attn_implementation=None)) is None
@@ -161,12 +169,12 @@ def test_a_dtype_that_torch_lacks_is_refused(dtype):
 def test_a_config_is_read_of_the_models_revision(monkeypatch):
     asked = {}
 
-    def read(reader, wanted, name, **settings):
+    def read(name, **settings):
         asked.update(settings)
-        raise InterruptedError
+        raise OSError
 
-    monkeypatch.setattr("fastdpo.policy._read", read)
-    with pytest.raises(InterruptedError):
+    monkeypatch.setattr(AutoConfig, "from_pretrained", read)
+    with pytest.raises(ValueError, match="want a model's configuration in some/model"):
         load_policy("some/model", revision="v1", trust_remote_code=True, device_map="auto")
     assert asked == {"revision": "v1", "trust_remote_code": True}
 
