@@ -95,10 +95,10 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
         _check_flags(run)
         if not is_launched() and (flags or run.training.n_gpu > 1):
             return launch(flags, argv)
-        identity = run_identity(run)
+        is_main = run.training.process_index == 0
+        identity = run_identity(run) if is_main else {}  # it reads all of the data
         folder = _choose_folder(run.training, identity, fresh)
 
-    is_main = run.training.process_index == 0
     say = print if is_main else lambda text: None
     for note in folder.notes:
         say(note)

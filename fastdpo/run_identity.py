@@ -116,9 +116,9 @@ def _is_cached(file: Path) -> bool:
 
 def _model_hash(paths: list[Path]) -> str:
     """A hash of a model's configuration, tokenizer and weights; of a large file, its two ends."""
-    (path,) = paths
     kinds = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
-    files = sorted(p for p in path.iterdir() if p.suffix in kinds) if path.is_dir() else [path]
+    inside = ([*path.iterdir()] if path.is_dir() else [path] for path in paths)
+    files = sorted(p for files in inside for p in files if p.suffix in kinds)
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
