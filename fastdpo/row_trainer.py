@@ -92,7 +92,9 @@ class RowTrainer(MeasuringTrainer):
     def _forget_other_loader(self, eval_dataset) -> None:
         """With persistent workers, transformers keeps loaders by name, even once other rows go by
         that name."""
-        loaders = getattr(self, "_eval_dataloaders", {})
+        if not self.args.dataloader_persistent_workers:
+            return
+        loaders = getattr(self, "_eval_dataloaders", {})  # transformers', from the first on
         name = eval_dataset if isinstance(eval_dataset, str) else "eval"
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = self.eval_dataset[name] if isinstance(rows, str) else rows
