@@ -366,7 +366,7 @@ class DPOConfig(TrainingArguments):
             "a loss of its own to weigh)",
             self.use_weighting,
         )
-        is_noisy = not self.disable_dropout or self.neftune_noise_alpha is not None
+        is_noisy = not self.disable_dropout or self.neftune_noise_alpha
         want(
             not (self.mixes_pairs and is_noisy) or self.max_tokens_per_forward is None,
             f"max_tokens_per_forward unset with loss_type {self.loss_type} and noise, of dropout "

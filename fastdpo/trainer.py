@@ -256,7 +256,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
 
     def _reason_to_pad(self) -> str | None:
         """Why the run itself needs the padded layout."""
-        if self.args.neftune_noise_alpha is not None:
+        if self.args.neftune_noise_alpha:
             return WHY_NEFTUNE_PADS
         steps = ("training_step", "compute_loss", "prediction_step")
         if self.args.layout == "auto" and self._redefines(*steps):

@@ -312,6 +312,7 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, messag
 @pytest.mark.parametrize("noise", [{"disable_dropout": False}, {"neftune_noise_alpha": 5.0}])
 def test_noise_may_stay_where_no_pack_is_run_twice(tmp_path, noise):
     config(tmp_path, loss_type="aot", max_tokens_per_forward=100)
+    config(tmp_path, loss_type="aot", max_tokens_per_forward=100, neftune_noise_alpha=0)
     config(tmp_path, loss_type="aot", **noise)
     config(tmp_path, loss_type="sigmoid", max_tokens_per_forward=100, **noise)
 

@@ -114,6 +114,7 @@ def test_what_fails_padded_is_no_layouts_doing(tmp_path, tokenizer):
 def test_noise_that_reads_the_length_of_a_row_needs_padding(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, neftune_noise_alpha=5)
     assert trainer.layout.name == "padded" and "neftune_noise_alpha" in trainer.layout.line
+    assert make_trainer(tmp_path, tokenizer, neftune_noise_alpha=0).layout.name == "shared"
     with pytest.raises(ValueError, match="want layout='shared'.*neftune_noise_alpha"):
         make_trainer(tmp_path, tokenizer, neftune_noise_alpha=5, layout="shared")
 
