@@ -39,7 +39,8 @@ class ResumingTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _loads(self, checkpoint: str) -> bool:
-        """Load what transformers would leave out, with a warning; False if it will load all."""
+        """Load the checkpoint where transformers would leave some of it out, with a warning; False,
+        and nothing loaded, where it would not."""
         if self.is_sharded:
             return False
         if isinstance(self.model, PeftModel):

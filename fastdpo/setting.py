@@ -1,12 +1,13 @@
 """One setting of a dataclass: how its field is declared, refused, and given as a count."""
 
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
 
 
-def setting(default: Any, text: str, **metadata: Any) -> Any:
-    """A dataclass's field with its help text; metadata may have `choices`."""
-    metadata["help"] = text
+def setting(default: Any, text: str, choices: Sequence[Any] | None = None) -> Any:
+    """A dataclass's field with its help text."""
+    metadata = {"help": text} | ({"choices": choices} if choices else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
