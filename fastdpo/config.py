@@ -125,8 +125,9 @@ class DPOConfig(TrainingArguments):
     # The reference
     precompute_ref_log_probs: bool = setting(
         False,
-        "Score all data with the reference before training, which then does without it. Pairs that "
-        "it scored in an earlier run are found in the cache of `datasets`.",
+        "Score all data with the reference before training, which then does without it; ref_model "
+        "is kept to score new rows. Pairs that were scored in an earlier run are found in the "
+        "cache of `datasets`.",
     )
     precompute_ref_batch_size: int | None = setting(
         None, "Pairs per forward while doing so; unset: the train or eval batch size."

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fastdpo.batch import PairBatch
 from fastdpo.columns import REFERENCE_COLUMNS
 from fastdpo.reference_cache import ReferenceCache
-from fastdpo.reference_logps import Reference, RowLogps, apart
+from fastdpo.reference_logps import Reference, RowLogps, once_training
 
 BATCHES_AT_ONCE = 16  # scored before the CPU waits for them and keeps them
 
@@ -47,7 +47,7 @@ def after_precompute(
     if cache and cache.found:
         source += f" ({cache.found:,} found in the cache)"
     in_rows = RowLogps(source, reference)
-    return apart(policy, in_rows) if is_sharded else in_rows
+    return once_training(policy, in_rows) if is_sharded else in_rows
 
 
 def with_reference_logps(

@@ -62,27 +62,31 @@ class FrozenModel:
 
 @dataclass(frozen=True, slots=True)
 class RowLogps:
-    """ref_chosen_logps and ref_rejected_logps of the rows; `others` scores rows without them."""
+    """ref_chosen_logps and ref_rejected_logps of the rows; for_others scores rows without."""
 
     source: str = "log-probabilities in the rows"
-    others: AdaptersOff | FrozenModel | None = None
+    for_others: AdaptersOff | FrozenModel | None = None
 
     def logps(self, policy: nn.Module, batch: PairBatch, ld_alpha: float | None = None) -> Tensor:
         if batch.reference_logps_S is not None:
             return batch.reference_logps_S
-        if self.others is None:
+        if self.for_others is None:
             raise ValueError(
                 f"want {' and '.join(REFERENCE_COLUMNS)} in every row, got a batch without: the "
                 f"reference ({self.source}) is not there to score it; precompute_ref_log_probs "
                 "scores train_dataset and eval_dataset as the constructor gets them"
             )
-        return self.others.logps(policy, batch, ld_alpha)
+        return self.for_others.logps(policy, batch, ld_alpha)
 
 
 Reference = RowLogps | AdaptersOff | FrozenModel
 
 
-@torch.no_grad()
+def scorer_of(reference: Reference) -> AdaptersOff | FrozenModel | None:
+    """What scores rows without log-probabilities."""
+    return reference.for_others if isinstance(reference, RowLogps) else reference
+
+
 def _frozen_logps(model: nn.Module, batch: PairBatch, ld_alpha: float | None) -> Tensor:
     if batch.reference_logps_S is not None:
         raise ValueError(
@@ -142,13 +146,14 @@ def frozen_copy(policy: nn.Module, *, share_frozen: bool = True) -> nn.Module:
     return copy.deepcopy(policy, {id(each): each for each in tensors}).requires_grad_(False).eval()
 
 
-def apart(policy: nn.Module, reference: Reference) -> Reference:
-    """`reference` once `policy` trains: the policy, if it was that itself, scores no new rows.
+def once_training(policy: nn.Module, reference: Reference) -> Reference:
+    """The reference to train with: `reference`, but that the policy scores no more rows for it.
 
     ValueError where something trains that the reference has too: it would follow the policy.
     """
     if isinstance(reference, RowLogps):
-        is_policy = isinstance(reference.others, FrozenModel) and reference.others.model is policy
+        scorer = reference.for_others
+        is_policy = isinstance(scorer, FrozenModel) and scorer.model is policy
         return RowLogps(reference.source) if is_policy else reference
     own = reference.frozen if isinstance(reference, AdaptersOff) else reference.model.parameters()
     trained = {parameter for parameter in policy.parameters() if parameter.requires_grad}

@@ -3,12 +3,12 @@
 Then every log-ratio is 0 and the sigmoid loss is ln 2; other losses start elsewhere.
 """
 
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
 from fastdpo.config import DPOConfig
 from fastdpo.losses import PairLoss
+from fastdpo.reference_logps import AdaptersOff, Reference, scorer_of
 
 logger = logging.get_logger(__name__)
 
@@ -18,7 +18,7 @@ TOLERANCE = 1e-2  # nats, of a completion's log-probability
 
 
 def check_start(
-    losses: PairLoss, reference_logps_S: Tensor, policy: nn.Module, args: DPOConfig, source: str
+    losses: PairLoss, reference_logps_S: Tensor, reference: Reference, args: DPOConfig
 ) -> None:
     """Warn, and say why, if the policy's first log-probabilities are not the reference's.
 
@@ -28,12 +28,12 @@ def check_start(
     if not difference <= TOLERANCE:  # NaN must not pass
         logger.warning(
             "the policy does not start at its reference: a completion's log-probability under the "
-            f"policy and under the reference ({source}) differ by up to {difference:.3g} nats "
-            f"before the first step. {_why(policy, args)}"
+            f"policy and under the reference ({reference.source}) differ by up to "
+            f"{difference:.3g} nats before the first step. {_why(reference, args)}"
         )
 
 
-def _why(policy: nn.Module, args: DPOConfig) -> str:
+def _why(reference: Reference, args: DPOConfig) -> str:
     if not args.disable_dropout:
         return (
             "The policy may run with dropout and the reference runs without: set "
@@ -44,11 +44,8 @@ def _why(policy: nn.Module, args: DPOConfig) -> str:
             "NEFTune adds noise to the policy's embeddings and none to the reference's "
             "(neftune_noise_alpha): expect a noisy start."
         )
-    if isinstance(policy, PeftModel):
-        return (
-            "The adapters change the model from the start: they are not initialised to zero, or "
-            "were trained before and the reference is the model without them."
-        )
+    if isinstance(scorer_of(reference), AdaptersOff):
+        return "The adapters change the model from the start: they are not initialised to zero."
     if args.fp16 or args.bf16:
         return (
             "If the reference is another model or was scored elsewhere, this is expected; if it is "

@@ -51,7 +51,7 @@ from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
 from fastdpo.precompute import after_precompute, have_reference_logps, with_reference_logps
 from fastdpo.ranks import one_rank_first
 from fastdpo.reference_cache import ReferenceCache, probe_pairs
-from fastdpo.reference_logps import FrozenModel, RowLogps, apart, make_reference
+from fastdpo.reference_logps import FrozenModel, RowLogps, make_reference, once_training, scorer_of
 from fastdpo.resuming_trainer import ResumingTrainer
 from fastdpo.row_trainer import COLLATORS_LAYOUT, RowTrainer, by_name, map_datasets
 from fastdpo.rows import Rows
@@ -213,8 +213,9 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
     def models(self) -> dict[str, nn.Module]:
         """The policy, and the reference where it is a model of its own, by its argument's name."""
         models = super().models()
-        if isinstance(self.reference, FrozenModel) and self.reference.model is not self.model:
-            models["ref_model"] = self.reference.model
+        scorer = scorer_of(self.reference)
+        if isinstance(scorer, FrozenModel) and scorer.model is not self.model:
+            models["ref_model"] = scorer.model
         return models
 
     @property
@@ -224,7 +225,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         if not self.is_sharded:
-            self.reference = apart(self.model, self.reference)
+            self.reference = once_training(self.model, self.reference)
         return super()._inner_training_loop(*args, **kwargs)
 
     def summary(self) -> str:
@@ -293,7 +294,8 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         is_none = self.is_sharded or self.layout is COLLATORS_LAYOUT or not is_caching_enabled()
         if is_none or not self.is_world_process_zero():
             return None
-        inputs = self.to_device(self.data_collator(probe_pairs(causal_lm_of(self.model))))
+        pairs = probe_pairs(causal_lm_of(self.ref_model or self.model))
+        inputs = self.to_device(self.data_collator(pairs))
         logps_S = self._reference_logps(self.model, PairBatch.from_inputs(inputs))
         return self.reference.cache(self.args.cut, logps_S, ld_alpha=self.args.ld_alpha)
 
@@ -359,7 +361,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             return 0.0 * loss
         if model.training:
             if not self._start_checked and self.state.global_step == 0:
-                check_start(losses, reference_logps_S, self.model, self.args, self.reference.source)
+                check_start(losses, reference_logps_S, self.reference, self.args)
             self._start_checked = True
             tokens = inputs.get("tokens", TokensRun(batch.token_uses.numel()))
             self.count_training(batch, scored, losses, tokens, aux_loss)
@@ -386,7 +388,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         )
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs):
-        """As transformers.Trainer's; dataset_name is what TRL's scripts call `dataset`."""
+        """As transformers.Trainer's, which calls `dataset` what TRL's scripts call dataset_name."""
         if dataset_name is not None:
             kwargs |= {"dataset": dataset_name, "dataset_tags": dataset_name}
         tags = [tags] if isinstance(tags, str) else tags or []

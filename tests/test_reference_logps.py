@@ -329,6 +329,15 @@ def test_new_rows_are_scored_after_all_others_were(tmp_path, tokenizer, kind):
     assert evaluation(precompute_ref_log_probs=True) == pytest.approx(evaluation(), abs=1e-6)
 
 
+def test_new_rows_are_checked_against_the_model_that_scores_them(tmp_path, tokenizer):
+    small = tiny.model("llama", len(tokenizer) - 1, seed=1)
+    trainer = make_trainer(tmp_path, tokenizer, ref_model=small, precompute_ref_log_probs=True)
+    assert trainer.ref_model is small
+    too_large = {"prompt_ids": [5], "chosen_ids": [len(tokenizer) - 1, 2], "rejected_ids": [6, 2]}
+    with pytest.raises(ValueError, match="eval dataset, pair 0, chosen_ids: want token ids in"):
+        trainer.evaluate(Dataset.from_list([too_large]))
+
+
 def test_the_policy_scores_new_rows_until_it_trains(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, precompute_ref_log_probs=True)
     metrics = trainer.evaluate(Dataset.from_list(tiny.rows(5)))
@@ -343,7 +352,7 @@ def test_weights_that_will_be_sharded_score_no_new_rows(is_sharded):
     policy = tiny.model("llama", tiny.VOCAB)
     reference = FrozenModel(policy, "the policy")
     in_rows = after_precompute(reference, policy, None, is_sharded=is_sharded)
-    assert (in_rows.others is None) is is_sharded
+    assert (in_rows.for_others is None) is is_sharded
 
 
 def test_rows_that_are_scored_are_not_scored_again(tmp_path, tokenizer):

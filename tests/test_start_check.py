@@ -4,21 +4,21 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
-from peft import LoraConfig, get_peft_model
 
+from fastdpo.reference_logps import AdaptersOff, FrozenModel, RowLogps
 from fastdpo.start_check import check_start
 
+COPY, WITHOUT = FrozenModel(None, "a frozen copy"), AdaptersOff(None, ())
 REFERENCE_S = torch.tensor([-10.0, -20.0, -30.0, -40.0])
 PLAIN = {"disable_dropout": True, "neftune_noise_alpha": None, "fp16": False, "bf16": False}
 
 
-def warning(caplog, off_by_S, policy=None, **settings):
+def warning(caplog, off_by_S, reference=COPY, **settings):
     losses = SimpleNamespace(logps_S=REFERENCE_S + torch.tensor(off_by_S))
     args = SimpleNamespace(**(PLAIN | settings))
     with caplog.at_level(logging.WARNING):
-        check_start(losses, REFERENCE_S, policy or torch.nn.Linear(1, 1), args, "a frozen copy")
+        check_start(losses, REFERENCE_S, reference, args)
     return caplog.text
 
 
@@ -47,6 +47,10 @@ def test_the_likeliest_cause_is_named(caplog, settings, why):
     assert why in warning(caplog, [1.0] * 4, **settings)
 
 
-def test_adapters_that_change_the_model_are_named(caplog):
-    policy = get_peft_model(tiny.model("llama", 300), LoraConfig(target_modules="all-linear"))
-    assert "The adapters change the model from the start" in warning(caplog, [1.0] * 4, policy)
+@pytest.mark.parametrize("reference", [WITHOUT, RowLogps("scored before", WITHOUT)])
+def test_adapters_that_change_the_model_are_named(caplog, reference):
+    assert "The adapters change the model from the start" in warning(caplog, [1.0] * 4, reference)
+
+
+def test_a_reference_from_elsewhere_says_nothing_of_adapters(caplog):
+    assert "adapters" not in warning(caplog, [1.0] * 4, RowLogps())
