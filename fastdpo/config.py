@@ -1,13 +1,11 @@
-"""DPOConfig: transformers.TrainingArguments plus DPO's own settings; checks itself.
+"""DPOConfig: transformers.TrainingArguments plus DPO's own settings, checked (config_check.py).
 
 Names, meanings and defaults are those of TRL 1.16's DPOConfig, so that a script or a YAML file
 moves over unchanged. Two defaults differ, and both are written beside the field: `bf16` where
 there is no GPU, and `logging_nan_inf_filter`.
 """
 
-import json
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
@@ -15,10 +13,11 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from fastdpo.collate import LAYOUTS
 from fastdpo.columns import Cut
+from fastdpo.config_check import check_mappings, check_settings, count_or_auto
 from fastdpo.kernels.linear_logps import HEAD_CACHE_BYTES
-from fastdpo.losses import BATCH_LOSSES, F_DIVERGENCES, LOSS_TYPES, SMOOTHED, WITH_F_DIVERGENCE
+from fastdpo.losses import BATCH_LOSSES, F_DIVERGENCES, LOSS_TYPES, WITH_F_DIVERGENCE
 from fastdpo.model import TOKEN_STATS
-from fastdpo.setting import count_or_auto, setting, want
+from fastdpo.setting import setting
 
 logger = logging.get_logger(__name__)
 
@@ -198,16 +197,12 @@ class DPOConfig(TrainingArguments):
         self.max_tokens_per_forward = count_or_auto(
             "max_tokens_per_forward", self.max_tokens_per_forward
         )
-        self._check_objects()
+        check_mappings(self)
         has_own_accelerator_config = self.accelerator_config is not None
         super().__post_init__()
         if not has_own_accelerator_config:  # the CPU goes on while batches move from pinned memory
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
-        self._check_loop()
-        self._check_choices()
-        self._check_values()
-        self._check_loss()
-        self._check_unsupported()
+        check_settings(self)
         # ranks' batches differ in width, and a packed row is no batch of rows to share out
         self.accelerator_config.dispatch_batches = False
         if self.use_liger_kernel:  # its head would take the place of fastdpo's
@@ -274,118 +269,3 @@ class DPOConfig(TrainingArguments):
             "discopop_tau": self.discopop_tau,
             "ld_alpha": self.ld_alpha,
         }
-
-    def _check_objects(self):
-        """Settings that are mappings, which the command line hands over as JSON text."""
-        for name in self._VALID_DICT_FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, str) and value.startswith("{"):
-                try:
-                    json.loads(value)
-                except ValueError as error:
-                    raise ValueError(f"DPOConfig: want {name} as JSON: {error}") from error
-            elif name.endswith("_kwargs"):
-                want(isinstance(value, dict | None), f"{name} as a mapping", value)
-
-    def _check_loop(self):
-        """Values that transformers would refuse late, or train no step with."""
-        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
-        for name in (*sizes, "gradient_accumulation_steps"):
-            want(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
-        counts = ("num_train_epochs", "dataloader_num_workers")
-        for name in ("learning_rate", "weight_decay", "warmup_steps", *counts):
-            value = getattr(self, name)
-            want(0 <= value < math.inf, f"{name} >= 0", value)
-        norm, alpha = self.max_grad_norm, self.neftune_noise_alpha
-        # inf measures, and clips none; 0 does neither
-        want(norm is not None and norm >= 0, "max_grad_norm >= 0", norm)
-        want(alpha is None or 0 <= alpha < math.inf, "neftune_noise_alpha >= 0", alpha)
-
-    def _check_choices(self):
-        for each in fields(self):
-            choices, value = each.metadata.get("choices"), getattr(self, each.name)
-            if choices and each.name in DPOConfig.__annotations__:  # transformers checks its own
-                want(value in choices, f"{each.name} in {choices}", value)
-
-    def _check_values(self):
-        # one token cannot be predicted and predict
-        want(self.max_length is None or self.max_length >= 2, "max_length >= 2", self.max_length)
-        want(self.head_cache_bytes >= 0, "head_cache_bytes >= 0", self.head_cache_bytes)
-        want(0 <= self.head_skip_below < 1, "head_skip_below in [0, 1)", self.head_skip_below)
-        coef, batch_size = self.router_aux_loss_coef, self.precompute_ref_batch_size
-        want(coef is None or 0 <= coef < math.inf, "router_aux_loss_coef >= 0", coef)
-        want(batch_size is None or batch_size > 0, "precompute_ref_batch_size > 0", batch_size)
-        share, steps = self.ref_model_mixup_alpha, self.ref_model_sync_steps
-        want(0 < share <= 1, "ref_model_mixup_alpha in (0, 1]", share)
-        want(steps >= 1, "ref_model_sync_steps >= 1", steps)
-        want(
-            not (self.sync_ref_model and self.precompute_ref_log_probs),
-            "precompute_ref_log_probs=False with sync_ref_model (the reference changes)",
-            self.precompute_ref_log_probs,
-        )
-        weights, alpha = self.loss_weights, self.f_alpha_divergence_coef
-        want(weights is None or _are_finite(weights), "loss_weights as finite numbers", weights)
-        want(_are_finite([alpha]), "a finite f_alpha_divergence_coef", alpha)
-        want(
-            self.max_tokens_per_forward is None or self.include_num_input_tokens_seen == "no",
-            "include_num_input_tokens_seen no with max_tokens_per_forward (num_tokens is logged)",
-            self.include_num_input_tokens_seen,
-        )
-
-    def _check_loss(self):
-        are_known = bool(self.loss_type) and set(self.loss_type) <= set(LOSS_TYPES)
-        want(are_known, f"loss_type some of {LOSS_TYPES}", self.loss_type)
-        count = len(self.loss_type)
-        want(
-            self.loss_weights is None or len(self.loss_weights) == count,
-            f"loss_weights with {count} weights, as loss_type has",
-            self.loss_weights,
-        )
-        want(0 < self.beta < math.inf, "beta > 0", self.beta)
-        want(self.discopop_tau > 0, "discopop_tau > 0", self.discopop_tau)
-        smoothing = self.label_smoothing
-        want(0 <= smoothing < 0.5, "label_smoothing in [0, 0.5)", smoothing)
-        if "exo_pair" in self.loss_type:
-            want(smoothing > 0, "label_smoothing > 0 with loss_type exo_pair (1e-3)", smoothing)
-        want(
-            not smoothing or set(self.loss_type) & set(SMOOTHED),
-            f"label_smoothing 0 with loss_type {self.loss_type} (it is read by {SMOOTHED})",
-            smoothing,
-        )
-        alpha = self.ld_alpha
-        want(alpha is None or 0 <= alpha <= 1, "ld_alpha in [0, 1]", alpha)
-        divergence = self.f_divergence_type
-        want(
-            divergence == "reverse_kl" or set(self.loss_type) <= set(WITH_F_DIVERGENCE),
-            f"f_divergence_type reverse_kl with loss_type {self.loss_type} (others go with "
-            f"{WITH_F_DIVERGENCE})",
-            divergence,
-        )
-        want(
-            not (self.mixes_pairs and self.use_weighting),
-            f"use_weighting=False with loss_type {self.loss_type} (in {BATCH_LOSSES}, no pair has "
-            "a loss of its own to weigh)",
-            self.use_weighting,
-        )
-        is_noisy = not self.disable_dropout or self.neftune_noise_alpha
-        want(
-            not (self.mixes_pairs and is_noisy) or self.max_tokens_per_forward is None,
-            f"max_tokens_per_forward unset with loss_type {self.loss_type} and noise, of dropout "
-            "or neftune_noise_alpha (a pack is run twice, and two forwards have different noise)",
-            self.max_tokens_per_forward,
-        )
-
-    def _check_unsupported(self):
-        """What fastdpo does not run yet: refused where it is switched on."""
-        offloading = self.activation_offloading
-        want(not offloading, "activation_offloading=False (True is not there yet)", offloading)
-        dispatch = self.accelerator_config.dispatch_batches
-        want(not dispatch, "dispatch_batches=False in accelerator_config", dispatch)
-        liger = (self.liger_kernel_config or {}).get("fused_linear_cross_entropy")
-        want(not liger, "fused_linear_cross_entropy=False in liger_kernel_config", liger)
-
-
-def _are_finite(values: Any) -> bool:
-    """Whether `values` is a list of finite numbers."""
-    is_list = isinstance(values, (list, tuple))
-    return is_list and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
