@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fastdpo.kernels.products import has_fast_mkl
 
-# Of these a program reads one number: code for an aligned address of its own would gain nothing.
-OF_ROWS = ["labels_ptr", "peak_ptr", "total_ptr", "label_logit_ptr", "rescale_ptr"]
-OF_ROWS += ["exp_z_sum_ptr", "z_sum_ptr", "exp_square_sum_ptr"]
+# A program reads one number of each: a variant compiled for aligned addresses would gain nothing.
+ONE_NUMBER_A_ROW = ["labels_ptr", "peak_ptr", "total_ptr", "label_logit_ptr", "rescale_ptr"]
+ONE_NUMBER_A_ROW += ["exp_z_sum_ptr", "z_sum_ptr", "exp_square_sum_ptr"]
 LOG2_E = math.log2(math.e)
 MOST_IN_REGISTERS = 8192  # columns: a row up to this long is read once and stays in registers
 BLOCK_T = 1024  # columns read at a time in a longer row, which is read twice
@@ -92,23 +92,23 @@ def _torch_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):
     c_NT = None if softcap is None else (z_NT / softcap).square_().neg_().add_(1.0)
     if softmax.z_sum_N is not None:
         softmax.z_sum_N.add_(z_NT.sum(1))
-    if softmax.exp_z_sum_N is None:
-        exp_NT = _exp_(z_NT.sub_(peak_N[:, None]))  # in z's memory
-    else:
-        exp_NT = _exp_(z_NT - peak_N[:, None])
-        z_NT.clamp_(min=torch.finfo(z_NT.dtype).min)  # 0 times a logit of -inf is 0
-        softmax.exp_z_sum_N.mul_(softmax.rescale_N).add_(torch.linalg.vecdot(exp_NT, z_NT))
+    # 0 times a logit of -inf is 0
+    copy_NT = None if softmax.exp_z_sum_N is None else z_NT.clamp(min=torch.finfo(z_NT.dtype).min)
+    exp_NT = _exp_(z_NT.sub_(peak_N[:, None]))  # in z's memory, whose rows start at whole vectors
+    if copy_NT is not None:
+        dots_N = torch.linalg.vecdot(exp_NT, copy_NT)
+        softmax.exp_z_sum_N.mul_(softmax.rescale_N).add_(dots_N)
     if softmax.exp_square_sum_N is not None:
         squares_N = torch.linalg.vecdot(exp_NT, exp_NT)
         softmax.exp_square_sum_N.mul_(softmax.rescale_N.square()).add_(squares_N)
     softmax.total_N.mul_(softmax.rescale_N).add_(exp_NT.sum(1))
     if p_NT is None:
         return
-    made_NT = exp_NT if c_NT is None else exp_NT.mul_(c_NT)
-    label_N1 = made_NT.gather(1, column_N1).masked_fill_(is_here_N[:, None], 0.0)
-    made_NT.scatter_(1, column_N1, label_N1)
-    if made_NT is not p_NT:
-        p_NT.copy_(made_NT)
+    pc_NT = exp_NT if c_NT is None else exp_NT.mul_(c_NT)
+    label_N1 = pc_NT.gather(1, column_N1).masked_fill_(is_here_N[:, None], 0.0)
+    pc_NT.scatter_(1, column_N1, label_N1)
+    if pc_NT is not p_NT:
+        p_NT.copy_(pc_NT)
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def _logit(z_ptr, bias_ptr, t, mask, scale, softcap):
     return z_T
 
 
-@triton.jit(do_not_specialize_on_alignment=OF_ROWS)
+@triton.jit(do_not_specialize_on_alignment=ONE_NUMBER_A_ROW)
 def _fold_kernel(
     z_ptr,
     p_ptr,
@@ -155,7 +155,7 @@ def _fold_kernel(
     is_here = (column >= 0) & (column < width)
     width = BLOCK_T if IS_FULL else width
     tile_peak_T = tl.full((BLOCK_T,), -float("inf"), tl.float32)
-    end = 1 if IS_ONE_BLOCK else width
+    end = 1 if IS_ONE_BLOCK else width  # one pass, which is then known when compiled
     for first in range(0, end, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         z_T = _logit(z_ptr, bias_ptr, t, t < width, scale, softcap)
@@ -183,11 +183,12 @@ def _fold_kernel(
             exp_square_T = exp_T * exp_T
             exp_square_sum_T = exp_square_T if IS_ONE_BLOCK else exp_square_sum_T + exp_square_T
         if p_ptr is not None:
+            p_T = exp_T
             if softcap is not None:
                 capped_T = z_T * (1.0 / softcap)
-                exp_T *= 1.0 - capped_T * capped_T
+                p_T *= 1.0 - capped_T * capped_T
             p_ptrs = p_ptr + n * p_stride + t
-            tl.store(p_ptrs, exp_T.to(p_ptr.dtype.element_ty), mask=t < width)
+            tl.store(p_ptrs, p_T.to(p_ptr.dtype.element_ty), mask=t < width)
     if is_here:
         tl.store(label_logit_ptr + n, label_logit)
     if p_ptr is not None:
@@ -207,7 +208,8 @@ def _fold_kernel(
 
 
 def launch_of(width: int, *, has_sums: bool) -> dict[str, int | bool]:
-    """Launch settings for the fold of one tile. None spills (bench/kernel_report.py); not timed."""
+    """Launch settings for the fold of one tile: all but a few variants keep it in registers
+    (bench/results/kernels.md); not timed."""
     if width > MOST_IN_REGISTERS:
         block = BLOCK_T_OF_SUMS if has_sums else BLOCK_T
         return {"BLOCK_T": block, "IS_ONE_BLOCK": False, "IS_FULL": False, "num_warps": 4}

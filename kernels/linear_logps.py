@@ -26,7 +26,8 @@ from fastdpo.kernels.tiles import Settings, Tiles
 from fastdpo.kernels.vocabulary_walk import walk, weight_gradients
 
 MIN_ROWS = 16  # fewer are padded: a product of fewer rows may sum in another order
-HEAD_CACHE_BYTES = 1 << 30  # all p of 8192 rows of a bfloat16 head of 131072 x 4096
+# with the gradient's own memory, room for all p of 8192 rows of a bfloat16 head of 131072 x 4096
+HEAD_CACHE_BYTES = 1 << 30
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -75,7 +76,8 @@ class _LinearLogps(torch.autograd.Function):
                 tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
                 # where a row's answer is NaN, so are all gradients
                 p_coefficient_N = dlogps_N.to(settings.wide) * -settings.scale + 0 * dlogp_dlabel_N
-                dfactors[1::2], dbias_V = weight_gradients(  # autograd narrows the bias's
+                # dbias_V is float32: autograd casts it to the bias's dtype
+                dfactors[1::2], dbias_V = weight_gradients(
                     tiles, p_coefficient_N, peak_N, log_total_N, dlogp_dlabel_N, ctx.kept
                 )
         return None, None, dbias_V, *dfactors
@@ -88,7 +90,8 @@ def _logps_and_slopes(tiles: Tiles, softmax: RunningSoftmax) -> tuple[Tensor, Te
     """
     settings, log_total_N = tiles.settings, softmax.total_N.log()
     if settings.softcap is not None:
-        for term in tiles.terms:  # tanh makes a finite logit of an infinite hidden state
+        # tanh makes a finite logit of an infinite hidden state: 0 * inf puts the NaN back
+        for term in tiles.terms:
             norm_N = torch.linalg.vector_norm(term.x_NK, torch.inf, 1, dtype=settings.wide)
             log_total_N += 0 * norm_N
     # the peak first: lse has the rounding of a logit, which may be larger than logp
@@ -148,8 +151,8 @@ def linear_logps(
         then (token_logps_N, {name: (N,)}).
     head_cache_bytes: for tiles of p kept from the forward for a trained weight's gradient, beyond
         those that fit into the gradient's own memory (p of D of the N rows, where both have the
-        same dtype). A tile that is not kept costs one more product. Results differ by rounding
-        alone.
+        same dtype; on a GPU in tiles of 1024 rows and more). A tile that is not kept costs one more
+        product. Results differ by rounding alone.
     skip_below: leave columns of the vocabulary out of the second product whose p c is less than
         this in every row of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12).
         Log-probabilities and the gradients of head_VD, up_VR and bias_V do not change; a row of
@@ -160,8 +163,8 @@ def linear_logps(
         torch's in both.
 
     Memory beside the result, frozen: (N, D) in float32, kept for the backward, and the tiles, some
-    MiB on a CPU, at most 256 MiB on a GPU. A trained weight also keeps its inputs, its gradient's
-    memory and the cache until the backward. README.md counts all of it.
+    MiB on a CPU, 256 MiB on a GPU (340 where operands are converted). A trained weight also keeps
+    its inputs, its gradient's memory and the cache until the backward. README.md counts all of it.
 
     Deterministic: the same inputs give the same bits. On a CPU a row's log-probability, and its
     statistics except the entropy, are also batch-invariant: the same bits whatever rows are scored

@@ -80,5 +80,5 @@ def _row_dots(tiles: Tiles, term: Term, y: Tensor) -> Tensor:
 def _mean_w(tiles: Tiles, term: Term) -> Tensor:
     """Mean row of the term's weight: (1, K)."""
     wide = tiles.settings.wide
-    pieces = (term.w_VK[columns].sum(0, True, dtype=wide) for columns in tiles.columns)
+    pieces = (term.w_pieces[columns].sum(0, True, dtype=wide) for columns in tiles.columns)
     return sum(pieces) / tiles.V

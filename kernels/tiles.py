@@ -13,7 +13,7 @@ from fastdpo.kernels.products import HeadRows, Term
 
 # Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
 # Each tile of columns reads and writes all of u once: a GPU's are as wide as the rows that the fold
-# can keep in registers.
+# can keep in registers (fold.MOST_IN_REGISTERS).
 TILE_ROWS = {"cpu": 512, "cuda": 4096}
 TILE_COLUMNS = {"cpu": 1024, "cuda": 8192}
 FEW_ROWS = 2048  # with fewer, a GPU's tile may be wider, for fewer launches
@@ -110,7 +110,8 @@ def tile_shape(kind: str, N: int, V: int, D: int, room: int) -> tuple[int, int]:
     size = rows * columns
     if kind == "cuda" and room >= LEAST_ROWS:
         rows = min(room, MOST_ROWS)
-    rows = -(-N // -(-N // rows))
+    num_blocks = -(-N // rows)
+    rows = -(-N // num_blocks)  # the longest of even_slices
     if kind == "cuda":
         most = columns if rows >= FEW_ROWS else V
         columns = min(most, max(1, size // max(rows, D) // ROW_MULTIPLE) * ROW_MULTIPLE)
@@ -123,6 +124,9 @@ def slices(total: int, step: int) -> list[slice]:
 
 
 def even_slices(total: int, most: int) -> list[slice]:
-    """The fewest slices of at most `most`, as equal as can be: none is left with a few rows."""
+    """The fewest slices of at most `most`, as equal as can be: none is left with a few rows.
+
+    The longer ones come first, so that memory for the first does for all.
+    """
     count = -(-total // most)
-    return [slice(i * total // count, (i + 1) * total // count) for i in range(count)]
+    return [slice(-(-i * total // count), -(-(i + 1) * total // count)) for i in range(count)]
