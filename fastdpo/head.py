@@ -34,9 +34,9 @@ def _without_adapters(head: nn.Module) -> nn.Module:
 
 def _check_adapter(head: BaseTunerLayer) -> None:
     is_lora = isinstance(head, LoraLayer) and isinstance(head.get_base_layer(), nn.Linear)
-    is_lora = is_lora and isinstance(head.lora_A, nn.ModuleDict)  # AdaLoRA's are parameters
+    is_of_layers = is_lora and isinstance(head.lora_A, nn.ModuleDict)  # AdaLoRA's are parameters
     # DoRA and its like are variants; a bias of B's would be one of the logits
-    if not is_lora or head.lora_variant or any(head.lora_bias.values()):
+    if not is_of_layers or head.lora_variant or any(head.lora_bias.values()):
         raise ValueError(
             "want no adapter on the output embedding but LoRA without variants (DoRA and others) "
             f"or lora_bias, got {type(head).__name__}: leave 'lm_head' out of target_modules, and "

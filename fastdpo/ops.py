@@ -60,10 +60,13 @@ def pair_loss(
     """
     arguments = token_logps_C, cu_seqlens, reference_logps_S
     device = token_logps_C.device
-    of_batch = reference.BATCH_LOSSES.keys() & set(settings.get("loss_type", ()))
-    in_triton = backend_for(device) == "triton" and not of_batch
+    batch_losses = reference.BATCH_LOSSES.keys() & set(settings.get("loss_type", ()))
+    in_triton = backend_for(device) == "triton" and not batch_losses
     if not in_triton:  # the kernel's function checks its arguments itself
-        in_torch = {"batch_losses": tuple(of_batch), "float_dtypes": (torch.float32, torch.float64)}
+        in_torch = {
+            "batch_losses": tuple(batch_losses),
+            "float_dtypes": (torch.float32, torch.float64),
+        }
         _pair_loss.check_pair_loss(*arguments, **settings, **in_torch)
     if device.type == "cpu" or os.environ.get("FASTDPO_DEBUG") == "1":
         _check_lengths(cu_seqlens, token_logps_C.numel())

@@ -13,7 +13,7 @@ Papers and equations are in reference.py, with each twin.
 import triton
 import triton.language as tl
 
-# libdevice has the first two, but Triton's interpreter does not run it
+# libdevice has log1p and expm1, but Triton's interpreter does not run it
 
 
 @triton.jit

@@ -18,6 +18,7 @@ BLOCK_T = 1024  # columns at a time
 def _torch_dlogits(p_NT, out_NT, row_scale_N, dlabel_N, labels_N, start):
     torch.mul(p_NT, row_scale_N[:, None], out=out_NT)
     is_here_N, column_N1 = label_columns(labels_N, start, p_NT.shape[1])
+    # a product, not torch.where: a NaN stays one in every tile
     dlabel_N = (dlabel_N * is_here_N).to(out_NT.dtype)
     out_NT.scatter_add_(1, column_N1, dlabel_N[:, None])
 

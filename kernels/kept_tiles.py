@@ -39,8 +39,8 @@ class KeptTiles:
         if first is None or not first.is_contiguous():
             return torch.empty(0, dtype=dtype)
         memory = first[columns].view(-1)
-        whole = memory.nbytes // dtype.itemsize * dtype.itemsize
-        return memory[: whole // memory.element_size()].view(dtype)
+        whole_bytes = memory.nbytes // dtype.itemsize * dtype.itemsize
+        return memory[: whole_bytes // memory.element_size()].view(dtype)
 
     def take_room(self, block: slice, columns: slice) -> Tensor | None:
         """Memory for a tile's p, handed out once; None if there is none."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from fastdpo.kernels.fold import RunningSoftmax
 from fastdpo.kernels.products import product
 
-# BLOCK_N, BLOCK_T, BLOCK_K by the bytes of an operand: none spills, and a larger BLOCK_T would
-# leave out less; not timed
+# BLOCK_N, BLOCK_T, BLOCK_K by the bytes of an operand: none spills where K is a multiple of 16, and
+# a larger BLOCK_T would leave out less; not timed
 BLOCKS = {2: (128, 64, 128), 4: (64, 32, 128)}
 NUM_WARPS = 8  # for a block of that size
 NUM_STAGES = 5  # one goes to the load of `order`; with Triton's 3, a product would wait for p and w
@@ -103,6 +103,7 @@ def _reached_product_kernel(
 
 
 def _triton_second_product(p_NT, w_TK, u_NK, softmax: RunningSoftmax, skip_below: float) -> None:
+    """As _torch_second_product, but it leaves out blocks of columns for blocks of rows."""
     with torch.cuda.device_of(u_NK):  # Triton launches on the current GPU, wherever tensors are
         N, K = u_NK.shape
         _rescale_kernel[(N,)](u_NK, softmax.rescale_N, K, u_NK.stride(0), RESCALED_AT_ONCE)

@@ -31,8 +31,8 @@ def walk(tiles: Tiles, softmax: RunningSoftmax, kept: KeptTiles) -> list[Tensor 
     for columns in tiles.columns:
         for block, of_block in blocks:
             room = kept.take_room(block, columns)
-            memory = tiles.p_scratch if room is None and is_p_read else room
-            p_NT = _fold_tile(tiles, block, columns, of_block, memory)
+            scratch = tiles.p_scratch if is_p_read else None
+            p_NT = _fold_tile(tiles, block, columns, of_block, scratch if room is None else room)
             if room is not None:
                 kept.keep(block, columns, p_NT, of_block.peak_N)
             for term, u_NK in zip(tiles.terms, u_of_terms, strict=True):
