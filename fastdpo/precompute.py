@@ -72,7 +72,13 @@ def with_reference_logps(
     known_N2 = cache.find(keys) if cache else np.full((len(dataset), 2), np.nan)
     logps_N2 = broadcast(torch.from_numpy(known_N2).to(accelerator.device)).cpu()
     missing = logps_N2.isnan().any(1).nonzero().flatten().tolist()
-    loader = DataLoader(dataset.select(missing), batch_size=batch_size, collate_fn=collator)
+    # torch's own generator would give training other noise than where all rows are in the cache
+    loader = DataLoader(
+        dataset.select(missing),
+        batch_size=batch_size,
+        collate_fn=collator,
+        generator=torch.Generator(),
+    )
     scored = _scored(loader, reference_logps, accelerator) if missing else iter(())
     rows = iter(missing)
     while lot := [*itertools.islice(scored, BATCHES_AT_ONCE)]:
