@@ -57,7 +57,7 @@ def load_policy(
     model is placed on the current GPU, any other is left for the trainer to place. ValueError for
     weights that cannot be read or are not all there, and for adapters beside or in place of them.
     """
-    if Path(name, init_kwargs.get("subfolder", ""), "adapter_config.json").is_file():
+    if Path(name, init_kwargs.get("subfolder") or "", "adapter_config.json").is_file():
         raise ValueError(HAS_ADAPTERS.format(name))
     old_name = init_kwargs.pop("torch_dtype", None)
     dtype = init_kwargs.pop("dtype", None) or old_name or "float32"

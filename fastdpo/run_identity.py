@@ -117,8 +117,9 @@ def _is_cached(file: Path) -> bool:
 def _model_hash(paths: list[Path]) -> str:
     """A hash of a model's configuration, tokenizer and weights; of a large file, its two ends."""
     kinds = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
-    inside = ([*path.iterdir()] if path.is_dir() else [path] for path in paths)
-    files = sorted(p for files in inside for p in files if p.suffix in kinds)
+    files = [path for path in paths if path.is_file()]
+    for folder in (path for path in paths if path.is_dir()):
+        files += sorted(path for path in folder.iterdir() if path.suffix in kinds)
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
