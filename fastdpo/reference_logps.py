@@ -147,17 +147,20 @@ def frozen_copy(policy: nn.Module, *, share_frozen: bool = True) -> nn.Module:
 
 
 def once_training(policy: nn.Module, reference: Reference) -> Reference:
-    """The reference to train with: `reference`, but that the policy scores no more rows for it.
+    """The reference to train with, which must not follow the policy.
 
-    ValueError where something trains that the reference has too: it would follow the policy.
+    Where something trains that the reference has too, rows that are scored keep their
+    log-probabilities and no others are scored; ValueError where none are.
     """
-    if isinstance(reference, RowLogps):
-        scorer = reference.for_others
-        is_policy = isinstance(scorer, FrozenModel) and scorer.model is policy
-        return RowLogps(reference.source) if is_policy else reference
-    own = reference.frozen if isinstance(reference, AdaptersOff) else reference.model.parameters()
+    scorer = scorer_of(reference)
+    if scorer is None:
+        return reference
+    own = scorer.frozen if isinstance(scorer, AdaptersOff) else scorer.model.parameters()
     trained = {parameter for parameter in policy.parameters() if parameter.requires_grad}
-    if shared := trained.intersection(own):
+    shared = trained.intersection(own)
+    if shared and isinstance(reference, RowLogps):
+        return RowLogps(reference.source)
+    if shared:
         raise ValueError(
             "want what trains to have requires_grad before DPOTrainer is made, which shares the "
             f"rest with its reference, got {len(shared)} parameters that were frozen then"
@@ -187,7 +190,7 @@ def make_reference(
     if in_rows:
         return RowLogps()
     if ref_model is not None:
-        return _placed(ref_model.requires_grad_(False).eval(), "ref_model", device)
+        return _placed(ref_model.eval(), "ref_model", device)
     if has_new_adapters and _adapters_alone_train(policy) and not _base_was_changed(policy):
         frozen = tuple(each for each in policy.parameters() if not each.requires_grad)
         return AdaptersOff(policy, frozen)

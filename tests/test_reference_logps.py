@@ -347,6 +347,34 @@ def test_the_policy_scores_new_rows_until_it_trains(tmp_path, tokenizer):
         trainer.evaluate(Dataset.from_list(tiny.rows()))
 
 
+def test_a_reference_that_begins_to_train_scores_no_new_rows(tmp_path, tokenizer):
+    lora = LoraConfig(**LORA)
+    trainer = make_trainer(tmp_path, tokenizer, peft_config=lora, precompute_ref_log_probs=True)
+    trainer.model.get_input_embeddings().requires_grad_(True)
+    trainer.train()
+    with pytest.raises(ValueError, match="is not there to score it"):
+        trainer.evaluate(Dataset.from_list(tiny.rows(5)))
+
+
+def test_a_ref_model_may_go_on_to_train(tmp_path, tokenizer):
+    policy = make_trainer(tmp_path, tokenizer)
+    make_trainer(tmp_path, tokenizer, ref_model=policy.model)
+    before = weights(policy.model)
+    policy.train()
+    assert any(not torch.equal(w, before[n]) for n, w in weights(policy.model).items())
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_scoring_ahead_draws_nothing_from_torchs_generator(tmp_path, tokenizer, adapters):
+    def state(**settings):
+        if adapters:
+            settings["peft_config"] = LoraConfig(**LORA)
+        make_trainer(tmp_path, tokenizer, **settings)
+        return torch.get_rng_state()
+
+    assert torch.equal(state(precompute_ref_log_probs=True), state())
+
+
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_weights_that_will_be_sharded_score_no_new_rows(is_sharded):
     policy = tiny.model("llama", tiny.VOCAB)
