@@ -109,6 +109,8 @@ class ResumingTrainer(Trainer):
     def _load_best_model(self):
         if not self._loads(self.state.best_model_checkpoint):
             super()._load_best_model()
+        if self.follower:
+            self.follower.load(self.state.best_model_checkpoint)
 
 
 def _set_epoch(sampler: Any, epoch: int) -> None:

@@ -5,6 +5,7 @@ import logging
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from trainers import LORA, logged, make_trainer, weights
 
@@ -56,6 +57,25 @@ def test_a_resumed_run_goes_on_with_its_reference(tmp_path, tokenizer):
         resumed.ref_model.named_parameters(), whole.ref_model.parameters(), strict=True
     ):
         assert torch.equal(one, other), name
+
+
+def test_the_best_model_comes_with_its_reference(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        max_steps=4,
+        learning_rate=0.05,  # too high to get better
+        eval_dataset=Dataset.from_list(tiny.rows(4)),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        **FOLLOWING | {"ref_model_sync_steps": 1},
+    )
+    trainer.train()
+    assert trainer.state.best_global_step < 4
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
 
 
 def test_a_checkpoint_without_the_reference_starts_it_again_and_says_so(
