@@ -62,6 +62,7 @@ from fastdpo.trainer_check import (
     check_arguments,
     check_best_metric,
     check_enough_rows,
+    check_experts_checkpoints,
     check_models,
     check_overrides,
     redefines,
@@ -184,6 +185,8 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         self.router_aux_loss_coef = aux_loss_weight(
             causal_lm_of(self.model), args.router_aux_loss_coef
         )
+        if self.aux_loss_enabled:
+            check_experts_checkpoints(args)
         datasets = {"train": self.train_dataset, **by_name(self.eval_dataset, "eval")}
         self.reference = make_reference(
             self.model,

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
@@ -47,6 +48,7 @@ def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
             "want ref_model apart from model, got one with weights that train in both; leave it "
             "out for the model as it is now"
         )
+    _check_bare_layers(model, ref_model, peft_config)
     if peft_config is not None:
         _check_peft_config(peft_config, model)
     elif not trained and not isinstance(model, str):
@@ -54,6 +56,25 @@ def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
             "want a model with something to train, got none of its parameters with requires_grad "
             "(PeftModel.from_pretrained wants is_trainable=True)"
         )
+
+
+def _check_bare_layers(model: Any, ref_model: Any, peft_config: Any) -> None:
+    """ValueError for adapters in the layers of a model that is no PeftModel.
+
+    New ones would take their place or train beside them, and a checkpoint would not hold them; but
+    those that transformers put there, it trains and saves.
+    """
+    for name, each in {"model": model, "ref_model": ref_model}.items():
+        is_bare = isinstance(each, PreTrainedModel)
+        if not is_bare or not any(isinstance(part, BaseTunerLayer) for part in each.modules()):
+            continue
+        are_kept = getattr(each, "_hf_peft_config_loaded", False)
+        if not are_kept or (name == "model" and peft_config is not None):
+            raise ValueError(
+                f"want {name} without adapters, got {type(each).__name__} with some in its layers, "
+                "of its folder (adapter_config.json) or from an earlier peft_config or "
+                "get_peft_model: load it again, merge them into it, or give the PeftModel itself"
+            )
 
 
 def _check_peft_config(config: Any, model: str | PreTrainedModel | PeftModel) -> None:
@@ -136,6 +157,16 @@ def _check_checkpointing(settings: dict[str, Any]) -> None:
         raise ValueError(
             f"want gradient_checkpointing_kwargs that torch can take, got {detail}"
         ) from error
+
+
+def check_experts_checkpoints(args: DPOConfig) -> None:
+    """ValueError for reentrant checkpoints, within which a load-balancing loss has no gradient."""
+    kwargs = args.gradient_checkpointing_kwargs or {}
+    if args.gradient_checkpointing and kwargs.get("use_reentrant", False):
+        raise ValueError(
+            "want use_reentrant=False in gradient_checkpointing_kwargs with experts, got True: "
+            "their load-balancing loss would have no gradient (router_aux_loss_coef=0 drops it)"
+        )
 
 
 def check_enough_rows(args: DPOConfig, num_rows: int) -> None:

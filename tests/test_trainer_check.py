@@ -117,6 +117,32 @@ def test_arguments_that_do_not_fit_are_refused(tokenizer, nothing_spent, wrong, 
         build(tokenizer, **wrong)
 
 
+def test_experts_are_balanced_with_no_reentrant_checkpoints(tokenizer):
+    model = tiny.model("mixtral", len(tokenizer))
+    settings = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="want use_reentrant=False .* with experts, got True"):
+        build(tokenizer, model=model, settings=settings)
+    build(tokenizer, model=model, settings=settings | {"router_aux_loss_coef": 0.0})
+
+
+@pytest.mark.parametrize("has_new", [False, True], ids=["alone", "under new ones"])
+@pytest.mark.parametrize("name", ["model", "ref_model"])
+def test_adapters_that_a_wrapper_left_in_the_layers_are_refused(
+    tokenizer, nothing_spent, name, has_new
+):
+    base = get_peft_model(tiny.model("llama", len(tokenizer)), LORA).get_base_model()
+    adapters = {"peft_config": LORA} if has_new else {}
+    with pytest.raises(ValueError, match=f"want {name} without adapters, got LlamaForCausalLM"):
+        build(tokenizer, **{name: base}, **adapters)
+
+
+def test_adapters_that_transformers_loaded_are_trained_but_take_no_others(tokenizer, nothing_spent):
+    model = tiny.model("llama", len(tokenizer))
+    model.add_adapter(LORA)
+    with pytest.raises(ValueError, match="want model without adapters"):
+        build(tokenizer, model=model, peft_config=LORA)
+
+
 @pytest.mark.parametrize("kind", ["the policy", "under its adapters", "one tensor"])
 def test_a_reference_that_would_train_is_refused(tokenizer, nothing_spent, kind):
     model = ref_model = tiny.model("llama", len(tokenizer))
