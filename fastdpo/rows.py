@@ -17,6 +17,7 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
+from transformers.utils import logging
 
 from fastdpo.csv_rows import csv_rows
 from fastdpo.json_rows import json_rows
@@ -32,6 +33,8 @@ from fastdpo.preferences import (
     warn_of_unread,
 )
 from fastdpo.row_errors import FieldError, RowError
+
+logger = logging.get_logger(__name__)
 
 READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows}
 SUFFIXES = (*READERS, ".parquet")
@@ -189,12 +192,27 @@ def _files_to_read(path: Path, source: dict[str, Any]) -> dict[str, list[str]]:
     elif path.is_dir() or source["path"] in ("json", "csv"):
         builder = _load(str(path), datasets.load_dataset_builder, **source)
         files = {str(split): [*names] for split, names in builder.config.data_files.items()}
+        if path.is_dir() and not (source["data_files"] or source["data_dir"]):
+            _warn_of_others(path, chain(*files.values()))
     else:
         return {}
     are_ours = all(
         Path(name).suffix in READERS and Path(name).is_file() for name in chain(*files.values())
     )
     return files if are_ours else {}
+
+
+def _warn_of_others(folder: Path, files: Iterable[str]) -> None:
+    """Warn of files beside those that are read: `datasets` takes one format of a folder, and where
+    some names have a split in them, no others."""
+    read = {Path(name).resolve() for name in files}
+    rows = [each for each in sorted(folder.iterdir()) if each.suffix in SUFFIXES]
+    unread = [each.name for each in rows if each.resolve() not in read and each.name[0] not in "._"]
+    if unread:
+        logger.warning_once(
+            f"{folder}: {len(read)} files are read, {len(unread)} are not, such as {unread[0]}: "
+            "want one format, and a split in all of their names (train-2.jsonl) or in none"
+        )
 
 
 def _read_split(

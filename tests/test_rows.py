@@ -75,6 +75,22 @@ def test_the_files_of_a_folder_are_read_as_single_ones_are(streaming, tmp_path, 
     assert [row["chosen"] for row in rows][:2] == [None, "2026-01-31"]
 
 
+@pytest.mark.parametrize(
+    ("names", "unread"),
+    [
+        (["train.jsonl", "more.jsonl"], "more.jsonl"),
+        (["a.jsonl", "b.jsonl", "c.csv"], "c.csv"),
+        (["a.jsonl", "b.jsonl", ".c.jsonl", "notes.txt"], None),
+        (["train-1.jsonl", "train-2.jsonl", "test.jsonl"], None),
+    ],
+)
+def test_files_of_a_folder_that_stay_unread_are_named(names, unread, tmp_path, caplog):
+    for name in names:
+        write_lines(tmp_path / name, tiny.rows(1))
+    load_rows(str(tmp_path))
+    assert (f"1 are not, such as {unread}" in caplog.text) if unread else not caplog.text
+
+
 def test_files_that_are_elsewhere_are_read_by_datasets(monkeypatch):
     url = "https://somewhere/rows.jsonl"
     there, read = types.SimpleNamespace(config=types.SimpleNamespace()), []
