@@ -331,7 +331,8 @@ def test_a_loss_setting_may_change_between_steps_by_the_name_that_trl_has(tmp_pa
 
 
 def test_each_loss_setting_may_be_set_by_the_name_that_trl_has(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer)
+    trainer = make_trainer(tmp_path, tokenizer, loss_weights=[2.0])
+    callers, before = trainer.args, trainer.args.to_dict()
     changed = {
         "label_smoothing": 0.1,
         "ld_alpha": 0.5,
@@ -341,7 +342,10 @@ def test_each_loss_setting_may_be_set_by_the_name_that_trl_has(tmp_path, tokeniz
     }
     for name, value in changed.items():
         setattr(trainer, name, value)
+    trainer.loss_weights[0] = 3.0
     assert {name: getattr(trainer.args, name) for name in changed} == changed
+    assert trainer.args.loss_weights == [3.0]
+    assert callers.to_dict() == before  # and may make another trainer
 
 
 def test_a_weight_set_after_the_start_counts_where_none_was_given(tmp_path, tokenizer):
