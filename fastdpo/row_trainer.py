@@ -99,8 +99,10 @@ class RowTrainer(MeasuringTrainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = self.eval_dataset[name] if isinstance(rows, str) else rows
         is_its = self._rows_of_loaders.get(name) is rows
-        if name in loaders and not (is_its and loaders[name].collate_fn is self.data_collator):
-            del loaders[name]
+        if name in loaders and not (is_its and loaders[name].collate_fn == self.data_collator):
+            dropped, kept = loaders.pop(name), self.accelerator._dataloaders
+            # accelerate holds loaders, and with them their workers
+            self.accelerator._dataloaders = [each for each in kept if each is not dropped]
         self._rows_of_loaders[name] = rows
 
     def get_test_dataloader(self, test_dataset: Rows) -> DataLoader:

@@ -1,7 +1,9 @@
 """What training logs, and evaluate() and predict() measure: of every pair once, and all alike."""
 
 import copy
+import gc
 import math
+import multiprocessing
 
 import pytest
 import tiny
@@ -73,6 +75,7 @@ def test_logits_may_be_made_into_several_tensors(tmp_path, tokenizer, kind):
 
 
 def test_workers_that_stay_serve_what_is_asked_for_now(tmp_path, tokenizer):
+    others = set(multiprocessing.active_children())
     rows = Dataset.from_list(tiny.rows(4))
     trainer = make_trainer(
         tmp_path,
@@ -85,8 +88,12 @@ def test_workers_that_stay_serve_what_is_asked_for_now(tmp_path, tokenizer):
     trainer.evaluate()
     assert trainer.get_eval_dataloader() is trainer.get_eval_dataloader(), "kept"
     trainer.compute_metrics = lambda prediction: {"rows": len(prediction.label_ids)}
-    assert trainer.evaluate()["eval_rows"] == 8
+    for _ in range(2):
+        assert trainer.evaluate()["eval_rows"] == 8
+        assert trainer.get_eval_dataloader() is trainer.get_eval_dataloader(), "kept"
     assert trainer.evaluate(rows.select([1]))["eval_rows"] == 2
+    gc.collect()
+    assert len(set(multiprocessing.active_children()) - others) == 1, "of the last loader"
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one", "by-name"])
