@@ -220,6 +220,11 @@ class DPOConfig(TrainingArguments):
         return self.length_column_name if self.train_sampling_strategy in by_length else None
 
     @property
+    def reentrant_checkpoints(self) -> bool:
+        """Whether gradient checkpoints, where there are any, are torch's reentrant ones."""
+        return (self.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+
+    @property
     def mixes_pairs(self) -> bool:
         """Whether what a pair costs depends on the other pairs of its batch."""
         return bool(set(self.loss_type) & set(BATCH_LOSSES))

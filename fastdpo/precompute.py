@@ -19,10 +19,13 @@ from fastdpo.reference_logps import Reference, RowLogps, once_training
 BATCHES_AT_ONCE = 16  # scored before the CPU waits for them and keeps them
 
 
-def have_reference_logps(datasets: Mapping[str, Dataset | IterableDataset]) -> bool:
+def have_reference_logps(
+    datasets: Mapping[str, Dataset | IterableDataset], *, precompute: bool
+) -> bool:
     """Whether the rows of all datasets have reference log-probabilities.
 
-    ValueError if only some do.
+    ValueError if only some do, or if all are to get them, with `precompute`, and one is streamed,
+    which has no place to keep them.
     """
     required = set(REFERENCE_COLUMNS)
     scored = [name for name, rows in datasets.items() if required <= set(rows.column_names)]
@@ -31,6 +34,12 @@ def have_reference_logps(datasets: Mapping[str, Dataset | IterableDataset]) -> b
         raise ValueError(
             f"want {' and '.join(REFERENCE_COLUMNS)} in all datasets or in none, got them in "
             f"{', '.join(scored)} and not in {', '.join(others)}"
+        )
+    streams = [name for name in others if isinstance(datasets[name], IterableDataset)]
+    if precompute and streams:
+        raise ValueError(
+            "want map-style datasets with precompute_ref_log_probs=True, got streamed ones: "
+            f"{', '.join(streams)}"
         )
     return bool(scored)
 
@@ -51,7 +60,7 @@ def after_precompute(
 
 
 def with_reference_logps(
-    dataset: Dataset | IterableDataset,
+    dataset: Dataset,
     *,
     reference_logps: Callable[[PairBatch], Tensor],
     collator: Callable,
@@ -62,12 +71,7 @@ def with_reference_logps(
     """`dataset` with ref_chosen_logps and ref_rejected_logps of every pair, scored over all ranks.
 
     cache: of the main process, None on the others; pairs that are there are not scored again.
-    ValueError for a streamed dataset, which has no place to keep them.
     """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            "want a map-style dataset with precompute_ref_log_probs=True, got a streamed one"
-        )
     keys = cache.keys(dataset) if cache else []
     known_N2 = cache.find(keys) if cache else np.full((len(dataset), 2), np.nan)
     logps_N2 = broadcast(torch.from_numpy(known_N2).to(accelerator.device)).cpu()

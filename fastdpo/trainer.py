@@ -119,7 +119,9 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
     ):
         check_models(model, ref_model, peft_config)
         args = args or DPOConfig(output_dir=f"{Path(model_name(model)).name}-DPO")
-        check_arguments(args, model, train_dataset, data_collator, quantization_config, peft_config)
+        check_arguments(
+            args, model, train_dataset, data_collator, optimizers, quantization_config, peft_config
+        )
         if not self._redefines("evaluate", "evaluation_loop"):
             check_best_metric(args, eval_dataset, compute_metrics)
         check_overrides(type(self), DPOTrainer, args)
@@ -142,13 +144,12 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             quantization_config=quantization_config,
             **init_kwargs,
         )
-        checkpoints = args.gradient_checkpointing_kwargs or {}
         make_ready(
             model,
             ref_model,
             pad_token_id=tokenizer.pad_token_id,
             without_dropout=args.disable_dropout,
-            reentrant_checkpoints=checkpoints.get("use_reentrant", False),
+            reentrant_checkpoints=args.reentrant_checkpoints,
         )
         super().__init__(
             model=model,
@@ -191,7 +192,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         self.reference = make_reference(
             self.model,
             ref_model,
-            in_rows=have_reference_logps(datasets),
+            in_rows=have_reference_logps(datasets, precompute=args.precompute_ref_log_probs),
             has_new_adapters=has_new_adapters,
             precompute=args.precompute_ref_log_probs,
             is_sharded=self.is_sharded,

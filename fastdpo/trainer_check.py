@@ -103,7 +103,8 @@ def check_arguments(
     model: Any,
     train_dataset: Any,
     data_collator: Any,
-    quantization_config: Any,
+    optimizers: tuple[Any, Any] = (None, None),
+    quantization_config: Any = None,
     peft_config: Any = None,
 ) -> None:
     """TypeError or ValueError for other arguments of DPOTrainer; model has passed check_models.
@@ -132,6 +133,7 @@ def check_arguments(
         raise ValueError("want layout='shared' or 'packed' in place of a PackedCollator")
     if data_collator is not None:
         _check_collators_settings(args)
+    _check_optimizer(optimizers[0], model, peft_config)
     adapters = model.active_peft_config if isinstance(model, PeftModel) else peft_config
     if args.gradient_checkpointing and (why := _why_no_checkpoints(adapters)):
         raise ValueError(f"want gradient_checkpointing=False with {why}, got True")
@@ -148,6 +150,24 @@ def check_arguments(
         )
 
 
+def _check_optimizer(optimizer: Any, model: Any, peft_config: Any) -> None:
+    """ValueError for an optimizer made before what is to train, or of something else."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return
+    if isinstance(model, str) or peft_config is not None:
+        got = "model as a name" if isinstance(model, str) else "peft_config"
+        raise ValueError(
+            f"want optimizers of what trains, got {got}, which DPOTrainer makes it of: load the "
+            "model, and put the adapters on it (get_peft_model), before the optimizer is made"
+        )
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(each.requires_grad and each in held for each in model.parameters()):
+        raise ValueError(
+            "want optimizers of what trains, got one that holds no parameter of model with "
+            "requires_grad"
+        )
+
+
 def _check_checkpointing(settings: dict[str, Any]) -> None:
     try:
         one = torch.zeros(1, requires_grad=True)
@@ -161,8 +181,7 @@ def _check_checkpointing(settings: dict[str, Any]) -> None:
 
 def check_experts_checkpoints(args: DPOConfig) -> None:
     """ValueError for reentrant checkpoints, within which a load-balancing loss has no gradient."""
-    kwargs = args.gradient_checkpointing_kwargs or {}
-    if args.gradient_checkpointing and kwargs.get("use_reentrant", False):
+    if args.gradient_checkpointing and args.reentrant_checkpoints:
         raise ValueError(
             "want use_reentrant=False in gradient_checkpointing_kwargs with experts, got True: "
             "their load-balancing loss would have no gradient (router_aux_loss_coef=0 drops it)"

@@ -272,6 +272,16 @@ def test_a_streams_reference_logps_are_used(tmp_path, tokenizer):
     assert abs(logged(kept)[0] - math.log(2)) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_no_row_is_scored_where_a_streams_could_not_be_kept(tmp_path, tokenizer, monkeypatch, name):
+    monkeypatch.setattr("fastdpo.trainer.with_reference_logps", None)
+    rows = {"train": Dataset.from_list(tiny.rows()), "eval": Dataset.from_list(tiny.rows())}
+    rows[name] = stream(tiny.rows())
+    settings = {"train_dataset": rows["train"], "eval_dataset": rows["eval"]}
+    with pytest.raises(ValueError, match=f"want map-style datasets .* got streamed ones: {name}"):
+        make_trainer(tmp_path, tokenizer, precompute_ref_log_probs=True, **settings)
+
+
 @pytest.mark.parametrize("wrap", [Dataset.from_list, stream], ids=["kept", "streamed"])
 @pytest.mark.parametrize("scored", ["train", "eval"])
 def test_reference_logps_in_some_data_sets_alone_are_refused(tmp_path, tokenizer, scored, wrap):

@@ -15,6 +15,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from torch.optim import SGD
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -108,6 +109,21 @@ def build(tokenizer, settings=None, **arguments):
             },
             ValueError,
             "want a map-style dataset with train_sampling_strategy='group_by_length'",
+        ),
+        (
+            {"peft_config": LORA, "optimizers": (SGD(tiny.model("llama", 300).parameters()), None)},
+            ValueError,
+            "want optimizers of what trains, got peft_config",
+        ),
+        (
+            {"model": "some/model", "optimizers": (SGD([torch.zeros(1)]), None)},
+            ValueError,
+            "want optimizers of what trains, got model as a name",
+        ),
+        (
+            {"optimizers": (SGD(tiny.model("llama", 300).parameters()), None)},  # of another one
+            ValueError,
+            "want optimizers of what trains, got one that holds no parameter of model",
         ),
     ],
     ids=lambda value: None if isinstance(value, type) else str(value)[:30],
@@ -212,16 +228,16 @@ def test_a_model_that_lies_on_several_gpus_is_allowed(tokenizer, monkeypatch):
     model, rows = tiny.model("llama", len(tokenizer)), Dataset.from_list(tiny.rows())
     model.hf_device_map = {"model": 0, "lm_head": 0}
     with pytest.raises(ValueError, match="want one process per GPU"):
-        trainer_check.check_arguments(args(), model, rows, None, None)
+        trainer_check.check_arguments(args(), model, rows, None)
     model.hf_device_map["lm_head"] = 1
-    trainer_check.check_arguments(args(), model, rows, None, None)
+    trainer_check.check_arguments(args(), model, rows, None)
 
 
 def test_a_model_that_will_lie_on_several_gpus_is_allowed(monkeypatch):
     monkeypatch.setattr(DPOConfig, "n_gpu", 2)
     placed = args(model_init_kwargs={"device_map": "auto"})
     rows = Dataset.from_list(tiny.rows())
-    trainer_check.check_arguments(placed, "some/model", rows, None, None)
+    trainer_check.check_arguments(placed, "some/model", rows, None)
 
 
 @pytest.mark.parametrize(
