@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import fastdpo
 from fastdpo.launch import is_launched, launch, launch_flags
+from fastdpo.run_file import set_environment
 
 if TYPE_CHECKING:
     from fastdpo.arguments import RunArguments
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_command(argv: list[str]) -> int:
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("train", "dpo", "verify"):
+        set_environment(rest)
     if command in ("train", "dpo"):
         return train(rest, prog=f"fastdpo {command}")
     if command == "verify":

@@ -1,12 +1,10 @@
 """The command line and YAML file of a run -> its arguments, one object per dataclass."""
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from fastdpo.arguments import (
@@ -16,6 +14,7 @@ from fastdpo.arguments import (
     ScriptArguments,
 )
 from fastdpo.config import DPOConfig
+from fastdpo.run_file import config_path, read_yaml
 
 OR_BOOLEAN = ("resume_from_checkpoint", "trackio_static_space_id")  # texts, or true or false
 
@@ -23,8 +22,8 @@ OR_BOOLEAN = ("resume_from_checkpoint", "trackio_static_space_id")  # texts, or 
 class TrainParser(HfArgumentParser):
     """transformers' parser of dataclasses, with `--config run.yaml` and `--max_length none`.
 
-    A YAML file sets flags' values, which the command line overrides; its `env:` mapping sets
-    environment variables. Whatever is wrong raises ValueError: nothing is printed, nothing exits.
+    A YAML file sets flags' values, which the command line overrides (its `env` is set before: see
+    run_file.py). Whatever is wrong raises ValueError: nothing is printed, nothing exits.
     """
 
     def __init__(self, prog: str):
@@ -49,15 +48,8 @@ class TrainParser(HfArgumentParser):
 
         Those may be flags of `accelerate launch`, from the command line or the YAML file.
         """
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        finder.error = self.error
-        finder.add_argument("--config")
-        path = finder.parse_known_args(argv)[0].config
-        unknown = []
-        if path is not None:
-            values, environment = _read_yaml(path)
-            os.environ.update(environment)
-            unknown = self._take_values(values)
+        path = config_path(argv)
+        unknown = [] if path is None else self._take_values(read_yaml(path)[0])
         *arguments, others, remaining = self.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
@@ -105,37 +97,6 @@ def _or_none(number: type) -> Callable[[str], Any]:
 
     parse.__name__ = number.__name__  # for argparse's "invalid float value"
     return parse
-
-
-class _EachOnce(yaml.SafeLoader):
-    """Refuses a mapping that has a name twice: YAML would keep the last of the values."""
-
-    def compose_mapping_node(self, anchor):
-        node = super().compose_mapping_node(anchor)
-        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise yaml.composer.ComposerError(problem=f"{twice[0]!r} twice, {node.start_mark}")
-        return node
-
-
-def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The mapping in a YAML file without its `env`, and that: environment variables."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            values = yaml.load(file, _EachOnce)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: want a mapping of flags to values, got {values!r}")
-    environment = values.pop("env", None) or {}
-    if not isinstance(environment, dict):
-        raise ValueError(f"{path}: want a mapping as env, got {environment!r}")
-    environment = {str(name): str(value) for name, value in environment.items()}
-    for name, value in environment.items():
-        if not name or "=" in name or "\0" in name + value:
-            raise ValueError(f"{path}: want names and values of variables as env, got {name!r}")
-    return values, environment
 
 
 def _checked(action: argparse.Action, value: Any, hint: Any) -> Any:

@@ -36,6 +36,7 @@ def here(tmp_path_factory):
         (["train", "--load_in_4bit", "--load_in_8bit"], "load_in_4bit"),
         (["train", "--config"], "--config"),
         (["train", "--conf", "run.yaml"], "in full"),
+        (["train", "--config", "a.yaml", "--config=b.yaml"], "--config once"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--num_processes", "two"], "two"),
         (["train", "--loss_weights", "none"], "loss-weights: invalid float value"),

@@ -1,6 +1,7 @@
 """The command line: `trl dpo`'s flags and YAML, runs and resuming, help."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -226,6 +227,23 @@ def test_help_and_version_do_not_wait_for_torch():
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "train" in process.stdout and "demo" in process.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "dpo", "verify"])
+def test_the_environment_is_set_before_torch_reads_it(tmp_path, command):
+    (tmp_path / "run.yaml").write_text("env: {OMP_NUM_THREADS: 1, ABOVE: 3}\nbeta: much\n")
+    code = (
+        "import os, sys; from fastdpo import cli; "
+        "code = cli.main(sys.argv[1:]); import torch; "
+        "print(code, torch.get_num_threads(), os.environ['ABOVE'])"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, command, "--config", str(tmp_path / "run.yaml")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
+    assert process.stdout == "2 1 3\n", process.stderr
 
 
 def test_train_help_lists_every_flag(capsys):
