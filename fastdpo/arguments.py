@@ -3,6 +3,7 @@
 ModelConfig --peft_config, quantization_config, init_kwargs--> what DPOTrainer takes
 """
 
+import os
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -133,6 +134,8 @@ class ModelConfig:
     def __post_init__(self):
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("want load_in_8bit or load_in_4bit, got both")
+        if self.model_name_or_path is not None:
+            self.model_name_or_path = os.path.expanduser(self.model_name_or_path)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"want lora_dropout in [0, 1), got {self.lora_dropout}")
         if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:

@@ -21,7 +21,6 @@ from fastdpo.run_file import set_environment
 
 if TYPE_CHECKING:
     from fastdpo.arguments import RunArguments
-    from fastdpo.config import DPOConfig
     from fastdpo.run_folder import RunFolder
     from fastdpo.trainer import DPOTrainer
 
@@ -89,8 +88,8 @@ def _run_command(argv: list[str]) -> int:
 def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     """Train as `argv` says, from the last checkpoint if its output_dir holds one of this run."""
     from fastdpo.parser import TrainParser
+    from fastdpo.ranks import from_main_process
     from fastdpo.run_folder import locked, mark_finished, mark_started
-    from fastdpo.run_identity import run_identity
 
     with _bad_input():
         run, fresh, unknown = TrainParser(prog=prog).parse(argv)
@@ -98,10 +97,9 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
         _check_flags(run)
         if not is_launched() and (flags or run.training.n_gpu > 1):
             return launch(flags, argv)
-        is_main = run.training.process_index == 0
-        identity = run_identity(run) if is_main else {}  # it reads all of the data
-        folder = _choose_folder(run.training, identity, fresh)
+    folder, identity = from_main_process(lambda: _choose_folder(run, fresh), run.training)
 
+    is_main = run.training.process_index == 0
     say = print if is_main else lambda text: None
     for note in folder.notes:
         say(note)
@@ -221,23 +219,20 @@ def _want_defaults(arguments: Any, names: Iterable[str], when: str) -> None:
             raise ValueError(f"want {name}={default} {when}, got {value!r}")
 
 
-def _choose_folder(
-    training_args: "DPOConfig", identity: dict[str, Any], fresh: bool
-) -> "RunFolder":
-    """The run's folder, chosen by the main process for all: two would choose two fresh ones."""
-    from accelerate.utils import broadcast_object_list
-
+def _choose_folder(run: "RunArguments", fresh: bool) -> tuple["RunFolder", dict[str, Any]]:
+    """The run's folder and identity, for which all of the data is read."""
     from fastdpo.run_folder import choose_run_folder
+    from fastdpo.run_identity import run_identity
 
-    folder = None
-    if training_args.process_index == 0:
+    with _bad_input():
+        identity = run_identity(run)
         folder = choose_run_folder(
-            training_args.output_dir,
+            run.training.output_dir,
             identity,
             fresh=fresh,
-            resume_from=training_args.resume_from_checkpoint,
+            resume_from=run.training.resume_from_checkpoint,
         )
-    return broadcast_object_list([folder])[0]
+    return folder, identity
 
 
 def _build_trainer(run: "RunArguments") -> "DPOTrainer":

@@ -1,13 +1,17 @@
 """Collectives between forwards, and what one rank does before others; no-ops with one process."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import datasets
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import TrainingArguments
+
+T = TypeVar("T")
 
 BUCKET_BYTES = 64 * 2**20  # of gradients that are reduced in one go
 
@@ -20,6 +24,21 @@ def one_rank_first(args: TrainingArguments) -> AbstractContextManager:
     if not datasets.is_caching_enabled():
         return nullcontext()
     return args.main_process_first(desc="tokenizing")
+
+
+def from_main_process(make: Callable[[], T], args: TrainingArguments) -> T:
+    """On every process what `make` gives on the main one, or the error that it raises there; both
+    have to pickle."""
+    made = None
+    if args.process_index == 0:
+        try:
+            made = make()
+        except Exception as error:
+            made = error
+    [made] = broadcast_object_list([made])
+    if isinstance(made, Exception):
+        raise made
+    return made
 
 
 def least_of_ranks(count: int, accelerator: Accelerator) -> int:

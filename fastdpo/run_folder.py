@@ -57,7 +57,7 @@ def choose_run_folder(
     path = Path(path)
     _check_writable(path)
     resume_last = str(resume_from).lower() == "true"
-    named = Path(resume_from) if resume_from and not resume_last else None
+    named = Path(resume_from).expanduser() if resume_from and not resume_last else None
     if fresh and resume_last:
         raise ValueError("want --fresh or the last checkpoint to resume from, got both")
     if named is not None:

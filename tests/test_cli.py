@@ -123,6 +123,16 @@ def test_a_finished_run_is_not_run_again(here, whole_run, capsys):
     assert {p: p.stat().st_mtime_ns for p in whole_run.rglob("*")} == before
 
 
+def test_a_home_folder_is_found_in_a_yaml_file(here, whole_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    checkpoint = whole_run / "checkpoint-2"
+    values = {"model_name_or_path": "~/model", "dataset_name": "~/rows.jsonl"}
+    values["resume_from_checkpoint"] = f"~/{checkpoint.relative_to(here)}"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(here, tmp_path / "out") | values))
+    assert cli.main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert losses(tmp_path / "out") == losses(whole_run)
+
+
 def test_another_beta_is_refused_and_fresh_starts_beside(here, whole_run, capsys):
     assert train(here, whole_run, beta=0.2) == 2
     assert "beta is 0.1 there, 0.2 here" in one_line(capsys)

@@ -1,5 +1,6 @@
 """What two ranks settle together, one of them here and the other pretended."""
 
+import pickle
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from fastdpo import ranks
-from fastdpo.ranks import average_gradients, least_of_ranks, one_rank_first
+from fastdpo.ranks import average_gradients, from_main_process, least_of_ranks, one_rank_first
 
 
 class OfTwo(SimpleNamespace):
@@ -52,6 +53,28 @@ def test_no_rank_waits_for_pairs_that_are_not_kept(monkeypatch):
     assert one_rank_first(args) is turns
     monkeypatch.setattr(datasets.fingerprint, "_CACHING_ENABLED", False)
     assert isinstance(one_rank_first(args), nullcontext)
+
+
+def test_every_process_has_the_main_ones_answer_or_its_error(monkeypatch):
+    sent = []
+
+    def broadcast(answers):
+        sent.append(pickle.dumps(answers))
+        return pickle.loads(sent[0])
+
+    def fail():
+        raise ValueError("want a folder")
+
+    def never():
+        raise AssertionError("made twice")
+
+    monkeypatch.setattr(ranks, "broadcast_object_list", broadcast)
+    main, other = (SimpleNamespace(process_index=rank) for rank in (0, 1))
+    for args, make in ((main, fail), (other, never)):
+        with pytest.raises(ValueError, match="want a folder"):
+            from_main_process(make, args)
+    sent.clear()
+    assert from_main_process(lambda: "run", main) == from_main_process(never, other) == "run"
 
 
 @pytest.mark.parametrize(("here", "there"), [(3, 5), (5, 3)])
