@@ -110,6 +110,10 @@ class Tolerance(NamedTuple):
         return cls(logp, max(LEAST_GRADIENT, GRADIENT_ROUNDINGS * eps))
 
 
+class CannotRun(Exception):
+    """A forward failed, as one may in a layout that does not fit the model."""
+
+
 class Finding(NamedTuple):
     """One comparison in one layout: largest and rms difference, what the largest may be, where it
     is, and whether the ways agree. NaN where nothing could be compared; `agrees` then says whether
@@ -236,7 +240,10 @@ def _take_gradients(subject: Subject) -> dict[str, Tensor | None]:
 
 
 def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Answer:
-    """As a training step has it, batches of per_device_train_batch_size pairs in `layout`."""
+    """As a training step has it, batches of per_device_train_batch_size pairs in `layout`.
+
+    CannotRun where a forward fails.
+    """
     args, B = subject.args, len(subject.pairs)
     pad_token_id = subject.tokenizer.pad_token_id
     collate = make_collator(layout, pad_token_id=pad_token_id, **args.collator_settings)
@@ -246,7 +253,12 @@ def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Ans
         inputs = collate([{name: subject.pairs[b][name] for name in ID_COLUMNS} for b in chunk])
         batch = PairBatch.from_inputs(send_to_device(inputs, args.device))
         with subject.autocast():
-            scored = score(subject.policy, batch, stats=args.token_stats)
+            try:
+                scored = score(subject.policy, batch, stats=args.token_stats)
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise CannotRun(str(error)) from error
         # first: unlike a GPU's pair_loss it refuses lengths that do not fit the tokens
         completions = scored.token_logps_C.detach().split(batch.cu_seqlens.diff().tolist())
         loss_B = pair_loss(
@@ -305,8 +317,11 @@ def compare(subject: Subject, plain: Plain) -> Iterator[Finding]:
             answer = engine_way(subject, layout, plain.reference_logps_B2)
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, RuntimeError) as error:  # a model the layout does not fit
-            yield Finding(layout, "forward and backward", False, " ".join(str(error).split()))
+        except (CannotRun, TypeError, ValueError, RuntimeError) as error:
+            # one that fails at the start makes `auto` pad; in the backward it would end the run
+            pads = isinstance(error, CannotRun) and wanted == "auto" and layout != "padded"
+            what = "not for this model" if pads else "forward and backward"
+            yield Finding(layout, what, pads, " ".join(str(error).split()))
             continue
         for compare_one in (_compare_tokens, _compare_losses, _compare_gradients):
             yield compare_one(subject, layout, plain, answer, tolerance)

@@ -5,7 +5,7 @@ import math
 import pytest
 import tiny
 import torch
-from verifying import folder_with_models_and_rows, run, what_differs
+from verifying import folder_with_models_and_rows, run, table, what_differs
 
 from fastdpo import attention, head, ops, verify
 from fastdpo.collate import LAYOUTS
@@ -173,7 +173,30 @@ def test_an_engine_that_cannot_run_differs(here, monkeypatch, capsys):
         raise RuntimeError("no kernel for this shape")
 
     monkeypatch.setattr(attention, "_attend", broken)
-    assert run(here) == 1
+    assert run(here, "--layout", "shared") == 1
     found = what_differs(capsys)
-    assert set(found) == {("shared", "forward"), ("packed", "forward")}
+    assert set(found) == {("shared", "forward")}
     assert "no kernel for this shape" in found["shared", "forward"]
+    assert run(here) == 0, "training would pad"
+    found = table(capsys)
+    for layout in ("shared", "packed"):
+        line = found[layout, "not"]
+        assert "skipped" in line and "no kernel for this shape" in line
+    assert ("padded", "token") in found
+
+
+def test_an_engine_without_a_backward_differs(here, monkeypatch, capsys):
+    attend = attention._attend
+
+    def fail(_gradient):
+        raise RuntimeError("no backward for this shape")
+
+    def broken(*tensors, **settings):
+        out = attend(*tensors, **settings)
+        if out.requires_grad:
+            out.register_hook(fail)
+        return out
+
+    monkeypatch.setattr(attention, "_attend", broken)
+    assert run(here) == 1
+    assert set(what_differs(capsys)) == {("shared", "forward"), ("packed", "forward")}
