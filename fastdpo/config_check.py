@@ -145,7 +145,10 @@ def _check_loss(args: TrainingArguments) -> None:
 
 
 def _check_unsupported(args: TrainingArguments) -> None:
-    """What fastdpo does not run yet: refused where it is switched on."""
+    """What fastdpo does not run: refused where it is switched on."""
+    # accelerate would train in float32, and say fp16
+    half_on_cpu = args.fp16 and args.device.type == "cpu"
+    want(not half_on_cpu, "fp16=False on a CPU, whose autocast is bf16", args.fp16)
     offloading = args.activation_offloading
     want(not offloading, "activation_offloading=False (True is not there yet)", offloading)
     dispatch = args.accelerator_config.dispatch_batches

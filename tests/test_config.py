@@ -6,6 +6,7 @@ import re
 import warnings
 
 import pytest
+import torch
 
 from fastdpo import DPOConfig
 from fastdpo.columns import Cut
@@ -121,8 +122,10 @@ def test_a_gpu_trains_in_bfloat16_unless_overridden(tmp_path, monkeypatch):
     for module in ("fastdpo.config", "transformers.training_args"):
         monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: True)
     assert DPOConfig(output_dir=tmp_path, report_to="none").bf16 is True
-    assert DPOConfig(output_dir=tmp_path, report_to="none", fp16=True).bf16 is False
     assert config(tmp_path).bf16 is False  # use_cpu
+    with monkeypatch.context() as patch:
+        patch.setattr(DPOConfig, "device", torch.device("cuda"))
+        assert DPOConfig(output_dir=tmp_path, report_to="none", fp16=True).bf16 is False
     assert config(tmp_path, bf16=False).bf16 is False
 
 
@@ -257,6 +260,7 @@ def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"fp16": True}, "fp16=False on a CPU, .* got True"),
         ({"loss_type": "exo_pair"}, "label_smoothing > 0 with loss_type exo_pair"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing 0 with .*'ipo'"),
         ({"loss_type": "nca_pair", "f_divergence_type": "forward_kl"}, "reverse_kl with .*'nca"),
