@@ -290,12 +290,18 @@ class _Tokenize:
         return texts
 
     def _written(self, field: str, messages: list[dict], options: dict, **more: bool) -> str:
-        """The text that the chat template makes of `messages`."""
+        """The text that the chat template makes of `messages`.
+
+        FieldError where it fails, or writes a list of parts as Python does: it expects text.
+        """
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, **more, **options)
         except Exception as error:  # a template is code, and may stumble over what it is given
             what = f"{type(error).__name__}: {error}"
-            raise FieldError(field, "what the chat template takes", what) from None
+            raise FieldError(field, "what the chat template takes", said=what) from None
+        for content in (message.get("content") for message in messages):
+            if isinstance(content, list) and str(content) in text:
+                raise FieldError(field, "content as text, for this chat template", content)
         check_text(field, text)
         return text
 

@@ -330,8 +330,15 @@ def test_what_the_template_cannot_add_up_names_the_row(tokenizer):
     adding = copy.deepcopy(tokenizer)
     adding.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
     parts = chat(prompt=[user([{"type": "text", "text": "a"}])])
-    with pytest.raises(RowError, match="row 0, field 'prompt': want what the chat template takes"):
+    told = (
+        "row 0, field 'prompt': want what the chat template takes, got TypeError: can only "
+        r'concatenate str \(not "list"\) to str$'
+    )
+    with pytest.raises(RowError, match=told):
         pairs_of([parts], adding)
+    told = r"row 0, field 'prompt': want content as text, .* got \[\{'type': 'text', 'text': 'a'"
+    with pytest.raises(RowError, match=told):
+        pairs_of([parts], tokenizer)
 
 
 def test_conversations_need_a_chat_template(tokenizer):
