@@ -19,7 +19,8 @@ from fastdpo.model import causal_lm_of
 logger = logging.get_logger(__name__)
 
 CHUNK = 1000
-POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")  # GPT-2, OPT, BERT
+# of GPT-2, OPT (in GPT-J and CodeGen a buffer), BERT and GPT
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
 
 
 def check_pairs(
@@ -137,10 +138,9 @@ def _tables(
 
 
 def _has_position_table(model: nn.Module) -> bool:
-    return any(
-        isinstance(module, nn.Embedding) and name.endswith(POSITION_TABLES)
-        for name, module in model.named_modules()
-    )
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    names += [name for name, _ in model.named_buffers()]
+    return any(name.endswith(POSITION_TABLES) for name in names)
 
 
 def _largest(column: pa.ListArray) -> tuple[int, int]:

@@ -368,10 +368,10 @@ def test_a_token_outside_the_vocabulary_is_refused_in_an_evaluation_too(tokenize
         run.evaluate(Dataset.from_list([rows[0] | {"rejected_ids": [240]}]))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "openai-gpt", "gptj", "codegen"])
 def test_a_pair_longer_than_a_models_positions_is_refused(tokenizer, family):
     # sizes of its own: OPT's rows of positions are two more than its positions
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "rotary_dim": 4}
     config = AutoConfig.for_model(family, vocab_size=300, max_position_embeddings=64, **sizes)
     model = AutoModelForCausalLM.from_config(config)
     rows = [*tiny.rows(2), tiny.rows(1)[0] | {"chosen": "x" * 60}]
