@@ -153,6 +153,11 @@ class PackTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one update, and how many pairs they hold together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.budget is not None and not all("packs" in inputs for inputs in batches):
+            raise ValueError(
+                "want max_tokens_per_forward unset with a get_train_dataloader of your own, or its "
+                f"loader made by super(), got {self.args.max_tokens_per_forward!r}"
+            )
         num_pairs = sum(count_pairs(inputs) for inputs in batches)
         if self.args.train_sampling_strategy == "batch_rebalance":  # ranks have unequal numbers
             counts = torch.tensor(float(num_pairs), device=self.args.device)

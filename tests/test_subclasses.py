@@ -4,6 +4,7 @@ import pytest
 import tiny
 from datasets import Dataset
 from peft import LoraConfig
+from torch.utils.data import DataLoader
 from trainers import (
     TWO_BATCHES_IN_ORDER,
     RunsOutOfMemory,
@@ -341,3 +342,14 @@ def test_the_reference_model_has_trls_name(tmp_path, tokenizer):
     assert weights(full.ref_model).keys() == weights(full.model).keys()
     lora = LoraConfig(r=2, target_modules="all-linear")
     assert build(DPOTrainer, tmp_path, tokenizer, peft_config=lora).ref_model is None
+
+
+def test_a_loader_of_ones_own_without_packs_is_refused(tmp_path, tokenizer):
+    class Loading(DPOTrainer):
+        def get_train_dataloader(self):
+            return DataLoader(self.train_dataset, 2, collate_fn=self.data_collator)
+
+    make_trainer(tmp_path, tokenizer, kind=Loading, max_steps=1).train()
+    packed = make_trainer(tmp_path, tokenizer, kind=Loading, max_tokens_per_forward=100)
+    with pytest.raises(ValueError, match="want max_tokens_per_forward unset with a get_train_data"):
+        packed.train()
