@@ -61,8 +61,8 @@ from fastdpo.summary import describe_run
 from fastdpo.trainer_check import (
     check_arguments,
     check_best_metric,
+    check_checkpoints,
     check_enough_rows,
-    check_experts_checkpoints,
     check_models,
     check_overrides,
     redefines,
@@ -186,8 +186,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         self.router_aux_loss_coef = aux_loss_weight(
             causal_lm_of(self.model), args.router_aux_loss_coef
         )
-        if self.aux_loss_enabled:
-            check_experts_checkpoints(args)
+        check_checkpoints(self.model, args, aux_loss=self.aux_loss_enabled)
         datasets = {"train": self.train_dataset, **by_name(self.eval_dataset, "eval")}
         self.reference = make_reference(
             self.model,

@@ -179,9 +179,16 @@ def _check_checkpointing(settings: dict[str, Any]) -> None:
         ) from error
 
 
-def check_experts_checkpoints(args: DPOConfig) -> None:
-    """ValueError for reentrant checkpoints, within which a load-balancing loss has no gradient."""
-    if args.gradient_checkpointing and args.reentrant_checkpoints:
+def check_checkpoints(policy: torch.nn.Module, args: DPOConfig, *, aux_loss: bool) -> None:
+    """ValueError for gradient checkpoints that `policy` has not, and for reentrant ones with
+    aux_loss: within them, a load-balancing loss has no gradient."""
+    if not args.gradient_checkpointing:
+        return
+    causal_lm = causal_lm_of(policy)
+    if not causal_lm.supports_gradient_checkpointing:
+        name = type(causal_lm).__name__
+        raise ValueError(f"want gradient_checkpointing=False with {name}, which has none, got True")
+    if aux_loss and args.reentrant_checkpoints:
         raise ValueError(
             "want use_reentrant=False in gradient_checkpointing_kwargs with experts, got True: "
             "their load-balancing loss would have no gradient (router_aux_loss_coef=0 drops it)"

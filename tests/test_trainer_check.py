@@ -368,6 +368,14 @@ def test_a_token_outside_the_vocabulary_is_refused_in_an_evaluation_too(tokenize
         run.evaluate(Dataset.from_list([rows[0] | {"rejected_ids": [240]}]))
 
 
+def test_checkpoints_that_a_model_has_not_are_refused(tokenizer):
+    config = AutoConfig.for_model("ctrl", vocab_size=300, n_embd=16, n_layer=1, n_head=2, dff=16)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="gradient_checkpointing=False with CTRLLMHeadModel"):
+        build(tokenizer, model=model)
+    build(tokenizer, {"gradient_checkpointing": False}, model=model)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "openai-gpt", "gptj", "codegen"])
 def test_a_pair_longer_than_a_models_positions_is_refused(tokenizer, family):
     # sizes of its own: OPT's rows of positions are two more than its positions
@@ -376,11 +384,12 @@ def test_a_pair_longer_than_a_models_positions_is_refused(tokenizer, family):
     model = AutoModelForCausalLM.from_config(config)
     rows = [*tiny.rows(2), tiny.rows(1)[0] | {"chosen": "x" * 60}]
     arguments = {"model": model, "train_dataset": Dataset.from_list(rows)}
+    plain = {"gradient_checkpointing": False}  # which GPT has not
     with pytest.raises(ValueError, match="train dataset, pair 2: want at most 64 tokens"):
-        build(tokenizer, **arguments)
-    run = build(tokenizer, {"max_length": 64}, **arguments)
+        build(tokenizer, plain, **arguments)
+    run = build(tokenizer, plain | {"max_length": 64}, **arguments)
     with torch.no_grad():  # a pair as long as that runs
         run.compute_loss(run.model, run.data_collator([run.train_dataset[2]]))
-    padding = {"max_length": 64, "pad_to_multiple_of": 24, "layout": "padded"}
+    padding = plain | {"max_length": 64, "pad_to_multiple_of": 24, "layout": "padded"}
     with pytest.raises(ValueError, match="at most 48 tokens, .*padded to multiples of 24, got"):
         build(tokenizer, padding, **arguments)
