@@ -167,16 +167,19 @@ def forget_trainer(model: nn.Module) -> None:
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout to 0: the layers, and the rates that modules and their configs hold.
 
-    A rate is a number with `drop` in its name: attention_dropout, resid_pdrop, layerdrop.
+    A rate is a number with `drop` in its name: attention_dropout, resid_pdrop, layerdrop; or a
+    dictionary of them, as LoHa has them, an adapter each.
     """
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if "Dropout" in type(module).__name__ and hasattr(module, "p"):  # torch's, and BOFT's
             module.p = 0.0
         config = getattr(module, "config", None)
         for holder in (module, config) if isinstance(config, PreTrainedConfig) else (module,):
             for name, value in vars(holder).items():
                 if "drop" in name and isinstance(value, float):
                     setattr(holder, name, 0.0)
+                elif "drop" in name and isinstance(value, dict):
+                    value |= {key: 0.0 for key, rate in value.items() if isinstance(rate, float)}
 
 
 def load_tokenizer(

@@ -4,7 +4,8 @@ import families
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft.tuners.boft.layer import MultiplicativeDropoutLayer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -193,6 +194,31 @@ def test_a_vision_language_model_is_loaded_by_its_own_class(tmp_path):
     config = Qwen2VLConfig(text_config=text, vision_config=vision)
     Qwen2VLForConditionalGeneration(config).save_pretrained(tmp_path)
     assert type(load_policy(str(tmp_path))) is Qwen2VLForConditionalGeneration
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        LoHaConfig(r=4, rank_dropout=0.5, module_dropout=0.5, init_weights=False),
+        LoKrConfig(r=4, rank_dropout=0.5, module_dropout=0.5, init_weights=False),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_adapters_drop_nothing_either(adapters):
+    torch.manual_seed(0)
+    adapters.target_modules = ["q_proj", "v_proj"]
+    model = get_peft_model(families.model("llama", torch.float32), adapters).train()
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+        disable_dropout(model)
+        assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_bofts_own_dropout_is_off():
+    layer = torch.nn.Sequential(MultiplicativeDropoutLayer(p=0.5))
+    disable_dropout(layer)
+    assert layer[0].p == 0.0
 
 
 def test_both_configs_learn_the_pad_token_and_a_reference_drops_nothing():
