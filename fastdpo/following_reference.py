@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from fastdpo.config import DPOConfig
+from fastdpo.model import has_adapters
 from fastdpo.reference_logps import FrozenModel, Reference
 
 FILE = "reference.pt"  # .safetensors of the policy's names would be taken for the policy's
@@ -30,7 +31,7 @@ class FollowPolicy(TrainerCallback):
     """
 
     def __init__(self, policy: nn.Module, reference: Reference, *, is_sharded: bool):
-        if isinstance(policy, PeftModel) or is_sharded:
+        if isinstance(policy, PeftModel) or has_adapters(policy) or is_sharded:
             got = "FSDP or DeepSpeed" if is_sharded else "adapters"
             raise ValueError(
                 f"want full fine-tuning of whole weights with sync_ref_model, got {got}"

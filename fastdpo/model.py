@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -65,6 +66,11 @@ class ScoredOutput(ModelOutput):
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or `model` itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether some are in the layers of `model`, be it a PEFT wrapper or not."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def attach_scorer(model: nn.Module, **head_settings: Any) -> None:

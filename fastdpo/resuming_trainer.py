@@ -20,8 +20,9 @@ logger = logging.get_logger(__name__)
 
 
 class ResumingTrainer(Trainer):
-    """Restores what transformers.Trainer would not, to resume and as the best model: a PEFT model's
-    adapters whatever their names, and weights stored under other names than the model's (experts).
+    """Restores what transformers.Trainer would not, to resume and as the best model: adapters,
+    whatever their names and whoever put them there, and weights stored under other names than the
+    model's (experts).
 
     A finished run resumes without another update, a stream in the pass it was in, and every sampler
     gets the epoch. follower: what moves the reference of TR-DPO, which checkpoints then hold.
@@ -45,6 +46,9 @@ class ResumingTrainer(Trainer):
             return False
         if isinstance(self.model, PeftModel):
             _load_adapters(self.model, checkpoint)
+            return True
+        if getattr(self.model, "_hf_peft_config_loaded", False):  # by its add_adapter
+            _load_own_adapter(self.model, checkpoint)
             return True
         if _names_in(checkpoint).issubset(self.model.state_dict()):
             return False
@@ -159,3 +163,11 @@ def _load_adapters(policy: PeftModel, checkpoint: str) -> None:
         if not any(folder.glob("adapter_model.*")):
             raise ValueError(f"want adapter {name!r} in checkpoint {checkpoint}, got none")
         set_peft_model_state_dict(policy, load_peft_weights(str(folder)), adapter_name=name)
+
+
+def _load_own_adapter(policy: PreTrainedModel, checkpoint: str) -> None:
+    """Load the adapter that transformers put on a model, and saved: the active one."""
+    [name] = policy.active_adapters()
+    weights = load_peft_weights(checkpoint)
+    weights = {key.removeprefix("base_model.model."): each for key, each in weights.items()}
+    set_peft_model_state_dict(policy, weights, adapter_name=name)

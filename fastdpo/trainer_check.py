@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PeftType
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
@@ -16,7 +15,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.experts import aux_loss_weight
 from fastdpo.losses import PAIR_METRICS
 from fastdpo.metrics import TOKEN_METRICS
-from fastdpo.model import causal_lm_of
+from fastdpo.model import causal_lm_of, has_adapters
 
 PROMPT_LEARNING = (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 FORWARD_REPLACERS = (PeftType.ADAPTION_PROMPT, PeftType.XLORA)
@@ -65,8 +64,7 @@ def _check_bare_layers(model: Any, ref_model: Any, peft_config: Any) -> None:
     those that transformers put there, it trains and saves.
     """
     for name, each in {"model": model, "ref_model": ref_model}.items():
-        is_bare = isinstance(each, PreTrainedModel)
-        if not is_bare or not any(isinstance(part, BaseTunerLayer) for part in each.modules()):
+        if not isinstance(each, PreTrainedModel) or not has_adapters(each):
             continue
         are_kept = getattr(each, "_hf_peft_config_loaded", False)
         if not are_kept or (name == "model" and peft_config is not None):

@@ -138,6 +138,9 @@ def test_what_cannot_follow_is_refused(tmp_path, tokenizer):
             make_trainer(tmp_path, tokenizer, **FOLLOWING, **settings)
 
     refused("full fine-tuning .*got adapters", peft_config=LoraConfig(**LORA))
+    adapted = tiny.model("llama", len(tokenizer))
+    adapted.add_adapter(LoraConfig(**LORA))
+    refused("full fine-tuning .*got adapters", model=adapted)
     scored = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -30.0}
     refused("a reference model .*in the rows", rows=[row | scored for row in tiny.rows()])
     refused("precompute_ref_log_probs=False", precompute_ref_log_probs=True)

@@ -131,10 +131,29 @@ def test_several_adapters_resume_exactly(tmp_path, tokenizer):
     assert ours == theirs and resumed.model.active_adapters == ["more", "default"]
 
 
-@pytest.mark.parametrize("kind", ["adapter", "experts"])
+def test_an_adapter_that_transformers_added_resumes_exactly(tmp_path, tokenizer):
+    def trainer(folder):
+        model = tiny.model("llama", len(tokenizer))
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(**LORA), "mine")
+        settings = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+        return make_trainer(tmp_path / folder, tokenizer, model=model, **settings)
+
+    whole, resumed = trainer("whole"), trainer("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert logged(resumed) == logged(whole)
+    ours, theirs = weights(whole.model), weights(resumed.model)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "transformers' adapter", "experts"])
 def test_the_best_model_is_loaded_whatever_its_weights_are_called(tmp_path, tokenizer, kind):
     if kind == "adapter":
         model = trained_before(tokenizer, LoraConfig(**LORA), "mine")
+    elif kind == "transformers' adapter":
+        model = tiny.model("llama", len(tokenizer))
+        model.add_adapter(LoraConfig(**LORA))
     else:
         model = tiny.model("mixtral", len(tokenizer))
 
