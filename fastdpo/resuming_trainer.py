@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerState
@@ -156,13 +156,24 @@ def _load_adapters(policy: PeftModel, checkpoint: str) -> None:
 
     PEFT writes the adapter "default" into the checkpoint's folder, others into folders of their
     name. (transformers would resume only the first active one, and find none for the best model.)
-    ValueError where an adapter is missing.
+    ValueError where an adapter is missing, or not whole.
     """
-    for name in policy.peft_config:
+    for name, config in policy.peft_config.items():
+        if has_encoder(config):
+            raise ValueError(
+                f"want an adapter that checkpoints hold whole, got {config.peft_type.value}: "
+                f"{checkpoint} has the virtual tokens, and not the encoder that they come from"
+            )
         folder = Path(checkpoint, "" if name == "default" else name)
         if not any(folder.glob("adapter_model.*")):
             raise ValueError(f"want adapter {name!r} in checkpoint {checkpoint}, got none")
         set_peft_model_state_dict(policy, load_peft_weights(str(folder)), adapter_name=name)
+
+
+def has_encoder(config: PeftConfig | None) -> bool:
+    """Whether an encoder that trains makes the virtual tokens: PEFT saves those alone."""
+    is_ptuning = getattr(config, "peft_type", None) == PeftType.P_TUNING
+    return is_ptuning or getattr(config, "prefix_projection", False)
 
 
 def _load_own_adapter(policy: PreTrainedModel, checkpoint: str) -> None:

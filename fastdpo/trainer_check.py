@@ -16,6 +16,7 @@ from fastdpo.experts import aux_loss_weight
 from fastdpo.losses import PAIR_METRICS
 from fastdpo.metrics import TOKEN_METRICS
 from fastdpo.model import causal_lm_of, has_adapters
+from fastdpo.resuming_trainer import has_encoder
 
 PROMPT_LEARNING = (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 FORWARD_REPLACERS = (PeftType.ADAPTION_PROMPT, PeftType.XLORA)
@@ -135,6 +136,11 @@ def check_arguments(
     adapters = model.active_peft_config if isinstance(model, PeftModel) else peft_config
     if args.gradient_checkpointing and (why := _why_no_checkpoints(adapters)):
         raise ValueError(f"want gradient_checkpointing=False with {why}, got True")
+    if args.load_best_model_at_end and has_encoder(adapters):
+        raise ValueError(
+            f"want load_best_model_at_end=False with {adapters.peft_type.value}, got True: its "
+            "checkpoints have the virtual tokens, and not the encoder that they come from"
+        )
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs:
         _check_checkpointing(args.gradient_checkpointing_kwargs)
     if isinstance(model, str):

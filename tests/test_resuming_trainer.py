@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from trainers import LORA, logged, make_trainer, trained_before, weights
 from transformers import TrainerCallback
@@ -189,3 +189,28 @@ def test_a_checkpoint_without_the_policys_adapter_is_refused(tmp_path, tokenizer
     trainer = make_trainer(tmp_path / "other", tokenizer, model=model)
     with pytest.raises(ValueError, match="want adapter 'mine' in checkpoint .*checkpoint-4, got"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8),
+        PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=2,
+            prefix_projection=True,
+            encoder_hidden_size=8,
+        ),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_virtual_tokens_of_an_encoder_are_not_gone_back_to(tmp_path, tokenizer, config):
+    model = get_peft_model(tiny.model("llama", len(tokenizer)), config)
+    settings = {"model": model, "gradient_checkpointing": False, "eval_strategy": "steps"}
+    settings |= {"save_strategy": "steps", "eval_dataset": Dataset.from_list(tiny.rows(4))}
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, **settings)
+    trainer.train()
+    with pytest.raises(ValueError, match=f"checkpoints hold whole, got {config.peft_type.value}"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    with pytest.raises(ValueError, match="want load_best_model_at_end=False with"):
+        make_trainer(tmp_path, tokenizer, load_best_model_at_end=True, **settings)
