@@ -65,11 +65,11 @@ def _counts_line(counts: PairCounts | None) -> str:
         parts.append(f"{counts.equal:,} with chosen equal to rejected")
     if counts.prompt_end_lost:
         parts.append(f"{counts.prompt_end_lost:,} without the end of their prompt")
+    tokens = f"{counts.prompt_tokens:,} prompt and {counts.completion_tokens:,} completion tokens"
     if counts.truncated:
         parts.append(f"{counts.truncated:,} cut to max_length")
-    parts.append(
-        f"{counts.prompt_tokens:,} prompt and {counts.completion_tokens:,} completion tokens"
-    )
+        tokens += " before"
+    parts.append(tokens)
     return "; ".join(parts)
 
 
