@@ -24,13 +24,13 @@ class KeptTiles:
         self._kept = {}
 
     def _find_rooms(self, tiles: Tiles) -> dict[tuple[int, int], Tensor]:
-        rooms, elsewhere = {}, {}
+        rooms, elsewhere, dtype = {}, {}, tiles.settings.operand_dtype
         for columns in tiles.columns:
             sizes = {(b.start, columns.start): tiles.size(b, columns) for b in tiles.blocks}
-            rooms |= _share_out(self._memory_of_gradient(columns, tiles.p_scratch.dtype), sizes)
+            rooms |= _share_out(self._memory_of_gradient(columns, dtype), sizes)
             elsewhere |= {tile: size for tile, size in sizes.items() if tile not in rooms}
-        budget = tiles.settings.head_cache_bytes // tiles.p_scratch.element_size()
-        cache = tiles.p_scratch.new_empty(min(budget, sum(elsewhere.values())))
+        size = min(tiles.settings.head_cache_bytes // dtype.itemsize, sum(elsewhere.values()))
+        cache = tiles.z_scratch.new_empty(size, dtype=dtype)
         return rooms | _share_out(cache, elsewhere)
 
     def _memory_of_gradient(self, columns: slice, dtype: torch.dtype) -> Tensor:

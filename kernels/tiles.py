@@ -4,6 +4,7 @@ Settings    what was asked for
 Tiles       the tiles of a call, and scratch memory for one
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -56,8 +57,8 @@ class Settings(NamedTuple):
 
 
 class Tiles:
-    """The tiles of one call, each a block of rows by some columns; z_scratch and p_scratch, for the
-    logits and the p of one tile, are the same memory where their dtypes are equal."""
+    """The tiles of one call, each a block of rows by some columns; z_scratch, for the logits of one
+    tile."""
 
     def __init__(
         self, terms: list[Term], bias_V: Tensor | None, labels_N: Tensor, settings: Settings
@@ -70,10 +71,16 @@ class Tiles:
         self.columns = slices(self.V, width)
         self.terms, self.settings, self.labels_N = terms, settings, labels_N
         self.bias_V = None if bias_V is None else bias_V.contiguous()
-        size, dtype = most_rows * self._stride(width), settings.operand_dtype
+        size = most_rows * self._stride(width)
         self.z_scratch = torch.empty(size, dtype=settings.wide, device=labels_N.device)
-        is_wide = dtype == settings.wide
-        self.p_scratch = self.z_scratch if is_wide else self.z_scratch.new_empty(size, dtype=dtype)
+
+    @functools.cached_property
+    def p_scratch(self) -> Tensor:
+        """For the p of one tile; the logits' memory where the dtypes are equal."""
+        dtype = self.settings.operand_dtype
+        if dtype == self.z_scratch.dtype:
+            return self.z_scratch
+        return torch.empty_like(self.z_scratch, dtype=dtype)
 
     def row_chunks(self, term: Term) -> list[slice]:
         """All rows, in chunks whose float32 copy takes a quarter of a tile's memory."""

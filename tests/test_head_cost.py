@@ -223,6 +223,18 @@ def test_a_heads_workspace_on_a_gpu_is_bounded(N, D, dtype, head, settings, mib)
     assert live.peak - before <= most + hidden_ND.nbytes
 
 
+@pytest.mark.usefixtures("gpu_folds")
+@pytest.mark.parametrize("N", [512, 8192, 20000])
+def test_a_gpus_forward_alone_has_memory_for_logits_and_none_for_probabilities(N):
+    with FakeTensorMode(), Live() as live, torch.no_grad():
+        hidden_ND = torch.empty(N, 4096, dtype=torch.bfloat16)
+        head_VD = torch.empty(20_011, 4096, dtype=torch.bfloat16)
+        labels_N = torch.empty(N, dtype=torch.int64)
+        before = live.live
+        linear_logps(hidden_ND, head_VD, labels_N)
+    assert live.peak - before <= 130 << 20
+
+
 @pytest.mark.parametrize(
     ("N", "D", "room", "shape"),
     [
