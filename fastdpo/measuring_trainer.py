@@ -105,13 +105,21 @@ class MeasuringTrainer(PackTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss, and, where compute_metrics wants them, logits and token ids of every sequence."""
+        """Loss, and, where compute_metrics wants them, logits and token ids of every sequence.
+
+        ValueError for those of packed sequences: RowTrainer's loaders have them padded.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
             if prediction_loss_only:
                 return loss, None, None
             batch = PairBatch.from_inputs(inputs)
+            if "tree" in batch.model_inputs:
+                raise ValueError(
+                    "want batches that are padded where logits are asked for, as the trainer's own "
+                    f"get_eval_dataloader makes them, got layout={self.args.layout!r}'s"
+                )
             logits = model(**batch.model_inputs, use_cache=False).logits
         ids_SL = inputs["input_ids"]
         # after the virtual tokens of prompt tuning

@@ -353,3 +353,16 @@ def test_a_loader_of_ones_own_without_packs_is_refused(tmp_path, tokenizer):
     packed = make_trainer(tmp_path, tokenizer, kind=Loading, max_tokens_per_forward=100)
     with pytest.raises(ValueError, match="want max_tokens_per_forward unset with a get_train_data"):
         packed.train()
+
+
+def test_a_loader_of_ones_own_is_to_pad_for_compute_metrics(tmp_path, tokenizer):
+    class Loading(DPOTrainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            return DataLoader(self.eval_dataset, 2, collate_fn=self.data_collator)
+
+    settings = {"kind": Loading, "eval_dataset": Dataset.from_list(tiny.rows(2))}
+    settings["compute_metrics"] = lambda prediction: {"rows": len(prediction.predictions)}
+    with pytest.raises(ValueError, match="want batches that are padded"):
+        make_trainer(tmp_path, tokenizer, **settings).evaluate()
+    padded = make_trainer(tmp_path, tokenizer, layout="padded", **settings)
+    assert padded.evaluate()["eval_rows"] == 4
