@@ -36,7 +36,8 @@ class KeptTiles:
     def _memory_of_gradient(self, columns: slice, dtype: torch.dtype) -> Tensor:
         """The rows of these columns in the first gradient, as flat memory of `dtype`."""
         first = next((dw_VK for dw_VK in self._gradients if dw_VK is not None), None)
-        if first is None or not first.is_contiguous():
+        # a single column may have any stride, and is contiguous; view(dtype) wants 1
+        if first is None or not first.is_contiguous() or first.stride(-1) != 1:
             return torch.empty(0, dtype=dtype)
         memory = first[columns].view(-1)
         whole_bytes = memory.nbytes // dtype.itemsize * dtype.itemsize

@@ -115,6 +115,15 @@ def test_inputs_may_lie_any_way_in_memory(backend, device):
         torch.testing.assert_close(ours, straight[name], atol=1e-4, rtol=1e-5, msg=name)
 
 
+def test_a_single_column_of_any_stride_has_a_gradient(backend, device):
+    hidden_ND = torch.ones(3, 1, dtype=torch.float16, device=device)
+    head_VD = torch.ones(2, 3, dtype=torch.float16, device=device)[:1, ::3].requires_grad_()
+    assert head_VD.is_contiguous() and head_VD.stride(-1) == 3
+    labels_N = torch.zeros(3, dtype=torch.int64, device=device)
+    linear_logps(hidden_ND, head_VD, labels_N, backend=backend).sum().backward()
+    assert head_VD.grad.item() == 0.0
+
+
 def test_the_cache_changes_no_gradient(backend, device):
     args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.float32, device, bias=True)
     tile_bytes = 4 * 4 * 2 * BLOCK_T
