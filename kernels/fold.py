@@ -118,10 +118,15 @@ def _logit(z_ptr, bias_ptr, t, mask, scale, softcap):
         z_T += tl.load(bias_ptr + t, mask=mask, other=0.0).to(tl.float32)
     z_T *= scale
     if softcap is not None:
-        # softcap * tanh(z / softcap), with an exp that cannot overflow
-        decay_T = tl.exp(tl.abs(z_T) * (-2.0 / softcap))
-        tanh_T = (1.0 - decay_T) / (1.0 + decay_T)
-        z_T = softcap * tl.where(z_T < 0, -tanh_T, tanh_T)
+        # softcap * tanh(x), with an exp that cannot overflow. Near 0, 1 - decay would lose digits:
+        # below 1/2, tanh(x) / x is a polynomial in s = x², fitted to within 1.5e-8
+        x_T = z_T * (1.0 / softcap)
+        s_T = x_T * x_T
+        near_T = 0.13325987 + s_T * (-0.05305294 + s_T * 0.01725698)
+        near_T = z_T * (1.0 + s_T * (-0.33333148 + s_T * near_T))
+        decay_T = tl.exp(tl.abs(x_T) * -2.0)
+        far_T = softcap - 2.0 * softcap * decay_T / (1.0 + decay_T)
+        z_T = tl.where(s_T < 0.25, near_T, tl.where(z_T < 0, -far_T, far_T))
     return z_T
 
 

@@ -33,7 +33,7 @@ def test_value_and_gradients_are_as_accurate_as_pytorch(backend, shape, trained,
     assert_all_as_accurate(ours, same, truth, times=TIMES)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "capped"])
+@pytest.mark.parametrize("softcap", [None, 3.0, 30.0, 1000.0])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_heads_of_every_kind_are_as_accurate(backend, softcap, bias, scale, device):
