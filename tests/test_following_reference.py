@@ -7,7 +7,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from trainers import LORA, logged, make_trainer, weights
+from trainers import LORA, logged, make_trainer, weights, with_transformers_adapter
 
 from fastdpo import DPOTrainer
 from fastdpo.following_reference import FILE, FollowPolicy
@@ -138,15 +138,18 @@ def test_what_cannot_follow_is_refused(tmp_path, tokenizer):
             make_trainer(tmp_path, tokenizer, **FOLLOWING, **settings)
 
     refused("full fine-tuning .*got adapters", peft_config=LoraConfig(**LORA))
-    adapted = tiny.model("llama", len(tokenizer))
-    adapted.add_adapter(LoraConfig(**LORA))
-    refused("full fine-tuning .*got adapters", model=adapted)
     scored = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -30.0}
     refused("a reference model .*in the rows", rows=[row | scored for row in tiny.rows()])
     refused("precompute_ref_log_probs=False", precompute_ref_log_probs=True)
     smaller = tiny.model("llama", len(tokenizer), seed=1)
     del smaller.model.layers[-1]
     refused(r"differs in model\.layers\.\d", ref_model=smaller)
+
+
+def test_an_adapter_that_transformers_added_does_not_follow(tmp_path, tokenizer):
+    adapted = with_transformers_adapter(tiny.model("llama", len(tokenizer)))
+    with pytest.raises(ValueError, match="full fine-tuning .*got adapters"):
+        make_trainer(tmp_path, tokenizer, model=adapted, **FOLLOWING)
 
 
 def test_weights_in_pieces_do_not_follow(tmp_path, tokenizer):

@@ -6,7 +6,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from trainers import LORA, logged, make_trainer, trained_before, weights
+from trainers import (
+    LORA,
+    logged,
+    make_trainer,
+    trained_before,
+    weights,
+    with_transformers_adapter,
+)
 from transformers import TrainerCallback
 
 
@@ -133,9 +140,7 @@ def test_several_adapters_resume_exactly(tmp_path, tokenizer):
 
 def test_an_adapter_that_transformers_added_resumes_exactly(tmp_path, tokenizer):
     def trainer(folder):
-        model = tiny.model("llama", len(tokenizer))
-        torch.manual_seed(0)
-        model.add_adapter(LoraConfig(**LORA), "mine")
+        model = with_transformers_adapter(tiny.model("llama", len(tokenizer)), "mine")
         settings = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
         return make_trainer(tmp_path / folder, tokenizer, model=model, **settings)
 
@@ -152,8 +157,7 @@ def test_the_best_model_is_loaded_whatever_its_weights_are_called(tmp_path, toke
     if kind == "adapter":
         model = trained_before(tokenizer, LoraConfig(**LORA), "mine")
     elif kind == "transformers' adapter":
-        model = tiny.model("llama", len(tokenizer))
-        model.add_adapter(LoraConfig(**LORA))
+        model = with_transformers_adapter(tiny.model("llama", len(tokenizer)))
     else:
         model = tiny.model("mixtral", len(tokenizer))
 

@@ -16,6 +16,7 @@ from peft import (
     get_peft_model,
 )
 from torch.optim import SGD
+from trainers import with_transformers_adapter
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -153,8 +154,7 @@ def test_adapters_that_a_wrapper_left_in_the_layers_are_refused(
 
 
 def test_adapters_that_transformers_loaded_are_trained_but_take_no_others(tokenizer, nothing_spent):
-    model = tiny.model("llama", len(tokenizer))
-    model.add_adapter(LORA)
+    model = with_transformers_adapter(tiny.model("llama", len(tokenizer)))
     with pytest.raises(ValueError, match="want model without adapters"):
         build(tokenizer, model=model, peft_config=LORA)
 

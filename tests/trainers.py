@@ -1,9 +1,13 @@
 """Small trainers on the CPU, and what several tests ask of one."""
 
+import peft
+import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from packaging.version import Version
+from peft import LoraConfig, get_peft_model
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from fastdpo import DPOConfig, DPOTrainer
 
@@ -57,6 +61,16 @@ def make_trainer(tmp_path, tokenizer, model=None, rows=None, kind=DPOTrainer, **
         processing_class=tokenizer,
         **arguments,
     )
+
+
+def with_transformers_adapter(model, name="default"):
+    """`model` with an adapter that transformers put on it; the test is skipped where transformers
+    wants a later peft than there is."""
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"transformers wants peft {MIN_PEFT_VERSION}")
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(**LORA), name)
+    return model
 
 
 def logged(trainer, name="loss"):
