@@ -10,8 +10,11 @@ same function both ways: a mistake of its own shows on a GPU alone.
 
 The reference's log-probabilities are the policy's own plus offsets, as equal ones would give every
 pair the same loss. Offsets are at most 1 / beta, and at most 5 nats where the f-divergence is
-exponential in them. The reference model, dropout, gradient checkpointing and the experts'
-load-balancing loss are left out.
+exponential in them. The reference model, dropout, gradient checkpointing, packs
+(max_tokens_per_forward) and the experts' load-balancing loss are left out.
+
+In 16 bits with a beta of 2 or more, gradients may be off by more than is allowed, though neither
+way is wrong: the tolerance has no share for the loss's curvature.
 
 A loss of a whole batch (aot, aot_unpaired, sft) mixes per_device_train_batch_size pairs both ways.
 AOT sorts them: two log-ratios that differ by less than rounding may swap places, which is reported
@@ -203,10 +206,13 @@ def _plain_pairs(subject: Subject, few: list[int], offsets_B2: Tensor) -> PlainP
 
 
 def _own_tokens(subject: Subject, b: int, side: str) -> OwnTokens:
-    pair = subject.pairs[b]
-    prompt, completion = subject.args.cut(pair["prompt_ids"], pair[f"{side}_ids"])
-    ids_L = torch.tensor(prompt + completion, device=subject.args.device)
-    start = max(1, len(prompt))  # a first token has nothing that predicts it
+    pair, args = subject.pairs[b], subject.args
+    ids = pair["prompt_ids"] + pair[f"{side}_ids"]
+    length = min(len(ids), args.max_length or len(ids))
+    lost = len(ids) - length if args.truncation_mode == "keep_end" else 0
+    ids_L = torch.tensor(ids[lost : lost + length], device=args.device)
+    # a first token has nothing that predicts it
+    start = max(1, len(pair["prompt_ids"]) - lost)
     with subject.autocast():
         logits_LV = subject.policy(input_ids=ids_L[None], use_cache=False).logits[0]
     logits_CV = logits_LV[start - 1 : -1].float()

@@ -9,6 +9,7 @@ from verifying import folder_with_models_and_rows, run, table, what_differs
 
 from fastdpo import attention, head, ops, verify
 from fastdpo.collate import LAYOUTS
+from fastdpo.columns import Cut
 from fastdpo.kernels import reference
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -94,6 +95,21 @@ def test_a_token_is_numbered_as_in_the_row_though_its_beginning_is_cut(
     flags = ("--layout", "padded", "--max_length", "4", "--truncation_mode", "keep_end")
     assert run(here, *flags, rows=tmp_path / "rows.jsonl") == 1
     assert "pair 0, chosen, token 4 (" in what_differs(capsys)["padded", "token"]
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_a_cut_that_takes_a_token_too_many_is_found(here, monkeypatch, capsys, mode):
+    cut = Cut.__call__
+
+    def shorter(self, prompt, completion):
+        prompt, completion = cut(self, prompt, completion)
+        return prompt, completion[:-1]
+
+    flags = ("--layout", "padded", "--max_length", "20", "--truncation_mode", mode)
+    assert run(here, *flags) == 0
+    monkeypatch.setattr(Cut, "__call__", shorter)
+    assert run(here, *flags) == 1
+    assert "tokens scored, plainly" in what_differs(capsys)["padded", "token"]
 
 
 def test_a_token_scored_too_little_is_found(here, monkeypatch, capsys):
