@@ -54,6 +54,16 @@ def test_an_empty_csv_cell_is_no_value_and_none_is_a_word(tmp_path):
     assert (rows[0]["tools"], rows[1]["rejected"]) == (None, None)
 
 
+def test_a_csv_file_may_have_blank_lines_and_cells_of_many_lines_or_characters(tmp_path):
+    cells = f'"a\r\nb",{"c" * 200_000},d'
+    (tmp_path / "rows.csv").write_bytes(
+        f"prompt,chosen,rejected\r\n\r\n{cells}\r\n \n,,\n".encode()
+    )
+    first, second = texts(load_rows(str(tmp_path / "rows.csv")))
+    assert first == {"prompt": "a\r\nb", "chosen": "c" * 200_000, "rejected": "d"}
+    assert set(second.values()) == {None}  # a line of commas is a row
+
+
 def test_csv_texts_stay_as_they_are_written(tmp_path):
     lines = ["prompt,chosen,rejected,score"]
     lines += ["2+2=,4,5,0.5"] * 3 + ["1+1=,02,True,0.5", "half=,1.50,007,1"]

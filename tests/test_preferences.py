@@ -63,10 +63,19 @@ MALFORMED = {
         "images.*vision-language rows are not supported yet",
     ),
     "empty-conversation": (chat(chosen=[]), "chosen"),
+    "tools-not-a-list": (chat(tools='{"name": "add"}'), "tools.*want a list or one as JSON text"),
     "mixed-kinds": (chat(rejected="no"), "rejected"),
     "message-without-role": (chat(prompt=[{"content": "a"}]), r"prompt\[0\]"),
     "no-role": (chat(prompt=[{"role": "", "content": "a"}]), r"prompt\[0\].role.*got ''"),
     "no-content": (chat(prompt=[{"role": "user"}]), r"prompt\[0\].content.*no content"),
+    "content-a-number": (
+        chat(prompt=[{"role": "user", "content": 5}]),
+        r"prompt\[0\].content.*want text, got 5",
+    ),
+    "part-without-text": (
+        chat(prompt=[{"role": "user", "content": [{"type": "text"}]}]),
+        r"prompt\[0\].content.*want text, got None",
+    ),
     "image": (
         chat(prompt=[{"role": "user", "content": [{"type": "image"}]}]),
         "vision-language rows are not supported",

@@ -53,6 +53,15 @@ def test_what_is_dropped_and_what_is_odd_is_counted_and_reported_once(tokenizer,
     assert "1 malformed rows" in messages[0] and "row 4, field 'chosen'" in messages[0]
 
 
+def test_a_stream_tells_of_the_first_row_that_it_drops(tokenizer, caplog):
+    rows = [*tiny.rows(2), *[{"prompt": "a b " * 50, "chosen": " c", "rejected": " d"}] * 2]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    pairs, _ = prepare_pairs(stream, tokenizer, max_length=40)
+    assert len(list(pairs)) == 2
+    (record,) = caplog.records
+    assert "this one first: row 2: its prompt alone fills max_length" in record.getMessage()
+
+
 def test_keep_end_drops_no_long_prompt(tokenizer):
     rows = [{"prompt": "a b " * 50, "chosen": " c", "rejected": " d"}]
     _, counts = pairs_of(rows, tokenizer, max_length=40, truncation_mode="keep_end")
@@ -62,10 +71,10 @@ def test_keep_end_drops_no_long_prompt(tokenizer):
 def test_pairs_that_are_cut_to_max_length_are_counted(tokenizer):
     rows = [{"prompt": "ab", "chosen": " " + "c" * n, "rejected": " d"} for n in (1, 20, 30)]
     truncated = []
-    for limit in (None, 32, 20, 4):
+    for limit in (None, 34, 33, 23, 4):  # the longest has 34 tokens, the next 24
         _, counts = pairs_of(rows, tokenizer, max_length=limit)
         truncated.append(counts.truncated)
-    assert truncated == [0, 1, 2, 3]
+    assert truncated == [0, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])

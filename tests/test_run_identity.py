@@ -175,7 +175,10 @@ def test_a_local_model_counts_by_its_weights(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / "README.md").write_text("another card")
     assert identity(weights) == first
-    assert identity(weights[:-1] + b"1") != first
+    for other in (weights[:-1] + b"1", b"1" + weights[1:], weights[1:]):
+        assert identity(other) != first
+    middle = len(weights) // 2
+    assert identity(weights[:middle] + b"1" + weights[middle + 1 :]) == first  # which is not read
 
 
 def test_an_identity_survives_being_written(tmp_path):

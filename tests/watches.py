@@ -9,16 +9,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdpo.kernels.products import has_good_onednn
 
+# on a GPU, operators whose result, or its size, the CPU waits for
+WAITS = {"_local_scalar_dense", "bincount", "equal", "masked_select", "nonzero", "_unique2"}
+
+
+def waits(func, args, kwargs):
+    """Whether the CPU would wait for a GPU in this call of an operator."""
+    name = func.overloadpacket.__name__
+    if name in ("index", "index_put", "index_put_"):  # a mask is counted
+        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    if name == "repeat_interleave":
+        return kwargs.get("output_size") is None
+    return name in WAITS
+
 
 class Watch(TorchDispatchMode):
-    """Fails on what makes the CPU wait for a GPU, and keeps the size of the largest tensor made."""
+    """Fails on what makes the CPU wait for a GPU, and keeps the size of the largest tensor made.
+
+    It does not see .tolist(), .cpu() and .numpy() of a tensor that is on the CPU already.
+    """
 
     def __init__(self):
         super().__init__()
         self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert not any(name in func.__name__ for name in ("_local_scalar_dense", "nonzero")), func
+        assert not waits(func, args, kwargs or {}), func
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
             self.largest = max(self.largest, out.nbytes)
