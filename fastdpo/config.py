@@ -220,6 +220,12 @@ class DPOConfig(TrainingArguments):
         return self.length_column_name if self.train_sampling_strategy in by_length else None
 
     @property
+    def pairs_per_batch(self) -> int:
+        """Pairs of a batch over all ranks, which with split_batches share one."""
+        shares = 1 if self.accelerator_config.split_batches else self.world_size
+        return self.train_batch_size * shares
+
+    @property
     def reentrant_checkpoints(self) -> bool:
         """Whether gradient checkpoints, where there are any, are torch's reentrant ones."""
         return (self.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)

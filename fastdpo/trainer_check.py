@@ -201,12 +201,10 @@ def check_checkpoints(policy: torch.nn.Module, args: DPOConfig, *, aux_loss: boo
 
 def check_enough_rows(args: DPOConfig, num_rows: int) -> None:
     """ValueError where dataloader_drop_last would leave nothing of so many rows to train on."""
-    shares = 1 if args.accelerator_config.split_batches else args.world_size
-    at_once = args.train_batch_size * shares
-    if args.dataloader_drop_last and num_rows < at_once:
+    if args.dataloader_drop_last and num_rows < args.pairs_per_batch:
         raise ValueError(
-            f"want at least one batch of {at_once} rows with dataloader_drop_last, got {num_rows} "
-            "to train on"
+            f"want at least one batch of {args.pairs_per_batch} rows with dataloader_drop_last, "
+            f"got {num_rows} to train on"
         )
 
 

@@ -56,6 +56,13 @@ def test_defaults_are_trls(tmp_path):
     assert {name: getattr(made, name) for name in TRL_DEFAULTS} == TRL_DEFAULTS
 
 
+def test_ranks_have_a_batch_each_or_share_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(DPOConfig, "world_size", 2)
+    sharing = {"accelerator_config": {"split_batches": True}}
+    made = [config(tmp_path, per_device_train_batch_size=8, **more) for more in ({}, sharing)]
+    assert [each.pairs_per_batch for each in made] == [16, 8]
+
+
 def test_defaults_of_its_own_hide_no_nan_and_end_no_run(tmp_path):
     made = config(tmp_path)
     assert made.logging_nan_inf_filter is False and made.strict_layout is False
