@@ -8,7 +8,8 @@ import subprocess
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+
+from fastdpo.run_file import raise_error
 
 MODULE = "fastdpo.cli"  # what `accelerate launch --module` runs
 
@@ -43,7 +44,7 @@ def launch_flags(unknown: list[str]) -> list[str]:
     parser = _launch_parser()
     is_off = {f"{flag}=false" for flag in parser._option_string_actions}
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.error = _raise
+    finder.error = raise_error
     finder.add_argument("--accelerate_config")
     given, flags = finder.parse_known_args([flag for flag in unknown if flag not in is_off])
     if given.accelerate_config is not None:
@@ -58,12 +59,8 @@ def _launch_parser() -> ArgumentParser:
     from accelerate.commands.launch import launch_command_parser
 
     parser = launch_command_parser()
-    parser.error = _raise
+    parser.error = raise_error
     return parser
-
-
-def _raise(message: str) -> NoReturn:
-    raise ValueError(message)
 
 
 def _accelerate_config(name: str) -> list[str]:

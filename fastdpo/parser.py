@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -14,7 +14,7 @@ from fastdpo.arguments import (
     ScriptArguments,
 )
 from fastdpo.config import DPOConfig
-from fastdpo.run_file import config_path, read_yaml
+from fastdpo.run_file import config_path, raise_error, read_yaml
 
 OR_BOOLEAN = ("resume_from_checkpoint", "trackio_static_space_id")  # texts, or true or false
 
@@ -25,6 +25,8 @@ class TrainParser(HfArgumentParser):
     A YAML file sets flags' values, which the command line overrides (its `env` is set before: see
     run_file.py). Whatever is wrong raises ValueError: nothing is printed, nothing exits.
     """
+
+    error = staticmethod(raise_error)
 
     def __init__(self, prog: str):
         super().__init__((ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
@@ -56,9 +58,6 @@ class TrainParser(HfArgumentParser):
         if others.config != path:
             raise ValueError("want --config written in full")
         return RunArguments(*arguments), getattr(others, self._own_flag), unknown + remaining
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
     def _let_none_through(self) -> None:
         """Accept none and null as values of numbers that may be None, as TRL's parser does."""

@@ -26,7 +26,7 @@ def set_environment(argv: Sequence[str]) -> None:
 def config_path(argv: Sequence[str]) -> str | None:
     """What --config names; ValueError where it comes twice, as one would hide the other."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.error = _raise
+    finder.error = raise_error
     finder.add_argument("--config", action="append", default=[])
     paths = finder.parse_known_args(argv)[0].config
     if len(paths) > 1:
@@ -34,7 +34,8 @@ def config_path(argv: Sequence[str]) -> str | None:
     return paths[0] if paths else None
 
 
-def _raise(message: str) -> NoReturn:
+def raise_error(message: str) -> NoReturn:
+    """An argparse parser's `error`, where it must not exit."""
     raise ValueError(message)
 
 
