@@ -18,8 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
-from typing import NoReturn
+from resource import RUSAGE_SELF, getpagesize, getrusage
 
 import datasets
 import torch
@@ -38,6 +37,7 @@ from transformers import (
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
 from fastdpo.demo_task import Question, build_tokenizer, make_questions, preference_rows
+from fastdpo.run_file import raise_error
 from fastdpo.trainer import DPOTrainer
 
 VOCABULARY = 4096  # rows of the embedding and the head; the task's words are a quarter of them
@@ -66,17 +66,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("demo_run"))
     parser.add_argument("--tiny", action="store_true", help="seconds, too short to learn anything")
     parser.add_argument("--measure", choices=[*MEASURED], help=argparse.SUPPRESS)
-    parser.error = _raise
+    parser.error = raise_error
     arguments = parser.parse_args(argv)
-    missing = [name for name in ("matplotlib", "psutil") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"the demo needs {missing}: pip install 'fastdpo[demo]'")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("the demo needs matplotlib: pip install 'fastdpo[demo]'")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     return arguments
-
-
-def _raise(message: str) -> NoReturn:
-    raise ValueError(message)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -236,9 +231,7 @@ MEASURED = {"fastdpo": measure_fastdpo, "naive": measure_naive}
 
 def _measured(run) -> dict[str, float]:
     """Wall seconds of `run()`, and how far it takes the process's memory beyond what it found."""
-    import psutil
-
-    found = psutil.Process().memory_info().rss
+    found = getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])  # resident
     start = time.perf_counter()
     run()
     seconds = time.perf_counter() - start
