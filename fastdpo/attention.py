@@ -96,7 +96,7 @@ def tree_attention(
     native: Callable,
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers' attention functions return: (1, T, H, K), and no weights.
+    """What transformers' attention functions return; along a tree (1, T, H, K), and no weights.
 
     query: (1, H, T, K); key, value: (1, G, T, K); settings: tree, scaling, dropout, sliding_window
     and softcap, and whatever else a model passes. native: what attends where there is no tree.

@@ -56,7 +56,8 @@ def origins_of(batch: Mapping[str, Any], indices: list[int]) -> list[str]:
 
 
 def cut_status(columns: Mapping[str, Sequence], cut: Cut) -> list[int]:
-    """The status of each row once it is cut, of what it was before."""
+    """The status of each row once it is cut: TOO_LONG where that leaves nothing of a completion,
+    with EQUAL where it leaves chosen and rejected alike, else as before."""
     status = []
     before_and_ids = zip(*(columns[name] for name in (STATUS, *ID_COLUMNS)), strict=True)
     for before, prompt, chosen, rejected in before_and_ids:
