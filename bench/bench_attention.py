@@ -22,7 +22,7 @@ from bench.measure import CUDA, DEVICE, DTYPE, IS_16_BITS, in_turns
 from bench.tables import table
 from fastdpo.attention import tree_attention
 from fastdpo.collate import make_collator
-from fastdpo.columns import Cut
+from fastdpo.columns import ID_COLUMNS, Cut
 
 HEADS = {  # H query heads, G key and value heads, K head size
     "tiny": (2, 1, 16),
@@ -56,9 +56,8 @@ def numbered_pairs(profile):
         pairs = random_pairs((TYPICAL | {"tiny": TINY})[profile], PAIRS, vocab_size=1000)
         lengths = [tuple(map(len, pair.values())) for pair in pairs]
     numbers = iter(range(1, 1 + sum(map(sum, lengths))))
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return [
-        {name: [next(numbers) for _ in range(n)] for name, n in zip(names, each, strict=True)}
+        {name: [next(numbers) for _ in range(n)] for name, n in zip(ID_COLUMNS, each, strict=True)}
         for each in lengths
     ]
 
@@ -66,13 +65,13 @@ def numbered_pairs(profile):
 class Case:
     """One way's tensors (., heads, tokens, K), cut from tables with a row for each token."""
 
-    def __init__(self, way, profile, heads, dtype=DTYPE, device=DEVICE):
+    def __init__(self, way, profile, heads, dtype=DTYPE):
         self.H, self.G, K = HEADS[heads]
         pairs = numbered_pairs(profile)
         collator = make_collator(LAYOUTS[way], Cut(), pad_token_id=0, pad_to_multiple_of=None)
         inputs = collator(pairs)
-        self.ids, self.tree = inputs["input_ids"].to(device), inputs.get("tree")
-        self.tree = self.tree and self.tree.to(device)
+        self.ids, self.tree = inputs["input_ids"].to(DEVICE), inputs.get("tree")
+        self.tree = self.tree and self.tree.to(DEVICE)
         completions = [i for pair in pairs for i in pair["chosen_ids"] + pair["rejected_ids"]]
         self.num_ids = 1 + max(completions)
         draw = torch.Generator().manual_seed(0)
@@ -83,13 +82,13 @@ class Case:
         ]
         is_completion = torch.zeros(self.num_ids, 1, 1).index_fill_(0, torch.tensor(completions), 1)
         tables[3] *= is_completion
-        rows = [each.to(device, dtype)[self.ids].transpose(1, 2) for each in tables]
+        rows = [each.to(DEVICE, dtype)[self.ids].transpose(1, 2) for each in tables]
         self.query, self.key, self.value = (x.contiguous().requires_grad_() for x in rows[:3])
         self.doutput = rows[3].transpose(1, 2).contiguous()  # attention functions swap the two
         self.mask = None
         if way == "padded, masked":
             L = self.ids.shape[1]
-            causal_LL = torch.ones(L, L, dtype=torch.bool, device=device).tril()
+            causal_LL = torch.ones(L, L, dtype=torch.bool, device=DEVICE).tril()
             self.mask = causal_LL & (self.ids > 0)[:, None, None, :]
 
     def step(self):

@@ -14,7 +14,7 @@ import pytest
 from bench.measure import in_turns
 from bench.tables import table
 from fastdpo.collate import make_collator
-from fastdpo.columns import Cut
+from fastdpo.columns import ID_COLUMNS, Cut
 from fastdpo.packs import into_packs
 
 PAIRS, TURNS = 512, 7
@@ -23,10 +23,9 @@ PAIRS, TURNS = 512, 7
 @pytest.fixture(scope="module")
 def rows():
     draw = np.random.default_rng(0).integers
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
     lengths = [(800, *draw(100, 1200, 2)) for _ in range(PAIRS)]
     return [
-        {name: draw(0, 1000, length) for name, length in zip(names, each, strict=True)}
+        {name: draw(0, 1000, length) for name, length in zip(ID_COLUMNS, each, strict=True)}
         for each in lengths
     ]
 

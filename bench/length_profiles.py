@@ -45,15 +45,9 @@ DATASETS = {
 }
 
 
-def random_pairs(
-    profile: LengthProfile,
-    count: int,
-    *,
-    vocab_size: int,
-    seed: int = 0,
-) -> list[Pair]:
-    """`count` pairs of `profile`."""
-    draw = random.Random(seed)
+def random_pairs(profile: LengthProfile, count: int, *, vocab_size: int) -> list[Pair]:
+    """`count` pairs of `profile`, always the same."""
+    draw = random.Random(0)
 
     def tokens(median: int, longest: int) -> list[int]:
         length = round(draw.lognormvariate(math.log(median), profile.sigma))

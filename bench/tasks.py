@@ -14,7 +14,7 @@ from bench.length_profiles import DATASETS, TINY, TYPICAL, Pair, random_pairs, r
 from bench.measure import CUDA, DEVICE
 
 PAD_ID, END_ID = 0, 1
-WARMUP_STEPS = 2
+WARMUP_STEPS, TIMED_STEPS = 2, 4
 MODELS = {
     "tiny": LlamaConfig(
         vocab_size=997,
@@ -88,14 +88,13 @@ class Task:
         return [self.pairs[start : start + self.batch] for start in starts]
 
 
-def task_of(profile: str, *, adapters: bool, timed_steps: int = 4, model: str = REAL_MODEL) -> Task:
+def task_of(profile: str, *, adapters: bool, model: str = REAL_MODEL) -> Task:
     """The task of a length profile by its name, of "tiny" (a model too), or of "real pairs".
 
     Batches are of 8 pairs for chat, long prompt and short prompt, else of 4, as those of a large
-    model on a CPU are. "real pairs" are as many as the steps take, 28 by default, the first of the
-    data set.
+    model on a CPU are. "real pairs" are the first of the data set, 28 in all.
     """
-    steps = WARMUP_STEPS + timed_steps + 1
+    steps = WARMUP_STEPS + TIMED_STEPS + 1
     if profile == "tiny":
         pairs = random_pairs(TINY, 4 * steps, vocab_size=MODELS["tiny"].vocab_size)
         return Task(model="tiny", pairs=pairs, batch=4, adapters=adapters)

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import transformers
-from datasets import Dataset, Features, IterableDataset, Value
-from datasets import Sequence as ListOf
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.columns import ID_COLUMNS, REFERENCE_COLUMNS, Cut
@@ -217,7 +216,7 @@ class _Tokenize:
 
     @property
     def features(self) -> Features:
-        ids = {column: ListOf(Value("int64")) for column in ID_COLUMNS}
+        ids = {column: List(Value("int64")) for column in ID_COLUMNS}
         columns = REFERENCE_COLUMNS if self.with_reference else ()
         logps = {column: Value("float64") for column in columns}
         return Features(ids | logps | {STATUS: Value("int8"), NOTE: Value("string")})

@@ -96,8 +96,7 @@ def without_nulls(value: Any, feature: Any = None) -> Any:
         given = {key: each for key, each in value.items() if each is not None}
         return {key: without_nulls(each, of_keys.get(key)) for key, each in given.items()}
     if isinstance(value, list):
-        of_each = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-        return [without_nulls(each, of_each) for each in value]
+        return [without_nulls(each, getattr(feature, "feature", None)) for each in value]
     return value
 
 

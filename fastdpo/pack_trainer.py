@@ -28,7 +28,7 @@ from fastdpo.batch import PairBatch, count_pairs
 from fastdpo.collate import first_pairs_longest_first
 from fastdpo.config import DPOConfig
 from fastdpo.model import score
-from fastdpo.packs import PackCollator
+from fastdpo.packs import BudgetCollator
 from fastdpo.policy import forget_trainer
 from fastdpo.ranks import average_gradients, least_of_ranks
 from fastdpo.token_budget import UNBOUNDED, TokenBudget, half_of_largest, tokens_that_fit
@@ -133,8 +133,8 @@ class PackTrainer(Trainer):
             return super().get_train_dataloader()
 
     @property
-    def _pack_collator(self) -> PackCollator:
-        return PackCollator(self.data_collator, self.budget)
+    def _pack_collator(self) -> BudgetCollator:
+        return BudgetCollator(self.data_collator, self.budget)
 
     @contextlib.contextmanager
     def collating_with(self, collator: Callable | None) -> Iterator[None]:

@@ -26,7 +26,7 @@ class KeptPairs:
 
 
 @dataclass(frozen=True, slots=True)
-class PackCollator:
+class BudgetCollator:
     """Pairs -> the inputs of each pack of a batch. Only a single pair may exceed the budget."""
 
     collator: Collator

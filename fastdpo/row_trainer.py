@@ -17,20 +17,20 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_pairs
 from fastdpo.layout import Layout
 from fastdpo.measuring_trainer import MeasuringTrainer
-from fastdpo.packs import PackCollator
+from fastdpo.packs import BudgetCollator
 from fastdpo.pair_check import check_pairs
 from fastdpo.row_report import PairCounts
 from fastdpo.rows import Rows
 from fastdpo.sampler import SeededByEpoch, WholeStream
 
-COLLATORS = (PaddedCollator, PackedCollator, PackCollator)
-COLLATORS_LAYOUT = Layout("custom", "as your data_collator lays a batch out")
+OWN_COLLATORS = (PaddedCollator, PackedCollator, BudgetCollator)
+CUSTOM_LAYOUT = Layout("custom", "as your data_collator lays a batch out")
 
 
 class RowTrainer(MeasuringTrainer):
     """Subclasses set `layout` and `pair_counts`.
 
-    layout: COLLATORS_LAYOUT where the user brought a data_collator. pair_counts: what became of
+    layout: CUSTOM_LAYOUT where the user brought a data_collator. pair_counts: what became of
     each dataset's rows, by its name; None of a stream.
     """
 
@@ -45,7 +45,7 @@ class RowTrainer(MeasuringTrainer):
         """What scores pairs, by its argument's name."""
         return {"model": self.model}
 
-    def _tokenise(
+    def _tokenize(
         self, dataset: Rows, name: str, tokenizer: PreTrainedTokenizerBase, args: DPOConfig
     ) -> Rows:
         """`dataset` as token ids, counted. The constructor has it before there is a self.args."""
@@ -56,7 +56,7 @@ class RowTrainer(MeasuringTrainer):
 
     def _prepare(self, dataset: Rows, name: str) -> Rows:
         """`dataset` as token ids, counted and checked against the models."""
-        pairs = self._tokenise(dataset, name, self.processing_class, self.args)
+        pairs = self._tokenize(dataset, name, self.processing_class, self.args)
         check_pairs({name: pairs}, self.models().values(), self.args)
         return pairs
 
@@ -74,7 +74,7 @@ class RowTrainer(MeasuringTrainer):
     def _remove_unused_columns(self, dataset, description=None):
         pairs = super()._remove_unused_columns(dataset, description)
         # a collator written for TRL joins lists with +, which would add arrays element by element
-        if not isinstance(pairs, Dataset) or not isinstance(self.data_collator, COLLATORS):
+        if not isinstance(pairs, Dataset) or not isinstance(self.data_collator, OWN_COLLATORS):
             return pairs
         return pairs.with_format("numpy", columns=[*ID_COLUMNS], output_all_columns=True)
 
@@ -111,7 +111,7 @@ class RowTrainer(MeasuringTrainer):
             return super().get_test_dataloader(self._prepare(test_dataset, "test"))
 
     def _collating_for_logits(self, wanted: bool) -> AbstractContextManager:
-        wanted = wanted and self.layout is not COLLATORS_LAYOUT
+        wanted = wanted and self.layout is not CUSTOM_LAYOUT
         return self.collating_with(self._make_collator("padded") if wanted else None)
 
     def _make_collator(self, layout: str) -> PaddedCollator | PackedCollator:

@@ -53,7 +53,7 @@ from fastdpo.ranks import one_rank_first
 from fastdpo.reference_cache import ReferenceCache, probe_pairs
 from fastdpo.reference_logps import FrozenModel, RowLogps, make_reference, once_training, scorer_of
 from fastdpo.resuming_trainer import ResumingTrainer
-from fastdpo.row_trainer import COLLATORS_LAYOUT, RowTrainer, by_name, map_datasets
+from fastdpo.row_trainer import CUSTOM_LAYOUT, RowTrainer, by_name, map_datasets
 from fastdpo.rows import Rows
 from fastdpo.scorer_check import check_scorer
 from fastdpo.start_check import check_start
@@ -61,8 +61,8 @@ from fastdpo.summary import describe_run
 from fastdpo.trainer_check import (
     check_arguments,
     check_best_metric,
-    check_checkpoints,
     check_enough_rows,
+    check_gradient_checkpointing,
     check_models,
     check_overrides,
     redefines,
@@ -131,10 +131,10 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
         tokenizer = load_tokenizer(processing_class, model, pad_token=args.pad_token, **init_kwargs)
         self.pair_counts = {}
-        tokenise = functools.partial(self._tokenise, tokenizer=tokenizer, args=args)
+        tokenize = functools.partial(self._tokenize, tokenizer=tokenizer, args=args)
         with one_rank_first(args):
-            train_dataset = tokenise(train_dataset, "train")
-            eval_dataset = map_datasets(tokenise, eval_dataset, "eval")
+            train_dataset = tokenize(train_dataset, "train")
+            eval_dataset = map_datasets(tokenize, eval_dataset, "eval")
         if counts := self.pair_counts["train"]:
             check_enough_rows(args, counts.pairs)
         model = make_policy(
@@ -166,7 +166,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         self._start_checked = False
         pair = first_pairs_longest_first(train_dataset)[0]
         self._set_up_models(ref_model, pair, has_new_adapters=peft_config is not None)
-        self.layout = COLLATORS_LAYOUT
+        self.layout = CUSTOM_LAYOUT
         if data_collator is None:
             self.layout = self._choose_layout(pair)
             self.data_collator = self._make_collator(self.layout.name)
@@ -180,13 +180,13 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
     def _set_up_models(
         self, ref_model: PreTrainedModel | None, pair: Pair, *, has_new_adapters: bool
     ) -> None:
-        """Attach the scorer to policy and reference, and check both against the data and `pair`."""
+        """Make the reference, let policy and reference score, and check both against the data."""
         args = self.args
         attach_scorer(self.model, **args.head_settings)
         self.router_aux_loss_coef = aux_loss_weight(
             causal_lm_of(self.model), args.router_aux_loss_coef
         )
-        check_checkpoints(self.model, args, aux_loss=self.aux_loss_enabled)
+        check_gradient_checkpointing(self.model, args, aux_loss=self.aux_loss_enabled)
         datasets = {"train": self.train_dataset, **by_name(self.eval_dataset, "eval")}
         self.reference = make_reference(
             self.model,
@@ -200,9 +200,9 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         if args.sync_ref_model:
             self.follower = FollowPolicy(self.model, self.reference, is_sharded=self.is_sharded)
             self.add_callback(self.follower)
-        self._check_models(datasets, pair)
+        self._check_models_on_data(datasets, pair)
 
-    def _check_models(self, datasets: dict[str, Rows], pair: Pair) -> None:
+    def _check_models_on_data(self, datasets: dict[str, Rows], pair: Pair) -> None:
         """ValueError for token ids that a model lacks, or logits that are not hidden @ headᵀ."""
         check_pairs(datasets, self.models().values(), self.args)
         if self.is_sharded:
@@ -294,7 +294,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
 
     def _reference_cache(self) -> ReferenceCache | None:
         """The main process's, unless a collator of the user's own cuts the pairs."""
-        is_none = self.is_sharded or self.layout is COLLATORS_LAYOUT or not is_caching_enabled()
+        is_none = self.is_sharded or self.layout is CUSTOM_LAYOUT or not is_caching_enabled()
         if is_none or not self.is_world_process_zero():
             return None
         pairs = probe_pairs(causal_lm_of(self.ref_model or self.model))

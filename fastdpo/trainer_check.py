@@ -85,7 +85,7 @@ def _check_peft_config(config: Any, model: str | PreTrainedModel | PeftModel) ->
             "first, or leave peft_config out to train them on"
         )
     if config.is_prompt_learning or config.peft_type in FORWARD_REPLACERS:
-        raise ValueError(f"want adapters on layers, got {config.peft_type} (not there yet)")
+        raise ValueError(f"want adapters on layers, got {config.peft_type.value} (not there yet)")
 
 
 def _check_adapters(config: PeftConfig, name: str) -> None:
@@ -134,7 +134,7 @@ def check_arguments(
         _check_collators_settings(args)
     _check_optimizer(optimizers[0], model, peft_config)
     adapters = model.active_peft_config if isinstance(model, PeftModel) else peft_config
-    if args.gradient_checkpointing and (why := _why_no_checkpoints(adapters)):
+    if args.gradient_checkpointing and (why := _why_no_gradient_checkpointing(adapters)):
         raise ValueError(f"want gradient_checkpointing=False with {why}, got True")
     if args.load_best_model_at_end and has_encoder(adapters):
         raise ValueError(
@@ -142,7 +142,7 @@ def check_arguments(
             "checkpoints have the virtual tokens, and not the encoder that they come from"
         )
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs:
-        _check_checkpointing(args.gradient_checkpointing_kwargs)
+        _check_checkpointing_kwargs(args.gradient_checkpointing_kwargs)
     if isinstance(model, str):
         return
     # raises where the coefficient does not fit
@@ -172,7 +172,7 @@ def _check_optimizer(optimizer: Any, model: Any, peft_config: Any) -> None:
         )
 
 
-def _check_checkpointing(settings: dict[str, Any]) -> None:
+def _check_checkpointing_kwargs(settings: dict[str, Any]) -> None:
     try:
         one = torch.zeros(1, requires_grad=True)
         checkpoint(torch.nn.Identity(), one, **({"use_reentrant": False} | settings))
@@ -183,9 +183,11 @@ def _check_checkpointing(settings: dict[str, Any]) -> None:
         ) from error
 
 
-def check_checkpoints(policy: torch.nn.Module, args: DPOConfig, *, aux_loss: bool) -> None:
-    """ValueError for gradient checkpoints that `policy` has not, and for reentrant ones with
-    aux_loss: within them, a load-balancing loss has no gradient."""
+def check_gradient_checkpointing(
+    policy: torch.nn.Module, args: DPOConfig, *, aux_loss: bool
+) -> None:
+    """ValueError where `policy` cannot do gradient checkpointing, and for the reentrant kind with
+    aux_loss: within it, a load-balancing loss has no gradient."""
     if not args.gradient_checkpointing:
         return
     causal_lm = causal_lm_of(policy)
@@ -246,7 +248,7 @@ def check_optimizer_and_schedule(args: DPOConfig) -> None:
         ) from error
 
 
-def _why_no_checkpoints(config: PeftConfig | None) -> str | None:
+def _why_no_gradient_checkpointing(config: PeftConfig | None) -> str | None:
     if getattr(config, "peft_type", None) == PeftType.PREFIX_TUNING:
         return (
             "PREFIX_TUNING (the prefix is cached keys and values, which gradient checkpointing "

@@ -266,8 +266,9 @@ def check_pair_loss(
         raise ValueError(f"want a weight for each of {loss_type}, got {loss_weights}")
     if f_divergence_type not in F_DIVERGENCES:
         raise ValueError(f"want f_divergence_type in {F_DIVERGENCES}, got {f_divergence_type!r}")
-    least = "above 0" if "exo_pair" in loss_type else "from 0"  # its log, and robust's 1 - 2 x
-    if not 0 <= label_smoothing < 0.5 or (least == "above 0" and label_smoothing == 0):
+    takes_log = "exo_pair" in loss_type  # and robust divides by 1 - 2 label_smoothing
+    if not 0 <= label_smoothing < 0.5 or (takes_log and label_smoothing == 0):
+        least = "above 0" if takes_log else "from 0"
         raise ValueError(
             f"want label_smoothing {least} and below 0.5 for {loss_type}, got {label_smoothing}"
         )

@@ -64,8 +64,7 @@ class Operand:
         return piece if self._rounded_to is None else piece.to(self._rounded_to)
 
     def _rows_at_once(self) -> int:
-        elements = MADE_AT_ONCE["cpu" if self._device.type == "cpu" else "cuda"]
-        return max(1, elements // self._source.shape[1])
+        return max(1, MADE_AT_ONCE[self._device.type] // self._source.shape[1])
 
     def _room_for(self, count: int) -> Tensor:
         if self._memory is None or len(self._memory) < count:

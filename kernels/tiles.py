@@ -63,10 +63,9 @@ class Tiles:
     def __init__(
         self, terms: list[Term], bias_V: Tensor | None, labels_N: Tensor, settings: Settings
     ):
-        kind = "cpu" if labels_N.device.type == "cpu" else "cuda"
         room = _rows_with_room(terms, settings.operand_dtype)
         self.V, D = terms[0].w_VK.shape
-        most_rows, width = tile_shape(kind, len(labels_N), self.V, D, room)
+        most_rows, width = tile_shape(labels_N.device.type, len(labels_N), self.V, D, room)
         self.blocks = even_slices(len(labels_N), most_rows)
         self.columns = slices(self.V, width)
         self.terms, self.settings, self.labels_N = terms, settings, labels_N
@@ -105,7 +104,7 @@ def _rows_with_room(terms: list[Term], p_dtype: torch.dtype) -> int:
     return 0 if trained is None else trained.shape[1] * trained.itemsize // p_dtype.itemsize
 
 
-def tile_shape(kind: str, N: int, V: int, D: int, room: int) -> tuple[int, int]:
+def tile_shape(device_type: str, N: int, V: int, D: int, room: int) -> tuple[int, int]:
     """Rows and columns of a tile; the rows are shared out evenly.
 
     On a GPU, as many rows as there is `room` for where the p of a trained head may be kept, if
@@ -113,13 +112,13 @@ def tile_shape(kind: str, N: int, V: int, D: int, room: int) -> tuple[int, int]:
     where the head's (columns, D) slice, which may have to be converted or dequantised, would be
     larger than the tile of logits.
     """
-    rows, columns = TILE_ROWS[kind], TILE_COLUMNS[kind]
+    rows, columns = TILE_ROWS[device_type], TILE_COLUMNS[device_type]
     size = rows * columns
-    if kind == "cuda" and room >= LEAST_ROWS:
+    if device_type == "cuda" and room >= LEAST_ROWS:
         rows = min(room, MOST_ROWS)
     num_blocks = -(-N // rows)
     rows = -(-N // num_blocks)  # the longest of even_slices
-    if kind == "cuda":
+    if device_type == "cuda":
         most = columns if rows >= FEW_ROWS else V
         columns = min(most, max(1, size // max(rows, D) // ROW_MULTIPLE) * ROW_MULTIPLE)
     return rows, min(V, columns)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fastdpo.collate import PackedCollator, make_collator
 from fastdpo.columns import Cut
-from fastdpo.packs import PackCollator, into_more, into_packs
+from fastdpo.packs import BudgetCollator, into_more, into_packs
 from fastdpo.token_budget import UNBOUNDED, TokenBudget
 
 
@@ -89,7 +89,7 @@ def test_keep_end_shares_the_prompts_of_sequences_that_it_does_not_cut():
 
 
 def test_more_packs_are_made_where_another_rank_has_more():
-    collate = PackCollator(PackedCollator(share=True), TokenBudget())
+    collate = BudgetCollator(PackedCollator(share=True), TokenBudget())
     rows = [row(n, 1, 1) for n in (2, 3, 4)]
     assert [len(collate(rows, at_least=n)["packs"]) for n in (1, 2, 3, 9)] == [1, 2, 3, 3]
 
