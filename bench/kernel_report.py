@@ -50,28 +50,33 @@ class Case:
     num_stages: int = 3
 
 
+FOLDS = {  # optional arguments
+    "alone": (),
+    "a step's sums": ("exp_z_sum_ptr", "z_sum_ptr"),  # entropy and mean logit
+    "bias and all sums": ("bias_ptr", "exp_z_sum_ptr", "z_sum_ptr", "exp_square_sum_ptr"),
+}
+
+
 def fold_cases():
-    """The fold of a tile: each head's of 1024, 4096 and 8192 rows, and a last one, alone and with
-    every statistic."""
+    """The fold of a tile: each head's of 1024, 4096 and 8192 rows, and a last one, as in FOLDS."""
     pointers = ("z", "peak", "total", "label_logit", "rescale")
     integers = ("width", "start", "z_stride", "p_stride")
-    optional = ("bias_ptr", "exp_z_sum_ptr", "z_sum_ptr", "exp_square_sum_ptr")
-    kinds = itertools.product(HEADS.items(), ("*bf16", "*fp32"), (False, True))
-    for (head, (V, D, capped)), p_type, full in kinds:
+    every = {"softcap", *FOLDS["bias and all sums"]}
+    kinds = itertools.product(HEADS.items(), ("*bf16", "*fp32"), FOLDS.items())
+    for (head, (V, D, capped)), p_type, (kind, optional) in kinds:
         types = {f"{name}_ptr": "*fp32" for name in pointers}
         types |= {"labels_ptr": "*i64", "p_ptr": p_type, "scale": "fp32"}
         types |= dict.fromkeys(integers, "i32")
         types |= {"softcap": "fp32"} if capped else {}
-        types |= dict.fromkeys(optional, "*fp32") if full else {}
-        constants = dict.fromkeys({"softcap", *optional} - types.keys())  # None is a constant
+        types |= dict.fromkeys(optional, "*fp32")
+        constants = dict.fromkeys(every - types.keys())  # None is a constant
         rows = ((1024, 0), (4096, 0), (8192, 8192))  # with room where a trained head's p is kept
         widths = [tile_shape("cuda", N, V, D, room)[1] for N, room in rows]
         for width in (*widths, V % TILE_COLUMNS["cuda"]):
-            launch = fold.launch_of(width, has_sums=full)
+            launch = fold.launch_of(width, has_sums=bool(optional))
             num_warps = launch.pop("num_warps")
             yield Case(
-                name=f"fold {head} {width} columns {p_type[1:]} "
-                + ("bias and all sums" if full else "alone"),
+                name=f"fold {head} {width} columns {p_type[1:]} {kind}",
                 kernel=fold._fold_kernel,
                 types=types,
                 constants=constants | launch,

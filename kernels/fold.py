@@ -213,14 +213,14 @@ def _fold_kernel(
 
 
 def launch_of(width: int, *, has_sums: bool) -> dict[str, int | bool]:
-    """Launch settings for the fold of one tile: all but a few variants keep it in registers
-    (bench/results/kernels.md); not timed."""
+    """Launch settings for the fold of one tile, which keep it in registers: with sums, a thread has
+    16 logits, as with 32 some variants spill (bench/results/kernels.md); not timed."""
     if width > MOST_IN_REGISTERS:
         block = BLOCK_T_OF_SUMS if has_sums else BLOCK_T
         return {"BLOCK_T": block, "IS_ONE_BLOCK": False, "IS_FULL": False, "num_warps": 4}
     block = max(BLOCK_T, triton.next_power_of_2(width))
     shape = {"BLOCK_T": block, "IS_ONE_BLOCK": True, "IS_FULL": width == block}
-    return shape | {"num_warps": max(4, block // 1024)}
+    return shape | {"num_warps": max(4, block // (512 if has_sums else 1024))}
 
 
 def _triton_fold(z_NT, p_NT, bias_T, labels_N, start, softmax, scale, softcap):
