@@ -69,7 +69,7 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether some are in the layers of `model`, be it a PEFT wrapper or not."""
+    """Whether `model`, be it a PEFT wrapper or not, has adapters in its layers."""
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 

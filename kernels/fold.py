@@ -213,8 +213,9 @@ def _fold_kernel(
 
 
 def launch_of(width: int, *, has_sums: bool) -> dict[str, int | bool]:
-    """Launch settings for the fold of one tile, which keep it in registers: with sums, a thread has
-    16 logits, as with 32 some variants spill (bench/results/kernels.md); not timed."""
+    """Launch settings for the fold of one tile: all but a few variants keep it in registers. With
+    sums a thread has 16 logits, as with 32 more variants spill (bench/results/kernels.md). Not
+    timed."""
     if width > MOST_IN_REGISTERS:
         block = BLOCK_T_OF_SUMS if has_sums else BLOCK_T
         return {"BLOCK_T": block, "IS_ONE_BLOCK": False, "IS_FULL": False, "num_warps": 4}
