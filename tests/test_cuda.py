@@ -326,7 +326,7 @@ def test_a_trainer_on_a_gpu_starts_at_ln_2_and_learns(settings, trainers, tmp_pa
 
 
 @pytest.mark.gpu
-def test_an_update_that_runs_out_of_a_gpus_memory_is_run_again(trainers, tmp_path):
+def test_an_update_that_runs_out_of_a_gpus_memory_is_run_again(trainers, tmp_path, monkeypatch):
     trainer = trainers.make_trainer(
         tmp_path,
         tiny.tokenizer(),
@@ -337,11 +337,15 @@ def test_an_update_that_runs_out_of_a_gpus_memory_is_run_again(trainers, tmp_pat
     )
     most = max(pack["tokens"].run for pack in next(iter(trainer.get_train_dataloader()))["packs"])
     embedding = trainer.model.get_input_embeddings()
+    monkeypatch.setattr(trainer, "_tokens_that_fit", lambda: UNBOUNDED)  # else a probe runs out
+    updates = []  # that ran out of memory
 
     def take_too_much(module, inputs, output):
         if output.requires_grad and output.shape[1] >= most:
+            updates.append(trainer.state.global_step)
             torch.empty(2**50, dtype=torch.uint8, device=GPU)
 
     embedding.register_forward_hook(take_too_much)
     trainer.train()
-    assert trainer.budget.max_tokens < most and len(trainers.logged(trainer)) == 4
+    assert updates == [0] and trainer.budget.max_tokens == most // 2
+    assert len(trainers.logged(trainer)) == 4

@@ -52,7 +52,7 @@ def assert_kernel_as_accurate(lengths, device, **changed):
     ours = run(pair_loss, lengths, device, torch.float32, **changed)
     same = run(reference.pair_loss, lengths, device, torch.float32, **changed)
     truth = run(reference.pair_loss, lengths, device, torch.float64, **changed)
-    times = 4 if device.type == "cuda" else 2  # a GPU's exp2 and division are off by an ulp or two
+    times = 8 if device.type == "cuda" else 2  # a GPU's exp2 and division are off by an ulp or two
     for kernel, torch_own, exact in zip(ours, same, truth, strict=True):
         assert kernel.shape == exact.shape and not kernel.requires_grad
         assert_as_accurate(kernel, torch_own, exact, times)
