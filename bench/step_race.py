@@ -18,8 +18,9 @@ LOSS_TOLERANCE, MOVES_PER_ERROR = (5e-2, 5) if CUDA else (1e-4, 10)
 
 def race(
     task: Task, names: list[str], benchmark, *, check: Callable | None = None
-) -> dict[str, list[Seconds]]:
-    """Seconds of each contender's steps after the warm-up: the same batches in the same order.
+) -> tuple[dict[str, list[Seconds]], AssertionError | None]:
+    """Seconds of each contender's steps after the warm-up: the same batches in the same order; and
+    what check had to say after them.
 
     check(logs), given what each contender logged, is called before and after the timing, and
     raises AssertionError where they did not train alike.
@@ -37,8 +38,11 @@ def race(
         check(logs)
         steps = {name: contender.step for name, contender in contenders.items()}
         taken = in_turns(benchmark, steps, task.timed_steps)
-        check(logs)
-    return taken
+        try:
+            check(logs)
+        except AssertionError as error:
+            return taken, error
+    return taken, None
 
 
 def race_and_report(
@@ -52,10 +56,13 @@ def race_and_report(
 ) -> None:
     """The race's table, and again with the peak memory of `measured`, each in its own process.
 
-    A run that is cut off while they are measured still has the first.
+    A run that is cut off while they are measured still has the first; one whose contenders turned
+    out not to train alike has it under that title, and fails.
     """
-    taken = race(task, names, benchmark, check=check)
-    report(title, task, taken, {}, benchmark)
+    taken, wrong = race(task, names, benchmark, check=check)
+    report(f"NOT ALIKE, {wrong}: {title}" if wrong else title, task, taken, {}, benchmark)
+    if wrong:
+        raise wrong
     if measured:
         report(title, task, taken, peaks_mib(measured, task), benchmark)
 

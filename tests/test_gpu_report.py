@@ -125,3 +125,15 @@ def test_a_bfloat16_race_is_judged_at_its_end(monkeypatch, errors, passes):
     else:
         with pytest.raises(AssertionError, match="losses move by"):
             step_race.assert_same_losses(logs)
+
+
+def test_a_race_that_went_wrong_keeps_its_times_under_that_title_and_fails(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench import step_race
+
+    reported, wrong = [], AssertionError("losses move by 1")
+    monkeypatch.setattr(step_race, "race", lambda *_, **__: ({}, wrong))
+    monkeypatch.setattr(step_race, "report", lambda title, *_: reported.append(title))
+    with pytest.raises(AssertionError, match="losses move by 1"):
+        step_race.race_and_report("chat", None, [], None, measured=["naive"])
+    assert reported == ["NOT ALIKE, losses move by 1: chat"]
