@@ -7,7 +7,14 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from trainers import LORA, logged, make_trainer, weights, with_transformers_adapter
+from trainers import (
+    BEST_OF_EVERY_STEP,
+    LORA,
+    logged,
+    make_trainer,
+    weights,
+    with_transformers_adapter,
+)
 
 from fastdpo import DPOTrainer
 from fastdpo.following_reference import FILE, FollowPolicy
@@ -66,12 +73,7 @@ def test_the_best_model_comes_with_its_reference(tmp_path, tokenizer):
         max_steps=4,
         learning_rate=0.05,  # too high to get better
         eval_dataset=Dataset.from_list(tiny.rows(4)),
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-        **FOLLOWING | {"ref_model_sync_steps": 1},
+        **BEST_OF_EVERY_STEP | FOLLOWING | {"ref_model_sync_steps": 1},
     )
     trainer.train()
     assert trainer.state.best_global_step < 4

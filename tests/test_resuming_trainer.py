@@ -7,6 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from trainers import (
+    BEST_OF_EVERY_STEP,
     LORA,
     logged,
     make_trainer,
@@ -172,13 +173,9 @@ def test_the_best_model_is_loaded_whatever_its_weights_are_called(tmp_path, toke
         tokenizer,
         model=model,
         eval_dataset=Dataset.from_list(tiny.rows(5)),
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
         greater_is_better=True,  # of the loss: the first is the best
         callbacks=[Remember()],
+        **BEST_OF_EVERY_STEP,
     )
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")

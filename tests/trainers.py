@@ -30,6 +30,13 @@ TWO_BATCHES_IN_ORDER = {
     "train_sampling_strategy": "sequential",
     "gradient_accumulation_steps": 2,
 }
+BEST_OF_EVERY_STEP = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+}
 
 
 def rows_with_a_longer_one():
