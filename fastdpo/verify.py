@@ -118,27 +118,26 @@ class CannotRun(Exception):
 
 
 class Finding(NamedTuple):
-    """One comparison in one layout: largest and rms difference, what the largest may be, where it
-    is, and whether the ways agree. NaN where nothing could be compared; `agrees` then says whether
-    that is as it should be, for a layout that the model cannot run."""
+    """One comparison in one layout: the worst difference, which is the largest share of what it may
+    be, rms of all, what the worst may be, where it is, and whether the ways agree. NaN where
+    nothing could be compared; `agrees` then says whether that is as it should be, for a layout that
+    the model cannot run."""
 
     layout: str
     what: str
     agrees: bool
     place: str
-    largest: float = math.nan
+    worst: float = math.nan
     rms: float = math.nan
     allowed: float = math.nan
 
     def __str__(self) -> str:
-        numbers = "".join(f"{x:>10.1e}" for x in (self.largest, self.rms, self.allowed))
-        verdict = "DIFFERS" if not self.agrees else "skipped" if math.isnan(self.largest) else "ok"
+        numbers = "".join(f"{x:>10.1e}" for x in (self.worst, self.rms, self.allowed))
+        verdict = "DIFFERS" if not self.agrees else "skipped" if math.isnan(self.worst) else "ok"
         return f"{self.layout:<8}{self.what:<24}{numbers}  {verdict:<8} {self.place}"
 
 
-HEADER = (
-    f"{'layout':<8}{'compared':<24}{'largest':>10}{'rms':>10}{'allowed':>10}  {'':<8} largest at"
-)
+HEADER = f"{'layout':<8}{'compared':<24}{'worst':>10}{'rms':>10}{'allowed':>10}  {'':<8} worst at"
 
 
 def plain_way(subject: Subject) -> Plain:
@@ -390,12 +389,12 @@ def _finding(
     place: Callable[[int], str],
     rms_allowed: float = math.inf,
 ) -> Finding:
-    """The one of N that is furthest off, measured by what it is allowed."""
+    """The worst of N differences, and what all of them say."""
     difference_N = difference_N.double()  # whose squares are finite
     allowed_N = torch.as_tensor(allowed, device=difference_N.device).expand_as(difference_N)
     rms = difference_N.square().mean().sqrt().item()
     share_N = torch.where(allowed_N.isfinite(), difference_N / allowed_N, math.inf)
     n = int(share_N.argmax())  # a NaN, where there is one; else what has no bound
-    largest, most = difference_N[n].item(), allowed_N[n].item()
-    agrees = largest <= most < math.inf and rms <= rms_allowed
-    return Finding(layout, what, agrees, place(n), largest, rms, most)
+    worst, most = difference_N[n].item(), allowed_N[n].item()
+    agrees = worst <= most < math.inf and rms <= rms_allowed
+    return Finding(layout, what, agrees, place(n), worst, rms, most)
