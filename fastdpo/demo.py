@@ -1,49 +1,40 @@
-"""`fastdpo demo`: fit a small model, teach it a preference, and compare it with the naive way.
+"""`fastdpo demo`: fit a small model, teach it a preference, and race the naive way.
 
-    fit (both directions) --> fitted/ --DPOTrainer--> trained/ --> score on held-out questions
-                                     \\--naive loop--> the same losses, its time and memory
+    fit (both directions) --DPOTrainer--> trained/ --> score on held-out questions
 
-Each of the two runs in a process of its own, so that neither's time or memory is the other's.
+Then the same updates run with fastdpo and with the naive loop: demo_race.py.
 """
 
 import argparse
-import copy
 import importlib.util
 import itertools
-import json
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from resource import RUSAGE_SELF, getpagesize, getrusage
 
 import datasets
 import torch
 import transformers
 from datasets import Dataset
-from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    PrinterCallback,
 )
 
+from fastdpo import demo_race
 from fastdpo.config import DPOConfig
-from fastdpo.data import prepare_pairs
 from fastdpo.demo_task import Question, build_tokenizer, make_questions, preference_rows
 from fastdpo.run_file import raise_error
 from fastdpo.trainer import DPOTrainer
 
 VOCABULARY = 4096  # rows of the embedding and the head; the task's words are a quarter of them
 HELD_OUT = 100  # questions that no preference pair is made of
-BATCH, LEARNING_RATE, BETA = 16, 2e-5, 0.1
-SAME_LOSS = 1e-3  # how far the two runs' losses may be apart before their times mean nothing
+BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +56,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastdpo demo", description="See DPO at work on a CPU.")
     parser.add_argument("--output_dir", type=Path, default=Path("demo_run"))
     parser.add_argument("--tiny", action="store_true", help="seconds, too short to learn anything")
-    parser.add_argument("--measure", choices=[*MEASURED], help=argparse.SUPPRESS)
+    parser.add_argument("--race", choices=[*demo_race.WAYS], help=argparse.SUPPRESS)
     parser.error = raise_error
     arguments = parser.parse_args(argv)
     if importlib.util.find_spec("matplotlib") is None:
@@ -76,52 +67,47 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo and print what it measured; 1 where the two ways disagree."""
-    size = TINY if arguments.tiny else FULL
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    if arguments.measure:
-        MEASURED[arguments.measure](arguments.output_dir, size)
+    race_size = demo_race.TINY if arguments.tiny else demo_race.FULL
+    if arguments.race:  # one way's process
+        demo_race.WAYS[arguments.race](arguments.output_dir, race_size)
         return 0
-    return _demo(arguments.output_dir, size)
+    start = time.perf_counter()
+    _learn(arguments.output_dir, TINY if arguments.tiny else FULL)
+    updates, pairs = race_size.updates, demo_race.BATCH
+    print(f"\n{updates} updates of {pairs} pairs of a chat's lengths, both ways ...", flush=True)
+    report = demo_race.race(arguments.output_dir, race_size)
+    if report is None:
+        return 1
+    print(report)
+    print(f"\nAll of it took {time.perf_counter() - start:.0f} s.")
+    return 0
 
 
-def _demo(folder: Path, size: DemoSize) -> int:
+def _learn(folder: Path, size: DemoSize) -> None:
+    """Fit a model, train it with DPO, and print what it answered before and after."""
     start = time.perf_counter()
     print(
         "Fitting a small model to texts that count up, and twice as many that count down ...",
         flush=True,
     )
     tokenizer, model = fit(size)
-    model.save_pretrained(folder / "fitted")
-    tokenizer.save_pretrained(folder / "fitted")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"  {parameters:,} parameters, {time.perf_counter() - start:.0f} s")
-
-    runs = {}
-    for name, what in (("fastdpo", "DPO with fastdpo"), ("naive", "DPO with the naive loop")):
-        print(f"{what}: {size.dpo_steps} updates of {BATCH} pairs ...", flush=True)
-        command = [sys.executable, "-m", "fastdpo.cli", "demo", "--measure", name]
-        command += ["--output_dir", str(folder), *(["--tiny"] if size is TINY else [])]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        runs[name] = json.loads((folder / f"{name}.json").read_text())
-    apart = max(
-        abs(ours - theirs)
-        for ours, theirs in zip(runs["fastdpo"]["loss"], runs["naive"]["loss"], strict=True)
-    )
-    if apart > SAME_LOSS:
-        print(f"The losses differ by up to {apart:.1e}: no times are compared.")
-        return 1
-
-    trained = AutoModelForCausalLM.from_pretrained(folder / "trained")
-    answers = {
-        "before": greedy_answers(tokenizer, model),
-        "after": greedy_answers(tokenizer, trained),
-    }
-    print(_report(runs, answers, apart))
-    plot(runs["fastdpo"], folder / "curves.png")
+    answers_before = greedy_answers(tokenizer, model)
+    trainer = make_trainer(folder / "trained", model, tokenizer, size)
+    accuracy = "eval_rewards/accuracies"
+    before = trainer.evaluate()[accuracy]
+    start = time.perf_counter()
+    print(f"DPO with fastdpo: {size.dpo_steps} updates of {BATCH} pairs ...", flush=True)
+    trainer.train()
+    print(f"  {time.perf_counter() - start:.0f} s")
+    after = trainer.evaluate()[accuracy]
+    trainer.save_model()
+    print(_report((before, answers_before), (after, greedy_answers(tokenizer, model))))
+    plot([entry for entry in trainer.state.log_history if "loss" in entry], folder / "curves.png")
     print(f"\nCurves: {folder / 'curves.png'}   model: {folder / 'trained'}")
-    print(f"All of it took {time.perf_counter() - start:.0f} s.")
-    return 0
 
 
 def held_out() -> list[Question]:
@@ -133,6 +119,33 @@ def train_rows(size: DemoSize) -> Dataset:
     questions = make_questions()[HELD_OUT:]
     drawn = itertools.islice(itertools.cycle(questions), size.dpo_steps * BATCH)
     return Dataset.from_list(preference_rows(list(drawn)))
+
+
+def make_trainer(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, size: DemoSize
+) -> DPOTrainer:
+    args = DPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        max_steps=size.dpo_steps,
+        learning_rate=2e-5,
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = DPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows(size),
+        eval_dataset=Dataset.from_list(preference_rows(held_out())),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)  # a dictionary for each update
+    return trainer
 
 
 def fit(size: DemoSize) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
@@ -180,133 +193,27 @@ def greedy_answers(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -
     return [" ".join(tokenizer.decode(each, skip_special_tokens=True).split()) for each in answers]
 
 
-def measure_fastdpo(folder: Path, size: DemoSize) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder / "fitted")
-    trainer = DPOTrainer(
-        model=str(folder / "fitted"),
-        args=DPOConfig(
-            output_dir=str(folder / "trained"),
-            per_device_train_batch_size=BATCH,
-            max_steps=size.dpo_steps,
-            learning_rate=LEARNING_RATE,
-            beta=BETA,
-            train_sampling_strategy="sequential",
-            gradient_checkpointing=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        train_dataset=train_rows(size),
-        eval_dataset=Dataset.from_list(preference_rows(held_out())),
-        processing_class=tokenizer,
-    )
-    before = trainer.evaluate()
-    measured = _measured(trainer.train)
-    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    names = ("loss", "rewards/margins", "rewards/accuracies")
-    measured |= {name: [step[name] for step in steps] for name in names}
-    accuracy = "eval_rewards/accuracies"
-    measured |= {"before": before[accuracy], "after": trainer.evaluate()[accuracy]}
-    trainer.save_model()
-    (folder / "fastdpo.json").write_text(json.dumps(measured))
-
-
-def measure_naive(folder: Path, size: DemoSize) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder / "fitted")
-    policy = AutoModelForCausalLM.from_pretrained(folder / "fitted")
-    reference = copy.deepcopy(policy).eval()
-    rows = list(prepare_pairs(train_rows(size), tokenizer)[0])
-    batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-    losses = []
-    measured = _measured(
-        lambda: losses.extend(naive_training(policy, reference, batches, tokenizer.pad_token_id))
-    )
-    (folder / "naive.json").write_text(json.dumps(measured | {"loss": losses}))
-
-
-MEASURED = {"fastdpo": measure_fastdpo, "naive": measure_naive}
-
-
-def _measured(run) -> dict[str, float]:
-    """Wall seconds of `run()`, and how far it takes the process's memory beyond what it found."""
-    found = getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])  # resident
-    start = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - start
-    peak = 1024 * getrusage(RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "peak_mib": max(0, peak - found) / 2**20}
-
-
-def naive_training(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    batches: list[list[dict]],
-    pad_token_id: int,
-) -> list[float]:
-    """DPO as the paper writes it: full logits, padding, a forward for each side of each model."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
-    policy.train()
-    losses = []
-    for batch in batches:
-        margins = []
-        for side in ("chosen_ids", "rejected_ids"):
-            logps = naive_logps(policy, batch, side, pad_token_id)
-            with torch.no_grad():
-                reference_logps = naive_logps(reference, batch, side, pad_token_id)
-            margins.append(BETA * (logps - reference_logps))
-        loss = -nn.functional.logsigmoid(margins[0] - margins[1]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
-
-
-def naive_logps(
-    model: PreTrainedModel, batch: list[dict], side: str, pad_token_id: int
-) -> torch.Tensor:
-    """Summed log-probability of each completion: (B,)."""
-    ids = [torch.tensor(row["prompt_ids"] + row[side]) for row in batch]
-    starts = torch.tensor([[len(row["prompt_ids"])] for row in batch])
-    ends = torch.tensor([[len(each)] for each in ids])
-    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
-    positions = torch.arange(ids.shape[1])
-    logits = model(input_ids=ids, attention_mask=(positions < ends).long()).logits.float()
-    logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    return (logps * ((positions >= starts) & (positions < ends))[:, 1:]).sum(1)
-
-
-def _report(runs: dict, answers: dict[str, list[str]], apart: float) -> str:
+def _report(before: tuple[float, list[str]], after: tuple[float, list[str]]) -> str:
+    """Of each the reward accuracy, and the answers to held_out's questions."""
     questions = held_out()
-    right = {
-        when: sum(q.is_right(a) for q, a in zip(questions, given, strict=True)) / len(questions)
-        for when, given in answers.items()
-    }
-    ours, naive = runs["fastdpo"], runs["naive"]
+    (accuracy_before, answers_before), (accuracy_after, answers_after) = before, after
+
+    def right(answers: list[str]) -> float:
+        return sum(q.is_right(a) for q, a in zip(questions, answers, strict=True)) / len(questions)
+
     lines = ["", f"On {len(questions)} held-out questions        before     after"]
-    lines.append(f"  reward accuracy             {ours['before']:8.0%}  {ours['after']:8.0%}")
-    lines.append(f"  counted up, exactly         {right['before']:8.0%}  {right['after']:8.0%}")
+    lines.append(f"  reward accuracy             {accuracy_before:8.0%}  {accuracy_after:8.0%}")
+    lines.append(
+        f"  counted up, exactly         {right(answers_before):8.0%}  {right(answers_after):8.0%}"
+    )
     lines.append("  (before DPO no completion has a reward yet, so none is higher)")
     lines.append("")
-    for question, before, after in list(zip(questions, *answers.values(), strict=True))[:3]:
-        lines += [f"  {question.prompt}", f"      before  {before}", f"      after   {after}"]
-    lines += ["", "The same batches, each in its own process"]
-    lines.append("                                 fastdpo     naive   naive / fastdpo")
-    for name, label in (("seconds", "wall time, s"), ("peak_mib", "memory over the start, MiB")):
-        a, b = ours[name], naive[name]
-        ratio = f"{b / a:.2f}" if a else "-"
-        lines.append(f"  {label:<28} {a:9.1f} {b:9.1f}   {ratio}")
-    lines.append(f"  loss, first and last         {ours['loss'][0]:.4f} {ours['loss'][-1]:.4f}")
-    lines.append(f"  largest difference of a loss {apart:.1e}")
+    for question, a, b in list(zip(questions, answers_before, answers_after, strict=True))[:3]:
+        lines += [f"  {question.prompt}", f"      before  {a}", f"      after   {b}"]
     return "\n".join(lines)
 
 
-def plot(run: dict, path: Path) -> None:
+def plot(steps: list[dict[str, float]], path: Path) -> None:
     """Loss, margin and accuracy of each update, one under the other, as a PNG."""
     import matplotlib
 
@@ -316,7 +223,7 @@ def plot(run: dict, path: Path) -> None:
     curves = {"loss": "loss", "rewards/margins": "reward margin", "rewards/accuracies": "accuracy"}
     figure, axes = pyplot.subplots(len(curves), sharex=True, figsize=(7, 7), layout="constrained")
     for axis, (name, label) in zip(axes, curves.items(), strict=True):
-        axis.plot(range(1, len(run[name]) + 1), run[name], color="tab:blue")
+        axis.plot([step["step"] for step in steps], [step[name] for step in steps])
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_title("DPO on the demo's training pairs")

@@ -1,12 +1,13 @@
-"""The demo: its task, and that it compares no times of two trainings that differ."""
+"""The demo: its task, its pairs, and that it compares no times of two trainings that differ."""
 
 import contextlib
 import io
 import json
+from statistics import median
 
 import pytest
 
-from fastdpo import cli, demo
+from fastdpo import cli, demo, demo_race
 from fastdpo.demo_task import build_tokenizer, make_questions, preference_rows
 
 
@@ -63,7 +64,8 @@ def test_times_are_not_compared_where_the_losses_differ(ran, capsys, monkeypatch
     naive = json.loads((folder / "naive.json").read_text())
     naive["loss"][-1] += 0.01
     (folder / "naive.json").write_text(json.dumps(naive))
-    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: None)  # they have run
+    monkeypatch.setattr(demo, "_learn", lambda *_: None)
+    monkeypatch.setattr(demo_race.subprocess, "run", lambda *_, **__: None)  # they have run
     assert cli.main(["demo", "--tiny", "--output_dir", str(folder)]) == 1
     assert "differ by up to 1.0e-02: no times are compared" in capsys.readouterr().out
 
@@ -71,3 +73,17 @@ def test_times_are_not_compared_where_the_losses_differ(ran, capsys, monkeypatch
 @pytest.mark.parametrize("size", [demo.FULL, demo.TINY])
 def test_every_update_has_its_pairs(size):
     assert len(demo.train_rows(size)) == size.dpo_steps * demo.BATCH
+
+
+def test_the_races_pairs_have_a_chats_lengths_and_tokens_of_the_tokenizer():
+    tokenizer = build_tokenizer()
+    pairs = demo_race.random_pairs(tokenizer, 400)
+    for name, middle in (
+        ("prompt_ids", demo_race.PROMPT_MEDIAN),
+        ("chosen_ids", demo_race.COMPLETION_MEDIAN),
+        ("rejected_ids", demo_race.COMPLETION_MEDIAN),
+    ):
+        lengths = [len(pair[name]) for pair in pairs]
+        assert 0.85 < median(lengths) / middle < 1.15
+        assert max(lengths) > 3 * middle and max(lengths) <= demo_race.LONGEST
+        assert {token for pair in pairs for token in pair[name]} <= {*range(3, len(tokenizer))}
