@@ -108,9 +108,9 @@ def tile_shape(device_type: str, N: int, V: int, D: int, room: int) -> tuple[int
     """Rows and columns of a tile; the rows are shared out evenly.
 
     On a GPU, as many rows as there is `room` for where the p of a trained head may be kept, if
-    that is not too few. More rows leave fewer columns, and few rows allow more, up to the point
-    where the head's (columns, D) slice, which may have to be converted or dequantised, would be
-    larger than the tile of logits.
+    that is not too few. More rows leave fewer columns, and few rows allow more; a large D leaves
+    fewer, as the head's (columns, D) slice, which may have to be converted or dequantised, is never
+    larger than a full tile of logits.
     """
     rows, columns = TILE_ROWS[device_type], TILE_COLUMNS[device_type]
     size = rows * columns
