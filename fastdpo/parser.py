@@ -34,6 +34,10 @@ class TrainParser(HfArgumentParser):
             k: v for each in self.dataclass_types for k, v in get_type_hints(each).items()
         }
         self._let_none_through()
+        name = "logging_nan_inf_filter"  # off by default, so HfArgumentParser adds no `--no_` to it
+        self.add_argument(
+            f"--no_{name}", f"--no-{name.replace('_', '-')}", action="store_false", dest=name
+        )
         self.add_argument("--config", help="A YAML file with values for these flags.")
         self._own_flag = self._add_own_flag().dest
 

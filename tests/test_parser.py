@@ -70,6 +70,13 @@ def test_flags_are_written_as_trl_takes_them():
     assert (fresh, unknown) == (False, [])
 
 
+@pytest.mark.parametrize("flag", ["--no_logging_nan_inf_filter", "--no-logging-nan-inf-filter"])
+def test_a_filter_that_only_trl_has_on_may_be_switched_off(flag):
+    (_, training, *_), _, unknown = parse("--use_cpu", flag)
+    assert (training.logging_nan_inf_filter, unknown) == (False, [])
+    assert parse("--use_cpu", "--logging_nan_inf_filter")[0].training.logging_nan_inf_filter
+
+
 def test_yaml_sets_values_and_flags_override(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(

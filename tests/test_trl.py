@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 import fastdpo
 from fastdpo.metrics import TOKEN_METRICS
+from fastdpo.parser import TrainParser
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (extra: bench)")
 
@@ -185,6 +186,15 @@ def test_logs_have_the_names_of_trl(model, tmp_path, settings, told):
     theirs = names(trl)
     assert told in set.union(*theirs[-2:])
     assert names(fastdpo) == theirs
+
+
+def test_every_flag_of_trl_dpo_is_one_here():
+    kinds = trl.ScriptArguments, trl.DPOConfig, trl.ModelConfig, trl.DatasetMixtureConfig
+    theirs, ours = (
+        {flag for action in parser._actions for flag in action.option_strings}
+        for parser in (trl.TrlParser(kinds), TrainParser(prog="fastdpo train"))
+    )
+    assert theirs <= ours
 
 
 def test_trls_collator_trains_alike(model, tmp_path):
