@@ -52,7 +52,7 @@ def linear_logps(
 def completion_sums(values_C: Tensor, cu_seqlens: Tensor, ld_alpha: float | None = None) -> Tensor:
     """The sum of each completion's values, such as its token log-probabilities: (S,).
 
-    Summed in float64, one launch on any device, and rounded once to the dtype of values_C.
+    Summed in float64, by one operator on any device, and rounded once to the dtype of values_C.
 
     With ld_alpha, tokens past the length of the pair's shorter completion weigh ld_alpha: LD-DPO,
     arXiv:2409.06411. The cu_seqlens are then of S = 2B completions, chosen 0..B-1, then rejected.
