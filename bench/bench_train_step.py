@@ -1,6 +1,6 @@
 """How much cheaper is a whole training step than TRL's, and than the plain loop's?
 
-    OMP_NUM_THREADS=1 pytest bench/bench_train_step.py                    minutes
+    OMP_NUM_THREADS=1 pytest bench/bench_train_step.py                    minutes a length profile
     pytest bench/bench_train_step.py -m "not slow"                        one tiny model, seconds
     pytest bench/bench_train_step.py -k "large and chat"                  8B on a GPU, else 135M
 
