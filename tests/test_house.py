@@ -7,9 +7,12 @@ import subprocess
 import sys
 import zipfile
 from graphlib import TopologicalSorter
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import fastdpo
 
@@ -116,6 +119,20 @@ def test_every_lower_bound_is_a_version_that_the_tests_ran_with():
         assert not bound or any(f"{version}.".startswith(f"{bound}.") for version in ran[name]), (
             f"want {requirement} among the versions of {name} in versions.md, got {ran.get(name)}"
         )
+
+
+def test_every_pin_is_there_for_the_oldest_python():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    oldest = declared["project"]["requires-python"].removeprefix(">=")
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    for pin in (Requirement(line) for line in lines if not line.startswith("#")):
+        if pin.marker and not pin.marker.evaluate({"python_version": oldest}):
+            continue
+        for found in distributions(name=pin.name):
+            if found.version in pin.specifier:
+                wanted = SpecifierSet(found.metadata["Requires-Python"] or "")
+                assert f"{oldest}.0" in wanted, f"{pin} wants Python {wanted}"
 
 
 def build(*arguments):
