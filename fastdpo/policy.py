@@ -34,22 +34,30 @@ def make_policy(
     peft_config: PeftConfig | None,
     *,
     seed: int,
-    quantization_config: Any = None,
     **init_kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
     """`model`, loaded where it is a name, with the adapters that peft_config asks for.
 
-    quantization_config, init_kwargs: as load_policy has them.
+    init_kwargs: as load_policy has them.
     """
     set_seed(seed)  # new adapters start at random
     if isinstance(model, str):
-        model = load_policy(model, quantization_config=quantization_config, **init_kwargs)
+        model = load_policy(model, **init_kwargs)
     return model if peft_config is None else with_adapters(model, peft_config)
 
 
-def load_policy(
-    name: str, *, quantization_config: Any = None, **init_kwargs: Any
-) -> PreTrainedModel:
+def with_quantization(init_kwargs: dict[str, Any], quantization_config: Any) -> dict[str, Any]:
+    """init_kwargs with quantization_config among them, if there is one; ValueError for two."""
+    if quantization_config is None:
+        return init_kwargs
+    if "quantization_config" in init_kwargs:
+        raise ValueError(
+            "want quantization_config once, got it as an argument and in model_init_kwargs"
+        )
+    return init_kwargs | {"quantization_config": quantization_config}
+
+
+def load_policy(name: str, **init_kwargs: Any) -> PreTrainedModel:
     """The causal language model in the folder or Hub repository `name`, in float32 by default.
 
     init_kwargs go to `from_pretrained`; dtype may be a torch.dtype, its name, or "auto". Attention
@@ -65,14 +73,8 @@ def load_policy(
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"want dtype auto or the name of a torch.dtype, got {dtype!r}")
         dtype = getattr(torch, dtype)
-    if quantization_config is not None:
-        if "quantization_config" in init_kwargs:
-            raise ValueError(
-                "want quantization_config once, got it as an argument and in model_init_kwargs"
-            )
-        init_kwargs["quantization_config"] = quantization_config
-        if torch.cuda.is_available():
-            init_kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
+    if init_kwargs.get("quantization_config") is not None and torch.cuda.is_available():
+        init_kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
     config = _read(AutoConfig, "a model's configuration", name, **init_kwargs)
     if config.is_encoder_decoder:
         raise ValueError(f"want a decoder-only language model, got {name} ({config.model_type})")

@@ -29,7 +29,7 @@ from fastdpo.layout import why_padded
 from fastdpo.mixture import load_datasets
 from fastdpo.model import causal_lm_of
 from fastdpo.pair_check import check_pairs
-from fastdpo.policy import load_tokenizer, make_policy, make_ready
+from fastdpo.policy import load_tokenizer, make_policy, make_ready, with_quantization
 from fastdpo.rows import Rows, as_dataset
 
 
@@ -81,7 +81,7 @@ def load_subject(run: RunArguments, max_pairs: int) -> Subject:
     rows, _ = load_datasets(
         run.script, run.mixture, with_eval=False, on_bad_rows=args.on_bad_rows, seed=args.seed
     )
-    kwargs = init_kwargs(args, run.model)
+    kwargs = with_quantization(init_kwargs(args, run.model), quantization_config(run.model))
     name = run.model.model_name_or_path
     tokenizer = load_tokenizer(None, name, pad_token=args.pad_token, **kwargs)
     pairs, counts = prepare_pairs(_first(rows, max_pairs), tokenizer, **args.data_settings)
@@ -90,13 +90,7 @@ def load_subject(run: RunArguments, max_pairs: int) -> Subject:
             f"want pairs whose gradient can be compared, got {counts.pairs} with chosen equal to "
             "rejected"
         )
-    policy = make_policy(
-        name,
-        peft_config(run.model),
-        seed=args.seed,
-        quantization_config=quantization_config(run.model),
-        **kwargs,
-    )
+    policy = make_policy(name, peft_config(run.model), seed=args.seed, **kwargs)
     check_layers_named(policy, run.model)
     make_ready(
         policy,

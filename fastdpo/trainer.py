@@ -47,7 +47,13 @@ from fastdpo.model import (
     token_logps_without_grad,
 )
 from fastdpo.pair_check import check_pairs
-from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name
+from fastdpo.policy import (
+    load_tokenizer,
+    make_policy,
+    make_ready,
+    model_name,
+    with_quantization,
+)
 from fastdpo.precompute import after_precompute, have_reference_logps, with_reference_logps
 from fastdpo.ranks import one_rank_first
 from fastdpo.reference_cache import ReferenceCache, probe_pairs
@@ -129,6 +135,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         if returns_means(type(self), DPOTrainer):
             self.loss_is_scaled_for_ga = False  # Trainer divides
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        init_kwargs = with_quantization(init_kwargs, quantization_config)
         tokenizer = load_tokenizer(processing_class, model, pad_token=args.pad_token, **init_kwargs)
         self.pair_counts = {}
         tokenize = functools.partial(self._tokenize, tokenizer=tokenizer, args=args)
@@ -137,13 +144,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             eval_dataset = map_datasets(tokenize, eval_dataset, "eval")
         if counts := self.pair_counts["train"]:
             check_enough_rows(args, counts.pairs)
-        model = make_policy(
-            model,
-            peft_config,
-            seed=args.seed,
-            quantization_config=quantization_config,
-            **init_kwargs,
-        )
+        model = make_policy(model, peft_config, seed=args.seed, **init_kwargs)
         make_ready(
             model,
             ref_model,

@@ -9,9 +9,9 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from trainers import LORA, TRL_ARGUMENTS, logged, make_trainer, weights
-from transformers import TrainerCallback
+from transformers import BitsAndBytesConfig, TrainerCallback
 
-from fastdpo import DPOConfig, DPOTrainer
+from fastdpo import DPOConfig, DPOTrainer, policy
 from fastdpo.collate import PackedCollator
 
 
@@ -77,6 +77,23 @@ def test_a_model_name_is_loaded_with_its_tokenizer(tmp_path, tokenizer):
     trainer.train()
     assert trainer.model.dtype == torch.bfloat16
     assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_quantization_config_is_given_either_way_and_once(tmp_path, tokenizer, monkeypatch):
+    config, given = BitsAndBytesConfig(load_in_4bit=True), []
+
+    def load(name, **init_kwargs):
+        given.append(init_kwargs["quantization_config"])
+        return tiny.model("llama", len(tokenizer))
+
+    monkeypatch.setattr(policy, "load_policy", load)
+    as_argument = {"model": "some/model", "quantization_config": config}
+    in_kwargs = {"model": "some/model", "model_init_kwargs": {"quantization_config": config}}
+    make_trainer(tmp_path, tokenizer, **as_argument)
+    make_trainer(tmp_path, tokenizer, **in_kwargs)
+    assert given == [config, config]
+    with pytest.raises(ValueError, match="want quantization_config once"):
+        make_trainer(tmp_path, tokenizer, **(as_argument | in_kwargs))
 
 
 def test_callbacks_and_optimizers_are_those_given(tmp_path, tokenizer):
