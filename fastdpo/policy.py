@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from fastdpo.model import causal_lm_of
+from fastdpo.quantised import forbid_repacking
 
 HAS_ADAPTERS = (
     "want a model by its name, got {}, which has adapters (adapter_config.json): merge them into "
@@ -130,8 +131,8 @@ def make_ready(
     without_dropout: bool,
     reentrant_checkpoints: bool,
 ) -> None:
-    """Before the models are moved to a device: pad token, dropout off, reentrant checkpoints, and
-    no traces of an earlier trainer.
+    """Before the models are moved to a device: pad token, dropout off, reentrant checkpoints, 4-bit
+    layers as they are, and no traces of an earlier trainer.
 
     ValueError for a pad token beyond a model's vocabulary.
     """
@@ -145,6 +146,7 @@ def make_ready(
             )
     for model in models:
         forget_trainer(model)
+        forbid_repacking(model)
     for config in (policy.config.get_text_config(), policy.generation_config):
         if config is not None:
             config.pad_token_id = pad_token_id

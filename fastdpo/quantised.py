@@ -47,6 +47,14 @@ class FourBitRows:
         return weight.flatten(1).to(self.dtype)
 
 
+def forbid_repacking(model: nn.Module) -> None:
+    """Let the 4-bit layers of `model` keep their weights as they are on a CPU: a forward that does
+    not train would lay them out in a way that has no backward, and that FourBitRows cannot read."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
 def quantised_rows(layer: nn.Module, dtype: torch.dtype) -> Int8Rows | FourBitRows | None:
     """The rows of a bitsandbytes layer's weight in `dtype`; None where it is not quantised.
 

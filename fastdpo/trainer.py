@@ -47,13 +47,7 @@ from fastdpo.model import (
     token_logps_without_grad,
 )
 from fastdpo.pair_check import check_pairs
-from fastdpo.policy import (
-    load_tokenizer,
-    make_policy,
-    make_ready,
-    model_name,
-    with_quantization,
-)
+from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name, with_quantization
 from fastdpo.precompute import after_precompute, have_reference_logps, with_reference_logps
 from fastdpo.ranks import one_rank_first
 from fastdpo.reference_cache import ReferenceCache, probe_pairs

@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
 from fastdpo import ops
-from fastdpo.quantised import quantised_rows
+from fastdpo.policy import make_ready
+from fastdpo.quantised import forbid_repacking, quantised_rows
 
 V, D, BLOCK, OUTER = 40, 64, 32, 32  # 80 blocks in three outer ones, the last one ragged
 
@@ -114,6 +116,30 @@ def test_what_cannot_be_read_is_refused():
     with pytest.raises(ValueError, match="int8 or 4 bits"):
         quantised_rows(layer, torch.float32)
     assert quantised_rows(nn.Linear(3, 4), torch.float32) is None
+
+
+def test_a_forward_leaves_the_4_bit_layers_of_a_policy_as_they_are():
+    layer = nn.Linear(3, 4)
+    layer.support_avx512bf16_for_cpu = 1  # as bitsandbytes' layers say where the CPU can
+    policy = tiny.model("llama", 300)
+    policy.extra = layer
+    make_ready(policy, None, pad_token_id=0, without_dropout=True, reentrant_checkpoints=False)
+    assert not layer.support_avx512bf16_for_cpu
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_layers_train_after_a_forward_that_does_not(nested):
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(2 * D, D, bias=False, compress_statistics=nested).to("cpu")
+    layer.support_avx512bf16_for_cpu = True
+    forbid_repacking(layer)
+    hidden_ND = torch.randn(3, 2 * D)
+    with torch.no_grad():
+        output_ND = layer.eval()(hidden_ND)
+    rows = quantised_rows(layer, torch.float32)[:]
+    torch.testing.assert_close(output_ND, hidden_ND @ rows.T, atol=1e-4, rtol=1e-4)
+    layer.train()(hidden_ND.requires_grad_()).sum().backward()
+    torch.testing.assert_close(hidden_ND.grad[0], rows.sum(0), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp4", "nf4-nested"])
