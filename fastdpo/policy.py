@@ -147,7 +147,7 @@ def make_ready(
     for model in models:
         forget_trainer(model)
         forbid_repacking(model)
-    for config in (policy.config.get_text_config(), policy.generation_config):
+    for config in (policy.config.get_text_config(), getattr(policy, "generation_config", None)):
         if config is not None:
             config.pad_token_id = pad_token_id
     for model in models if without_dropout else ():

@@ -36,8 +36,8 @@ def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
     if not isinstance(ref_model, PreTrainedModel | PeftModel | None):
         raise TypeError(f"want ref_model as a loaded model, got {type(ref_model).__name__}")
     for name, each in {"model": model, "ref_model": ref_model}.items():
-        if isinstance(each, PreTrainedModel | PeftModel) and each.config.is_encoder_decoder:
-            raise ValueError(f"want {name} as a decoder-only model, got {type(each).__name__}")
+        if isinstance(each, PreTrainedModel | PeftModel):
+            _check_kind(causal_lm_of(each), name)
         if isinstance(each, PeftModel):
             _check_adapters(each.active_peft_config, name)
     weights = () if isinstance(model, str) else model.parameters()
@@ -55,6 +55,16 @@ def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
         raise ValueError(
             "want a model with something to train, got none of its parameters with requires_grad "
             "(PeftModel.from_pretrained wants is_trainable=True)"
+        )
+
+
+def _check_kind(model: PreTrainedModel, name: str) -> None:
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"want {name} as a decoder-only model, got {kind}")
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"want {name} with a head that predicts tokens (AutoModelForCausalLM), got {kind}"
         )
 
 

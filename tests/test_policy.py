@@ -228,6 +228,13 @@ def test_both_configs_learn_the_pad_token_and_a_reference_drops_nothing():
     assert not any(rates(module) for model in models for module in model.modules())
 
 
+def test_a_model_that_does_not_generate_needs_no_settings_for_it():
+    model = tiny.model("llama", 300)
+    del model.generation_config  # as a class of one's own without GenerationMixin
+    make_ready(model, None, pad_token_id=7, without_dropout=True, reentrant_checkpoints=False)
+    assert model.config.pad_token_id == 7
+
+
 def test_adapters_on_a_quantised_model_train_in_bfloat16_but_for_doras_magnitudes():
     model = tiny.model("llama", 300)
     model.is_loaded_in_4bit = True  # as transformers says of bitsandbytes' layers

@@ -193,6 +193,12 @@ def test_an_encoder_decoder_is_refused(tokenizer, nothing_spent, name):
         build(tokenizer, **{name: t5})
 
 
+@pytest.mark.parametrize("name", ["model", "ref_model"])
+def test_a_model_that_predicts_no_token_is_refused(tokenizer, nothing_spent, name):
+    with pytest.raises(ValueError, match=f"want {name} with a head .*, got LlamaModel"):
+        build(tokenizer, **{name: tiny.model("llama", len(tokenizer)).model})
+
+
 def test_a_policy_with_nothing_to_train_is_refused(tokenizer, nothing_spent, tmp_path):
     get_peft_model(tiny.model("llama", len(tokenizer)), LORA).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.model("llama", len(tokenizer)), tmp_path)
