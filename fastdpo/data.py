@@ -7,6 +7,7 @@ those that the three begin with alike; what follows is the completion. Row numbe
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -291,16 +292,23 @@ class _Tokenize:
     def _written(self, field: str, messages: list[dict], options: dict, **more: bool) -> str:
         """The text that the chat template makes of `messages`.
 
-        FieldError where it fails, or writes a list of parts as Python does: it expects text.
+        FieldError where it fails, or expects text of a list of parts: it writes the list as Python
+        does, or leaves out what a user says or writes it as JSON.
         """
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, **more, **options)
         except Exception as error:  # a template is code, and may stumble over what it is given
             what = f"{type(error).__name__}: {error}"
             raise FieldError(field, "what the chat template takes", said=what) from None
-        for content in (message.get("content") for message in messages):
-            if isinstance(content, list) and str(content) in text:
-                raise FieldError(field, "content as text, for this chat template", content)
+        for message in messages:
+            parts = message.get("content")
+            if not isinstance(parts, list) or not parts:
+                continue
+            is_json = json.dumps(parts, ensure_ascii=False) in text
+            is_left_out = not any(part["text"].strip() in text for part in parts)
+            # assistants lose their reasoning to a template, and what tools say may be JSON in it
+            if str(parts) in text or (message["role"] == "user" and (is_json or is_left_out)):
+                raise FieldError(field, "content as text, for this chat template", parts)
         check_text(field, text)
         return text
 

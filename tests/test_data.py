@@ -329,16 +329,25 @@ def test_options_that_cannot_be_rendered_name_the_row_or_are_skipped(tokenizer, 
 def test_what_the_template_cannot_add_up_names_the_row(tokenizer):
     adding = copy.deepcopy(tokenizer)
     adding.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
-    parts = chat(prompt=[user([{"type": "text", "text": "a"}])])
+    parts = chat(prompt=[user([{"type": "text", "text": "a question"}])])
     told = (
         "row 0, field 'prompt': want what the chat template takes, got TypeError: can only "
         r'concatenate str \(not "list"\) to str$'
     )
     with pytest.raises(RowError, match=told):
         pairs_of([parts], adding)
-    told = r"row 0, field 'prompt': want content as text, .* got \[\{'type': 'text', 'text': 'a'"
+    told = r"row 0, field 'prompt': want content as text, .* got \[\{'type': 'text', 'text': 'a q"
     with pytest.raises(RowError, match=told):
         pairs_of([parts], tokenizer)
+    for instead in ("", "{{ message['content'] | tojson }}"):
+        wants_text = copy.deepcopy(tokenizer)
+        wants_text.chat_template = tokenizer.chat_template.replace(
+            "{{ message['content'] }}",
+            "{% if message['content'] is string %}{{ message['content'] }}"
+            f"{{% else %}}{instead}{{% endif %}}",
+        )
+        with pytest.raises(RowError, match=told):
+            pairs_of([parts], wants_text)
 
 
 def test_conversations_need_a_chat_template(tokenizer):
