@@ -6,9 +6,12 @@
 # --dry runs the same steps without a GPU, tiny, to see that they run: it measures nothing. Of the
 # tests it runs those of the losses alone, and collects the others.
 # PYTHON names the interpreter, python3 by default; it has the extras `bench` and `test`. Nothing is
-# downloaded: on a machine without a network they come from wheels that were carried there,
-#     pip install --no-index --find-links WHEELS '.[bench,test]'
-# and Triton wants a C compiler and Python's headers.
+# downloaded: on a machine without a network, what is missing there comes from wheels that were
+# carried to it,
+#     pip install --no-index --no-deps --find-links WHEELS datasets dill multiprocess trl ...
+# With '.[bench,test]' pip would want a wheel of everything, a numpy below 2.4, which Triton's
+# interpreter alone needs, and setuptools to build with. Triton wants a C compiler and
+# Python's headers.
 # What is not installed is named first. A step that fails or outlasts its limit is named in
 # summary.txt, and the others still run; without datasets the whole training steps are left out.
 set -uo pipefail
