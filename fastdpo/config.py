@@ -202,6 +202,9 @@ class DPOConfig(TrainingArguments):
         super().__post_init__()
         if not has_own_accelerator_config:  # the CPU goes on while batches move from pinned memory
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if given := getattr(self, name, None):  # as without any: torch's default is reentrant
+                setattr(self, name, {"use_reentrant": False} | given)
         check_settings(self)
         # ranks' batches differ in width, and a packed row is no batch of rows to share out
         self.accelerator_config.dispatch_batches = False

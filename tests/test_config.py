@@ -160,6 +160,17 @@ def test_checkpointing_can_be_switched_off(tmp_path):
     assert getattr(made, "activation_checkpointing", False) is False
 
 
+@pytest.mark.parametrize("given", [{"preserve_rng_state": False}, '{"preserve_rng_state": false}'])
+def test_checkpoints_are_reentrant_only_where_asked(tmp_path, given):
+    made = config(tmp_path, gradient_checkpointing_kwargs=given)
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        told = getattr(made, name, made.gradient_checkpointing_kwargs)
+        assert told == {"use_reentrant": False, "preserve_rng_state": False}
+    assert made.reentrant_checkpoints is False
+    asked = config(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": True})
+    assert asked.reentrant_checkpoints is True
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_loss_is_accepted_by_name(tmp_path, loss_type):
     smoothing = {"label_smoothing": 1e-3} if loss_type == "exo_pair" else {}
