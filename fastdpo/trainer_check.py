@@ -1,5 +1,6 @@
 """What DPOTrainer and the command line refuse, said as early as it shows."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -183,9 +184,13 @@ def _check_optimizer(optimizer: Any, model: Any, peft_config: Any) -> None:
 
 
 def _check_checkpointing_kwargs(settings: dict[str, Any]) -> None:
+    # every_n_layers and offload, from the transformers that has them on, are not torch's
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", None)
+    own = inspect.signature(enable).parameters if enable else ()
     try:
         one = torch.zeros(1, requires_grad=True)
-        checkpoint(torch.nn.Identity(), one, **({"use_reentrant": False} | settings))
+        of_torch = {name: value for name, value in settings.items() if name not in own}
+        checkpoint(torch.nn.Identity(), one, **of_torch)
     except Exception as error:
         detail = f"{settings}: {error}"
         raise ValueError(

@@ -1,6 +1,7 @@
 """DPOTrainer as a user sees it: it learns, logs, saves and says what is wrong."""
 
 import copy
+import inspect
 import logging
 import math
 
@@ -11,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from processes import run_ranks
 from trainers import LORA, logged, make_trainer
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from watches import Watch
 
 from fastdpo import DPOTrainer
@@ -101,6 +102,16 @@ def test_checkpointing_changes_no_loss(tmp_path, tokenizer, adapters, reentrant)
         losses.append(logged(trainer))
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_some_of_the_layers_may_be_checkpointed(tmp_path, tokenizer):
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", None)
+    if enable is None or "every_n_layers" not in inspect.signature(enable).parameters:
+        pytest.skip("no every_n_layers in this version of transformers")
+    some = {"gradient_checkpointing_kwargs": {"every_n_layers": 2}, "max_steps": 1}
+    trainer = make_trainer(tmp_path, tokenizer, **some)
+    trainer.train()
+    assert [layer.gradient_checkpointing for layer in trainer.model.model.layers] == [True, False]
 
 
 @pytest.mark.parametrize("precompute", [False, True], ids=["frozen-copy", "precomputed"])
