@@ -112,6 +112,9 @@ def _checked(action: argparse.Action, value: Any, hint: Any) -> Any:
     if value is not None and action.choices and value not in action.choices:
         raise ValueError(f"{action.dest}: want one of {[*action.choices]}, got {value!r}")
     wants_number = getattr(action.type, "__name__", None) in ("int", "float")
+    is_word = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if action.nargs == "+" and is_word and (wants_number or action.type is str):
+        value = [value]  # as of one word on the command line; a text is no list of its letters
     if wants_number and action.nargs == "+" and isinstance(value, list):
         return [_number(action, each) for each in value]
     if action.nargs in (None, "?") and not action.choices:

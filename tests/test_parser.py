@@ -120,6 +120,21 @@ def test_numbers_in_a_list_are_read_as_one_is(tmp_path):
     assert run.training.loss_weights == [0.5, 1.0]
 
 
+def test_one_word_in_yaml_is_a_list_where_the_flag_takes_several(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "lora_modules_to_save: lm_head\n"
+        "lora_target_parameters: experts.up\n"
+        "lora_target_modules: all-linear\n"
+        "label_names: labels\n"
+        "loss_weights: 5e-1\n"
+    )
+    (_, training, model, _), *_ = parse("--config", str(tmp_path / "run.yaml"), "--use_cpu")
+    assert model.lora_modules_to_save == ["lm_head"]
+    assert model.lora_target_parameters == ["experts.up"]
+    assert model.lora_target_modules == "all-linear"
+    assert (training.label_names, training.loss_weights) == (["labels"], [0.5])
+
+
 def test_yaml_may_merge_mappings_and_override_what_they_say(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
