@@ -65,6 +65,8 @@ def _check_loop(args: TrainingArguments) -> None:
     # inf measures, and clips none; 0 does neither
     want(norm is not None and norm >= 0, "max_grad_norm >= 0", norm)
     want(alpha is None or 0 <= alpha < math.inf, "neftune_noise_alpha >= 0", alpha)
+    counted, known = args.include_num_input_tokens_seen, ("all", "non_padding", "no")
+    want(counted in known, f"include_num_input_tokens_seen in {known}", counted)
 
 
 def _check_choices(args: TrainingArguments) -> None:

@@ -1,11 +1,14 @@
 """The command line and YAML file of a run -> its arguments, one object per dataclass."""
 
 import argparse
+import contextlib
+import json
 from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from fastdpo.arguments import (
     DatasetMixtureConfig,
@@ -33,7 +36,7 @@ class TrainParser(HfArgumentParser):
         self._hints = {
             k: v for each in self.dataclass_types for k, v in get_type_hints(each).items()
         }
-        self._let_none_through()
+        self._take_all_values()
         name = "logging_nan_inf_filter"  # off by default, so HfArgumentParser adds no `--no_` to it
         self.add_argument(
             f"--no_{name}", f"--no-{name.replace('_', '-')}", action="store_false", dest=name
@@ -63,12 +66,18 @@ class TrainParser(HfArgumentParser):
             raise ValueError("want --config written in full")
         return RunArguments(*arguments), getattr(others, self._own_flag), unknown + remaining
 
-    def _let_none_through(self) -> None:
-        """Accept none and null as values of numbers that may be None, as TRL's parser does."""
+    def _take_all_values(self) -> None:
+        """Accept none and null as values of numbers that may be None, as TRL's parser does; texts
+        where true and false are not all; and mappings, as JSON."""
         for action in self._actions:
+            kinds = get_args(self._hints.get(action.dest))
             is_number = action.type in (int, float) and action.nargs != "+"
-            if is_number and NoneType in get_args(self._hints[action.dest]):
+            if is_number and NoneType in kinds:
                 action.type = _or_none(action.type)
+            elif set(kinds) == {str, bool}:
+                action.type = _boolean_or_text
+            elif get_origin(action.type) is dict:
+                action.type = _mapping
 
     def _take_values(self, values: dict[str, Any]) -> list[str]:
         """Make `values` the defaults; those without a flag of this parser come back as tokens."""
@@ -100,6 +109,21 @@ def _or_none(number: type) -> Callable[[str], Any]:
 
     parse.__name__ = number.__name__  # for argparse's "invalid float value"
     return parse
+
+
+def _boolean_or_text(text: str) -> bool | str:
+    try:
+        return string_to_bool(text)
+    except argparse.ArgumentTypeError:
+        return text
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    raise argparse.ArgumentTypeError(f"want a JSON object, got {text!r}")
 
 
 def _checked(action: argparse.Action, value: Any, hint: Any) -> Any:

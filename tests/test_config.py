@@ -263,6 +263,7 @@ def test_the_ends_of_a_range_are_in_it(tmp_path, name, value):
         ("per_device_eval_batch_size", 0),
         ("gradient_accumulation_steps", 0),
         ("dataloader_num_workers", -1),
+        ("include_num_input_tokens_seen", "some"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(tmp_path, name, value):

@@ -120,6 +120,24 @@ def test_numbers_in_a_list_are_read_as_one_is(tmp_path):
     assert run.training.loss_weights == [0.5, 1.0]
 
 
+def test_values_that_transformers_parser_would_refuse_are_read(tmp_path):
+    (tmp_path / "run.yaml").write_text("include_num_input_tokens_seen: all\nuse_cpu: true\n")
+    (_, training, *_), *_ = parse("--config", str(tmp_path / "run.yaml"))
+    assert training.include_num_input_tokens_seen == "all"
+    (_, training, *_), *_ = parse(
+        *("--use_cpu", "--include_num_input_tokens_seen", "non_padding"),
+        *("--use_liger_kernel", "--liger_kernel_config", '{"rope": false}'),
+    )
+    assert training.include_num_input_tokens_seen == "non_padding"
+    assert training.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+    for text, counted in {"yes": "all", "no": "no"}.items():
+        (_, training, *_), *_ = parse("--use_cpu", "--include_num_input_tokens_seen", text)
+        assert training.include_num_input_tokens_seen == counted
+    for wrong in ("{rope", "[1]"):
+        with pytest.raises(ValueError, match="liger_kernel_config.*want a JSON object, got"):
+            parse("--use_cpu", "--liger_kernel_config", wrong)
+
+
 def test_one_word_in_yaml_is_a_list_where_the_flag_takes_several(tmp_path):
     (tmp_path / "run.yaml").write_text(
         "lora_modules_to_save: lm_head\n"
