@@ -61,6 +61,16 @@ def _check_loop(args: TrainingArguments) -> None:
     for name in ("learning_rate", "weight_decay", "warmup_steps", *counts):
         value = getattr(args, name)
         want(0 <= value < math.inf, f"{name} >= 0", value)
+    for name in ("eval_accumulation_steps", "dataloader_prefetch_factor"):
+        value = getattr(args, name)
+        want(value is None or value >= 1, f"{name} >= 1", value)
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        value = getattr(args, name, None)  # the latter is not in every version of transformers
+        want(
+            not value or args.dataloader_num_workers > 0,
+            f"{name} unset with dataloader_num_workers 0",
+            value,
+        )
     norm, alpha = args.max_grad_norm, args.neftune_noise_alpha
     # inf measures, and clips none; 0 does neither
     want(norm is not None and norm >= 0, "max_grad_norm >= 0", norm)

@@ -264,6 +264,8 @@ def test_the_ends_of_a_range_are_in_it(tmp_path, name, value):
         ("gradient_accumulation_steps", 0),
         ("dataloader_num_workers", -1),
         ("include_num_input_tokens_seen", "some"),
+        ("eval_accumulation_steps", 0),
+        ("dataloader_persistent_workers", True),  # without workers
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(tmp_path, name, value):
@@ -280,6 +282,10 @@ def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path):
     ("settings", "message"),
     [
         ({"fp16": True}, "fp16=False on a CPU, .* got True"),
+        (
+            {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 0},
+            "dataloader_prefetch_factor >= 1, got 0",
+        ),
         ({"loss_type": "exo_pair"}, "label_smoothing > 0 with loss_type exo_pair"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing 0 with .*'ipo'"),
         ({"loss_type": "nca_pair", "f_divergence_type": "forward_kl"}, "reverse_kl with .*'nca"),
