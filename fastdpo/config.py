@@ -22,7 +22,7 @@ from fastdpo.setting import setting
 logger = logging.get_logger(__name__)
 
 
-@dataclass
+@dataclass(repr=False)  # TrainingArguments' own hides tokens
 class DPOConfig(TrainingArguments):
     """Every setting of a DPO run; ValueError names the field, what was wanted and what came.
 

@@ -142,6 +142,12 @@ def test_no_default_setting_warns_of_a_deprecated_name(tmp_path):
         assert config(tmp_path).gradient_checkpointing is True
 
 
+def test_a_token_of_the_hub_is_not_shown(tmp_path):
+    made = config(tmp_path, hub_token="hf_secret")
+    assert made.hub_token == "hf_secret"
+    assert "hf_secret" not in f"{made!r} {made} {made.to_dict()}"
+
+
 def test_padding_free_is_warned_to_have_no_effect(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         config(tmp_path, padding_free=True)
