@@ -333,9 +333,15 @@ def _check_machine(args: DPOConfig, model: Any) -> None:
         )
 
 
-def _check_report_to(names: list[str]) -> None:
-    """ValueError for a service that transformers does not know, or whose package is not here."""
+def _check_report_to(names: list[str] | str | None) -> None:
+    """ValueError for a service that transformers does not know, or whose package is not here.
+
+    args.set_logging leaves a text, which may be none or all; the constructor made a list of it.
+    """
     get_reporting_integration_callbacks(names)
+    if names in (None, "none", "all"):
+        return
+    names = [names] if isinstance(names, str) else names
     # the two that transformers does not always list where they are
     installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"}
     if missing := [name for name in names if name not in installed]:

@@ -140,6 +140,17 @@ def test_the_pad_token_is_the_one_asked_for_and_the_model_is_tagged(tmp_path):
     assert set(model.model_tags) == {"fastdpo", "dpo"}
 
 
+@pytest.mark.parametrize("report_to", ["none", None])
+def test_logging_may_be_set_by_args_own_method(tmp_path, tokenizer, report_to):
+    args = DPOConfig(output_dir=tmp_path, use_cpu=True, save_strategy="no", max_steps=2)
+    args.set_logging(steps=1, report_to=report_to)
+    rows = Dataset.from_list(tiny.rows())
+    model = tiny.model("llama", len(tokenizer))
+    trainer = DPOTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    assert len(logged(trainer)) == 2
+
+
 def test_a_tokenizer_is_loaded_of_the_models_revision(tmp_path, monkeypatch):
     asked = {}
 
