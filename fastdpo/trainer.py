@@ -60,8 +60,8 @@ from fastdpo.start_check import check_start
 from fastdpo.summary import describe_run
 from fastdpo.trainer_check import (
     check_arguments,
-    check_best_metric,
     check_enough_rows,
+    check_evaluation,
     check_gradient_checkpointing,
     check_models,
     check_overrides,
@@ -122,8 +122,8 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         check_arguments(
             args, model, train_dataset, data_collator, optimizers, quantization_config, peft_config
         )
-        if not self._redefines("evaluate", "evaluation_loop"):
-            check_best_metric(args, eval_dataset, compute_metrics)
+        is_own = self._redefines("evaluate", "evaluation_loop")
+        check_evaluation(args, eval_dataset, compute_metrics, is_own=is_own)
         check_overrides(type(self), DPOTrainer, args)
         self.has_own_loss = self._redefines("compute_loss", "prediction_step")
         if returns_means(type(self), DPOTrainer):

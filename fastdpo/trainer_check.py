@@ -139,6 +139,11 @@ def check_arguments(
             "want a map-style dataset with train_sampling_strategy="
             f"{args.train_sampling_strategy!r}, got a streamed one, whose order is its own"
         )
+    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+        raise ValueError(
+            "want max_steps with a streamed train_dataset, whose length is not known, got "
+            f"{args.max_steps}"
+        )
     if isinstance(data_collator, PackedCollator):
         raise ValueError("want layout='shared' or 'packed' in place of a PackedCollator")
     if data_collator is not None:
@@ -304,6 +309,26 @@ def redefines(kind: type, base: type, *names: str) -> bool:
     """Whether `kind` has any of these attributes of its own, and not from `base`."""
     own = kind.__mro__[: kind.__mro__.index(base)]
     return any(name in vars(each) for each in own for name in names)
+
+
+def check_evaluation(
+    args: DPOConfig, eval_dataset: Any, compute_metrics: Any, *, is_own: bool
+) -> None:
+    """ValueError for an evaluation that is asked for and cannot be.
+
+    is_own: whether a subclass evaluates in a way of its own, whose metrics may be any.
+    """
+    if args.eval_strategy != "no" and eval_dataset is None:
+        strategy = args.eval_strategy.value
+        raise ValueError(f"want an eval_dataset with eval_strategy={strategy!r}, got none")
+    in_batches = args.batch_eval_metrics and compute_metrics
+    if in_batches and "compute_result" not in inspect.signature(compute_metrics).parameters:
+        raise ValueError(
+            "want compute_metrics with a parameter compute_result under batch_eval_metrics, got "
+            f"{inspect.signature(compute_metrics)}"
+        )
+    if not is_own:
+        check_best_metric(args, eval_dataset, compute_metrics)
 
 
 def check_best_metric(args: DPOConfig, eval_dataset: Any, compute_metrics: Any) -> None:

@@ -112,6 +112,17 @@ def build(tokenizer, settings=None, **arguments):
             "want a map-style dataset with train_sampling_strategy='group_by_length'",
         ),
         (
+            {"train_dataset": Dataset.from_list(tiny.rows()).to_iterable_dataset()},
+            ValueError,
+            "want max_steps with a streamed train_dataset",
+        ),
+        ({"settings": {"eval_strategy": "epoch"}}, ValueError, "eval_dataset .*'epoch', got none"),
+        (
+            {"settings": {"batch_eval_metrics": True}, "compute_metrics": lambda predicted: {}},
+            ValueError,
+            r"parameter compute_result under batch_eval_metrics, got \(predicted\)",
+        ),
+        (
             {"peft_config": LORA, "optimizers": (SGD(tiny.model("llama", 300).parameters()), None)},
             ValueError,
             "want optimizers of what trains, got peft_config",
