@@ -71,6 +71,11 @@ def _check_loop(args: TrainingArguments) -> None:
             f"{name} unset with dataloader_num_workers 0",
             value,
         )
+    if args.save_strategy == "best":  # after an evaluation alone, transformers looks for the best
+        evaluates = args.eval_strategy.value
+        want(evaluates != "no", "eval_strategy steps or epoch with save_strategy best", evaluates)
+        metric = args.metric_for_best_model
+        want(metric is not None, "metric_for_best_model with save_strategy best", metric)
     norm, alpha = args.max_grad_norm, args.neftune_noise_alpha
     # inf measures, and clips none; 0 does neither
     want(norm is not None and norm >= 0, "max_grad_norm >= 0", norm)
@@ -161,6 +166,11 @@ def _check_unsupported(args: TrainingArguments) -> None:
     # accelerate would train in float32, and say fp16
     half_on_cpu = args.fp16 and args.device.type == "cpu"
     want(not half_on_cpu, "fp16=False on a CPU, whose autocast is bf16", args.fp16)
+    want(
+        not args.label_smoothing_factor,
+        "label_smoothing_factor 0 (a DPO loss's is label_smoothing)",
+        args.label_smoothing_factor,
+    )
     offloading = args.activation_offloading
     want(not offloading, "activation_offloading=False (True is not there yet)", offloading)
     dispatch = args.accelerator_config.dispatch_batches

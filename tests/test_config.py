@@ -292,6 +292,15 @@ def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path):
             {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 0},
             "dataloader_prefetch_factor >= 1, got 0",
         ),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor 0 .*, got 0.1"),
+        (
+            {"save_strategy": "best", "metric_for_best_model": "loss"},
+            "eval_strategy steps or epoch with save_strategy best, got 'no'",
+        ),
+        (
+            {"save_strategy": "best", "eval_strategy": "epoch"},
+            "metric_for_best_model with save_strategy best, got None",
+        ),
         ({"loss_type": "exo_pair"}, "label_smoothing > 0 with loss_type exo_pair"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing 0 with .*'ipo'"),
         ({"loss_type": "nca_pair", "f_divergence_type": "forward_kl"}, "reverse_kl with .*'nca"),
