@@ -158,7 +158,7 @@ def check_arguments(
             "checkpoints have the virtual tokens, and not the encoder that they come from"
         )
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs:
-        _check_checkpointing_kwargs(args.gradient_checkpointing_kwargs)
+        _check_checkpointing_kwargs(args.gradient_checkpointing_kwargs, args.device)
     if isinstance(model, str):
         return
     # raises where the coefficient does not fit
@@ -188,7 +188,7 @@ def _check_optimizer(optimizer: Any, model: Any, peft_config: Any) -> None:
         )
 
 
-def _check_checkpointing_kwargs(settings: dict[str, Any]) -> None:
+def _check_checkpointing_kwargs(settings: dict[str, Any], device: torch.device) -> None:
     # every_n_layers and offload, from the transformers that has them on, are not torch's
     enable = getattr(PreTrainedModel, "activation_checkpointing_enable", None)
     own = inspect.signature(enable).parameters if enable else ()
@@ -201,6 +201,14 @@ def _check_checkpointing_kwargs(settings: dict[str, Any]) -> None:
         raise ValueError(
             f"want gradient_checkpointing_kwargs that torch can take, got {detail}"
         ) from error
+    every = settings.get("every_n_layers", 1)
+    if every < 1:
+        raise ValueError(f"want every_n_layers >= 1 in gradient_checkpointing_kwargs, got {every}")
+    if settings.get("offload") and device.type == "cpu":
+        raise ValueError(
+            "want offload=False in gradient_checkpointing_kwargs on a CPU, where activations are "
+            "already, got True"
+        )
 
 
 def check_gradient_checkpointing(
@@ -319,8 +327,7 @@ def check_evaluation(
     is_own: whether a subclass evaluates in a way of its own, whose metrics may be any.
     """
     if args.eval_strategy != "no" and eval_dataset is None:
-        strategy = args.eval_strategy.value
-        raise ValueError(f"want an eval_dataset with eval_strategy={strategy!r}, got none")
+        raise ValueError("want an eval_dataset, or eval_strategy='no', got neither")
     in_batches = args.batch_eval_metrics and compute_metrics
     if in_batches and "compute_result" not in inspect.signature(compute_metrics).parameters:
         raise ValueError(

@@ -116,7 +116,7 @@ def build(tokenizer, settings=None, **arguments):
             ValueError,
             "want max_steps with a streamed train_dataset",
         ),
-        ({"settings": {"eval_strategy": "epoch"}}, ValueError, "eval_dataset .*'epoch', got none"),
+        ({"settings": {"eval_strategy": "epoch"}}, ValueError, "want an eval_dataset, or eval_"),
         (
             {"settings": {"batch_eval_metrics": True}, "compute_metrics": lambda predicted: {}},
             ValueError,
@@ -143,6 +143,13 @@ def build(tokenizer, settings=None, **arguments):
 def test_arguments_that_do_not_fit_are_refused(tokenizer, nothing_spent, wrong, error, message):
     with pytest.raises(error, match=message):
         build(tokenizer, **wrong)
+
+
+@pytest.mark.parametrize("kwargs", [{"every_n_layers": 0}, {"offload": True}], ids=str)
+def test_checkpoints_that_cannot_run_are_refused(tokenizer, nothing_spent, kwargs):
+    # by name, or where transformers does not know them, as torch's
+    with pytest.raises(ValueError, match=f"{next(iter(kwargs))}.* in gradient_checkp|that torch"):
+        build(tokenizer, {"gradient_checkpointing_kwargs": kwargs})
 
 
 def test_experts_are_balanced_with_no_reentrant_checkpoints(tokenizer):
