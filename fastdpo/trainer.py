@@ -46,6 +46,7 @@ from fastdpo.model import (
     score,
     token_logps_without_grad,
 )
+from fastdpo.model_check import check_models
 from fastdpo.pair_check import check_pairs
 from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name, with_quantization
 from fastdpo.precompute import after_precompute, have_reference_logps, with_reference_logps
@@ -63,7 +64,6 @@ from fastdpo.trainer_check import (
     check_enough_rows,
     check_evaluation,
     check_gradient_checkpointing,
-    check_models,
     check_overrides,
     redefines,
     returns_means,
@@ -97,7 +97,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
     peft_config: adapters to put on the policy.
 
     ValueError or TypeError for what does not go together: as far as it shows without the rows and
-    the weights, before either is read (trainer_check.py).
+    the weights, before either is read (model_check.py, trainer_check.py).
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update

@@ -1,10 +1,11 @@
-"""Pairs a model cannot embed: how they are looked for; test_trainer_check.py has the refusals."""
+"""Pairs a model cannot embed: how they are looked for, and that they are refused."""
 
 import families
 import pytest
 import tiny
 import torch
 from datasets import Dataset
+from trainers import make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdpo import DPOConfig, pair_check
@@ -90,3 +91,41 @@ def test_rotary_frequencies_are_looked_at_by_layer_type_and_in_the_reference(tmp
     args = DPOConfig(output_dir=tmp_path, use_cpu=True, max_tokens_per_forward=20)
     with pytest.raises(ValueError, match="pair 0: 7 tokens.*max_tokens_per_forward"):
         check_pairs({"train": Dataset.from_list([row])}, [model, reference], args)
+
+
+@pytest.mark.parametrize("which", ["model", "ref_model"])
+def test_a_token_outside_a_models_vocabulary_is_refused(tmp_path, tokenizer, which):
+    rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}] * 3
+    rows[2] = rows[2] | {"chosen_ids": [7, 250]}
+    small = tiny.model("llama", 240)
+    with pytest.raises(
+        ValueError, match=r"train dataset, pair 2, chosen_ids: want .* 240.* got 250"
+    ):
+        make_trainer(tmp_path, tokenizer, rows=rows, **{which: small})
+
+
+def test_a_token_outside_the_vocabulary_is_refused_in_an_evaluation_too(tmp_path, tokenizer):
+    rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}]
+    small = tiny.model("llama", 240)
+    run = make_trainer(tmp_path, tokenizer, model=small, rows=rows)
+    with pytest.raises(ValueError, match="eval dataset, pair 0, rejected_ids"):
+        run.evaluate(Dataset.from_list([rows[0] | {"rejected_ids": [240]}]))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "openai-gpt", "gptj", "codegen"])
+def test_a_pair_longer_than_a_models_positions_is_refused(tmp_path, tokenizer, family):
+    # sizes of its own: OPT's rows of positions are two more than its positions
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "rotary_dim": 4}
+    config = AutoConfig.for_model(family, vocab_size=300, max_position_embeddings=64, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    rows = [*tiny.rows(2), tiny.rows(1)[0] | {"chosen": "x" * 60}]
+    # GPT has no gradient checkpointing
+    plain = {"model": model, "rows": rows, "gradient_checkpointing": False}
+    with pytest.raises(ValueError, match="train dataset, pair 2: want at most 64 tokens"):
+        make_trainer(tmp_path, tokenizer, **plain)
+    run = make_trainer(tmp_path, tokenizer, **plain, max_length=64)
+    with torch.no_grad():  # a pair as long as that runs
+        run.compute_loss(run.model, run.data_collator([run.train_dataset[2]]))
+    padding = {"max_length": 64, "pad_to_multiple_of": 24, "layout": "padded"}
+    with pytest.raises(ValueError, match="at most 48 tokens, .*padded to multiples of 24, got"):
+        make_trainer(tmp_path, tokenizer, **plain, **padding)
