@@ -18,6 +18,7 @@ from fastdpo.losses import PAIR_METRICS
 from fastdpo.metrics import TOKEN_METRICS
 from fastdpo.model import causal_lm_of
 from fastdpo.resuming_trainer import has_encoder
+from fastdpo.row_trainer import by_name
 
 OPTIMIZERS_OF_MODELS = ("galore", "apollo", "lomo")  # which transformers makes of a model
 NEVER_CALLED = (  # methods of TRL's DPOTrainer, now and before
@@ -242,10 +243,16 @@ def redefines(kind: type, base: type, *names: str) -> bool:
 def check_evaluation(
     args: DPOConfig, eval_dataset: Any, compute_metrics: Any, *, is_own: bool
 ) -> None:
-    """ValueError for an evaluation that is asked for and cannot be.
+    """TypeError or ValueError for an evaluation that is asked for and cannot be.
 
     is_own: whether a subclass evaluates in a way of its own, whose metrics may be any.
     """
+    for name, each in by_name(eval_dataset, "eval").items():
+        if not isinstance(each, Dataset | IterableDataset):
+            got = type(each).__name__
+            raise TypeError(
+                f"{name} dataset: want a datasets.Dataset or IterableDataset, got {got}"
+            )
     if args.eval_strategy != "no" and eval_dataset is None:
         raise ValueError("want an eval_dataset, or eval_strategy='no', got neither")
     in_batches = args.batch_eval_metrics and compute_metrics

@@ -117,6 +117,7 @@ def build(tokenizer, settings=None, **arguments):
             "want max_steps with a streamed train_dataset",
         ),
         ({"settings": {"eval_strategy": "epoch"}}, ValueError, "want an eval_dataset, or eval_"),
+        ({"eval_dataset": {"a": tiny.rows()}}, TypeError, "eval_a dataset: want .*, got list"),
         (
             {"settings": {"batch_eval_metrics": True}, "compute_metrics": lambda predicted: {}},
             ValueError,
