@@ -87,6 +87,8 @@ def _run_command(argv: list[str]) -> int:
 
 def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     """Train as `argv` says, from the last checkpoint if its output_dir holds one of this run."""
+    from accelerate import PartialState
+
     from fastdpo.parser import TrainParser
     from fastdpo.ranks import from_main_process
     from fastdpo.run_folder import locked, mark_finished, mark_started
@@ -104,6 +106,7 @@ def train(argv: Sequence[str], *, prog: str = "fastdpo train") -> int:
     for note in folder.notes:
         say(note)
     if folder.finished:
+        PartialState().destroy_process_group()  # gloo's threads, left alone, at times abort
         return 0
 
     is_made = folder.path != Path(run.training.output_dir) or not folder.path.exists()

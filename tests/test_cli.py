@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from accelerate import PartialState
 from command_line import flags, folder_with_model_and_rows, one_line, settings, train
 from peft import AutoPeftModelForCausalLM
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -176,6 +177,14 @@ def test_a_runs_end_finds_no_wrapper_of_the_model(here, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_train", train_wrapped)
     assert train(here, tmp_path / "out", max_steps=1) == 0
     assert ends == [(True, [])]
+
+
+def test_a_run_that_is_complete_ends_its_process_group(here, whole_run, monkeypatch, capsys):
+    """gloo's threads, left in one, aborted the process at times."""
+    ended = []
+    monkeypatch.setattr(PartialState, "destroy_process_group", lambda *_: ended.append(True))
+    assert train(here, whole_run) == 0
+    assert "this run is complete" in capsys.readouterr().out and ended == [True]
 
 
 def test_launch_flags_go_through_accelerate(here, tmp_path, capfd):
