@@ -77,9 +77,10 @@ def _accelerate_config(name: str) -> list[str]:
 def launch(flags: list[str], argv: Sequence[str]) -> int:
     """`fastdpo train <argv>` in as many processes as `accelerate launch` makes of the flags.
 
-    The exit code of the first process that failed; 128 + its signal where one was killed.
+    The exit code of the first process that failed; 128 + its signal where one was killed, or this.
     """
     from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     command = [*flags, "--module", MODULE, "train", *argv]
@@ -89,6 +90,8 @@ def launch(flags: list[str], argv: Sequence[str]) -> int:
         code = error.returncode
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
+    except SignalException as error:  # Ctrl-C, of several processes
+        code = -error.sigval
     else:
         return 0
     return code if code > 0 else 128 - code

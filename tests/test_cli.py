@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import yaml
 from accelerate import PartialState
 from command_line import flags, folder_with_model_and_rows, one_line, settings, train
 from peft import AutoPeftModelForCausalLM
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -223,6 +225,18 @@ def test_a_process_that_fails_gives_its_exit_code(
     monkeypatch.setattr(ChildFailedError, "format_msg", lambda *_: "it has failed")
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
     assert train(here, tmp_path / "out", "--num_processes", processes, "--multi_gpu") == code
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_several_processes_that_are_interrupted_are_no_bad_input(
+    here, tmp_path, monkeypatch, capsys, sent, code
+):
+    def launch_command(_):
+        raise SignalException("got a signal", sent)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
+    assert train(here, tmp_path / "out", "--num_processes", "2", "--multi_gpu") == code
+    assert "error" not in capsys.readouterr().err
 
 
 def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch):
