@@ -5,7 +5,7 @@ accelerate is imported in functions alone, so that `fastdpo --help` answers at o
 
 import os
 import subprocess
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,8 +84,10 @@ def launch(flags: list[str], argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     command = [*flags, "--module", MODULE, "train", *argv]
+    arguments = _launch_parser().parse_args(command)
+    _check_num_processes(arguments)
     try:
-        launch_command(_launch_parser().parse_args(command))
+        launch_command(arguments)
     except subprocess.CalledProcessError as error:  # of a single process
         code = error.returncode
     except ChildFailedError as error:
@@ -95,3 +97,22 @@ def launch(flags: list[str], argv: Sequence[str]) -> int:
     else:
         return 0
     return code if code > 0 else 128 - code
+
+
+def _check_num_processes(arguments: Namespace) -> None:
+    """ValueError for several processes of which accelerate would start one, without a word."""
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    wanted, gpus = arguments.num_processes or 1, torch.cuda.device_count()
+    kinds = ("multi_gpu", "use_deepspeed", "use_fsdp", "use_megatron_lm", "tpu", "mpirun_hostfile")
+    is_left_to_accelerate = (
+        any(getattr(arguments, name) for name in kinds)
+        or arguments.config_file is not None
+        or (Path(default_config_file).is_file() and not arguments.cpu)
+    )
+    if wanted > 1 and not is_left_to_accelerate and (arguments.cpu or gpus < 2):
+        raise ValueError(
+            f"want --multi_gpu, not --cpu, with --num_processes {wanted} where there are {gpus} "
+            "GPUs: accelerate would start one process"
+        )

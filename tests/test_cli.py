@@ -210,6 +210,19 @@ def test_launch_flags_may_be_written_with_an_equals_sign_or_be_off():
     ]
 
 
+@pytest.mark.parametrize(
+    "more, is_refused",
+    [((), True), (("--cpu",), True), (("--multi_gpu",), False), (("--use_fsdp",), False)],
+)
+def test_several_processes_are_not_one(here, tmp_path, monkeypatch, capsys, more, is_refused):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    code = train(here, tmp_path / "out", "--num_processes", "2", *more)
+    assert (code, not launched) == ((2, True) if is_refused else (0, False))
+    assert ("--multi_gpu" in capsys.readouterr().err) == is_refused
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 @pytest.mark.parametrize("exitcode, code", [(1, 1), (2, 2), (-9, 137)])
 def test_a_process_that_fails_gives_its_exit_code(
