@@ -101,6 +101,12 @@ class ResumingTrainer(Trainer):
         if self.follower and self.args.should_save:
             self.follower.save(output_dir)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As transformers.Trainer's; done when it is on every rank: what comes next, and marks the
+        checkpoint as whole, is the main one's alone."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:

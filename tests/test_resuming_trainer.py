@@ -17,6 +17,8 @@ from trainers import (
 )
 from transformers import TrainerCallback
 
+from fastdpo.checkpoints import STATE_FILE
+
 
 @pytest.mark.parametrize(
     ("family", "adapters"), [("llama", False), ("llama", True), ("mixtral", False)]
@@ -45,6 +47,21 @@ def test_resume_continues_exactly(tmp_path, tokenizer, family, adapters, caplog)
     expected = weights(whole.model)
     for name, parameter in weights(resumed.model).items():
         assert torch.equal(parameter, expected[name]), name
+
+
+def test_every_rank_has_written_before_a_checkpoint_is_marked_as_whole(
+    tmp_path, tokenizer, monkeypatch
+):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, save_strategy="steps", save_steps=1)
+    when_waiting = []
+
+    def wait():
+        when_waiting.append({file.name for file in tmp_path.glob("checkpoint-1/*")})
+
+    monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", wait)
+    trainer.train()
+    assert (tmp_path / "checkpoint-1" / STATE_FILE).exists()
+    assert any("rng_state.pth" in files and STATE_FILE not in files for files in when_waiting)
 
 
 def test_a_run_that_had_ended_within_an_epoch_resumes_to_no_update(tmp_path, tokenizer):
