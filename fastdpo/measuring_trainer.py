@@ -27,7 +27,6 @@ from fastdpo.metrics import (
 )
 from fastdpo.model import ScoredOutput
 from fastdpo.pack_trainer import PackTrainer
-from fastdpo.ranks import pairs_not_repeated
 
 
 class MeasuringTrainer(PackTrainer):
@@ -71,10 +70,14 @@ class MeasuringTrainer(PackTrainer):
         self.counts.train.add(metrics | _aux_metric(aux_loss, batch.num_pairs))
 
     def count_evaluation(
-        self, batch: PairBatch, scored: ScoredOutput, losses: PairLoss, aux_loss: Tensor | None
+        self,
+        batch: PairBatch,
+        scored: ScoredOutput,
+        losses: PairLoss,
+        aux_loss: Tensor | None,
+        num_new: int,
     ) -> None:
-        """Add a forward to this evaluation, without the pairs that another rank had too."""
-        num_new = pairs_not_repeated(batch.num_pairs, self.accelerator)
+        """Add a forward to this evaluation: all of its pairs, or, where num_new is 0, none."""
         self.counts.num_evaluated += num_new
         metrics = evaluation_metrics(batch, scored, losses, num_new)
         self.counts.eval.add(metrics | _aux_metric(aux_loss, num_new))

@@ -73,9 +73,7 @@ def tokens_over_ranks(tokens: TokensRun, accelerator: Accelerator) -> dict[str, 
 def evaluation_metrics(
     batch: PairBatch, scored: ScoredOutput, losses: PairLoss, count: int
 ) -> Sums:
-    """pair_metrics and the loss of the first `count` pairs; 0, of weight 0, for none."""
-    if count < batch.num_pairs:
-        batch, scored, losses = _first_pairs(batch, scored, losses, max(count, 1))
+    """pair_metrics and the loss of the batch's `count` pairs; 0, of weight 0, if it is 0."""
     metrics = pair_metrics(batch, scored, losses)
     metrics[("loss",)] = (losses.loss_B.sum(dtype=torch.float64)[None], batch.num_pairs)
     if count == 0:
@@ -83,10 +81,13 @@ def evaluation_metrics(
     return metrics
 
 
-def _first_pairs(
-    batch: PairBatch, scored: ScoredOutput, losses: PairLoss, count: int
-) -> tuple[PairBatch, ScoredOutput, PairLoss]:
-    """What pair_metrics needs for the first `count` pairs alone. Waits for the device."""
+def first_pairs(
+    batch: PairBatch, scored: ScoredOutput, reference_logps_S: Tensor, count: int
+) -> tuple[PairBatch, ScoredOutput, Tensor]:
+    """What losses and metrics need of the first `count` pairs alone. Waits for the device, unless
+    those are all."""
+    if count == batch.num_pairs:
+        return batch, scored, reference_logps_S
     lengths_2B = batch.cu_seqlens.diff().view(2, -1)
     is_first_2B = torch.arange(batch.num_pairs, device=lengths_2B.device).expand(2, -1) < count
     tokens_C = is_first_2B.flatten().repeat_interleave(lengths_2B.flatten()).nonzero().squeeze(1)
@@ -94,7 +95,7 @@ def _first_pairs(
     return (
         replace(batch, cu_seqlens=cu_seqlens_of(lengths_S)),
         scored.of_rows(tokens_C),
-        PairLoss(losses.loss_B[:count], losses.metrics_MB[:, :count]),
+        reference_logps_S.view(2, -1)[:, :count].flatten(),
     )
 
 

@@ -38,6 +38,7 @@ from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck
 from fastdpo.loss_attributes import LossAttributes
 from fastdpo.losses import PairLoss, pair_loss
+from fastdpo.metrics import first_pairs
 from fastdpo.model import (
     ScoredOutput,
     attach_scorer,
@@ -50,7 +51,7 @@ from fastdpo.model_check import check_models
 from fastdpo.pair_check import check_pairs
 from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name, with_quantization
 from fastdpo.precompute import after_precompute, have_reference_logps, with_reference_logps
-from fastdpo.ranks import one_rank_first
+from fastdpo.ranks import one_rank_first, pairs_not_repeated
 from fastdpo.reference_cache import ReferenceCache, probe_pairs
 from fastdpo.reference_logps import FrozenModel, RowLogps, make_reference, once_training, scorer_of
 from fastdpo.resuming_trainer import ResumingTrainer
@@ -340,13 +341,18 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         reference_logps_S = (
             pack_loss.reference_logps_S if pack_loss else self._reference_logps(model, batch)
         )
-        scored = score(
+        outputs = scored = score(
             model,
             batch,
             stats=self.args.token_stats,
             aux_loss=self.aux_loss_enabled,
             batch_counts=experts and experts.counts,
         )
+        if not model.training:
+            num_new = pairs_not_repeated(batch.num_pairs, self.accelerator)
+            batch, scored, reference_logps_S = first_pairs(
+                batch, scored, reference_logps_S, max(num_new, 1)
+            )
         losses = self._pair_losses(batch, scored, reference_logps_S, pack_loss)
         aux_loss = scored.aux_loss
         if aux_loss is not None:
@@ -364,8 +370,8 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             tokens = inputs.get("tokens", TokensRun(batch.token_uses.numel()))
             self.count_training(batch, scored, losses, tokens, aux_loss)
         else:
-            self.count_evaluation(batch, scored, losses, aux_loss)
-        return (loss, scored) if return_outputs else loss
+            self.count_evaluation(batch, scored, losses, aux_loss, num_new)
+        return (loss, outputs) if return_outputs else loss
 
     def _pair_losses(
         self,

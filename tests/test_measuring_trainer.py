@@ -223,7 +223,11 @@ from trainers import make_trainer
 tokenizer = tiny.tokenizer()
 reference = tiny.model("llama", len(tokenizer), seed=1)
 trainer = make_trainer(
-    Path(sys.argv[1]), tokenizer, ref_model=reference, per_device_eval_batch_size=2
+    Path(sys.argv[1]),
+    tokenizer,
+    ref_model=reference,
+    per_device_eval_batch_size=2,
+    loss_type=["sigmoid", "sft", "aot_unpaired"],  # the latter mix a batch's pairs
 )
 metrics = [trainer.evaluate(Dataset.from_list(tiny.rows(count))) for count in (1, 5, 7, 8)]
 if trainer.is_world_process_zero():
@@ -251,7 +255,7 @@ def test_experts_of_pairs_that_another_rank_had_too_are_not_counted(
     model = tiny.model("mixtral", len(tokenizer))
     trainer = make_trainer(tmp_path, tokenizer, model=model, per_device_eval_batch_size=2)
     new = iter([2, 1, 0])  # of each batch
-    monkeypatch.setattr("fastdpo.measuring_trainer.pairs_not_repeated", lambda *_: next(new))
+    monkeypatch.setattr("fastdpo.trainer.pairs_not_repeated", lambda *_: next(new))
     metrics = trainer.evaluate(Dataset.from_list(tiny.rows(6)))
     aux_loss = trainer.router_aux_loss_coef * metrics["eval_aux_loss"]
     assert metrics["eval_loss"] == pytest.approx(math.log(2) + aux_loss, abs=1e-6)

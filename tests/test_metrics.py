@@ -8,9 +8,16 @@ from watches import Watch
 
 from fastdpo.batch import PairBatch, TokensRun
 from fastdpo.losses import pair_loss
-from fastdpo.metrics import MetricSums, evaluation_metrics, pair_metrics, tokens_over_ranks
+from fastdpo.metrics import (
+    MetricSums,
+    evaluation_metrics,
+    first_pairs,
+    pair_metrics,
+    tokens_over_ranks,
+)
 from fastdpo.model import ScoredOutput
 
+SFT = {"beta": 0.5, "loss_type": ["sigmoid", "sft"]}  # the latter mixes a batch's pairs
 ONE_RANK = SimpleNamespace(reduce=lambda sums, how: sums)
 
 
@@ -108,18 +115,29 @@ def test_no_token_of_chosen_completions_counts_as_none_right():
 def test_an_evaluation_measures_the_first_pairs_as_if_they_were_alone(count):
     lengths = [4, 0, 3, 2, 5, 1]  # three chosen, then three rejected
     first = [*lengths[:count], *lengths[3 : 3 + count]]
-    batch, scored, losses = scored_batch(lengths, mean_logit=1.0)
-    scored.entropy_C, scored.mean_logit_C = torch.arange(15.0), torch.arange(15.0).sin()
-    scored.is_top1_C = torch.arange(15) % 3 == 0
+    batch, _, _ = scored_batch(lengths, mean_logit=1.0)
+    scored = ScoredOutput(
+        token_logps_C=-torch.arange(15.0),
+        entropy_C=torch.arange(15.0),
+        mean_logit_C=torch.arange(15.0).sin(),
+        is_top1_C=torch.arange(15) % 3 == 0,
+    )
+    reference_logps_S = torch.arange(6.0)
+    few, few_scored, few_reference_S = first_pairs(batch, scored, reference_logps_S, max(count, 1))
+    losses = pair_loss(few_scored.token_logps_C, few.cu_seqlens, few_reference_S, **SFT)
     sums = MetricSums()
-    sums.add(evaluation_metrics(batch, scored, losses, count))
+    sums.add(evaluation_metrics(few, few_scored, losses, count))
     found = sums.take_means(ONE_RANK)
     if count == 0:
         assert set(found.values()) == {0.0}
         return
     alone = MetricSums()
     kept = torch.tensor([*range(sum(first[:count])), *range(7, 7 + sum(first[count:]))])  # 7 chosen
-    alone_batch, _, alone_losses = scored_batch(first, mean_logit=1.0)
+    alone_batch, _, _ = scored_batch(first, mean_logit=1.0)
+    alone_reference_S = torch.tensor([*range(count), *range(3, 3 + count)]).float()
+    alone_losses = pair_loss(
+        scored.token_logps_C[kept], alone_batch.cu_seqlens, alone_reference_S, **SFT
+    )
     alone.add(pair_metrics(alone_batch, scored.of_rows(kept), alone_losses))
     alone.add({("loss",): (alone_losses.loss_B.sum()[None], count)})
     assert found == pytest.approx(alone.take_means(ONE_RANK))
