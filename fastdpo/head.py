@@ -18,12 +18,22 @@ from fastdpo.quantised import quantised_rows
 
 
 def check_head_module(causal_lm: PreTrainedModel) -> None:
-    """ValueError where the model has no linear head, or an adapter on it other than plain LoRA."""
+    """ValueError where the model has no linear head, one with more to learn than weight and bias,
+    or an adapter on it other than plain LoRA."""
     head = causal_lm.get_output_embeddings()
     base = _without_adapters(head)
     if not isinstance(getattr(base, "weight", None), Tensor) or causal_lm.base_model is causal_lm:
         name = type(causal_lm).__name__
         raise ValueError(f"want a body and a linear output embedding, {name} has none")
+    # what starts as 1 or 0 would not be missed before training; under modules_to_save or
+    # trainable_token_indices, the model's own layer is within PEFT's
+    own = getattr(base, "original_module", base)
+    names = {name for name, _ in own.named_parameters(recurse=False)}
+    if others := sorted(names - {"weight", "bias"}):
+        raise ValueError(
+            f"want an output embedding of weight and bias alone, {type(own).__name__} has "
+            f"{', '.join(others)}"
+        )
     if base is not head:
         _check_adapter(head)
 

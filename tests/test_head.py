@@ -96,6 +96,27 @@ def test_models_without_a_body_and_a_linear_head_are_refused():
             attach_scorer(model)
 
 
+class ScaledHead(torch.nn.Linear):
+    """Dory's: a scale of each token's logit, 1 before it is trained."""
+
+    def __init__(self, *sizes, **settings):
+        super().__init__(*sizes, **settings)
+        self.logit_scale = torch.nn.Parameter(torch.ones(self.out_features))
+
+    def forward(self, hidden):
+        return super().forward(hidden) * self.logit_scale
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}], ids=["full", "saved"])
+def test_a_head_that_would_not_train_whole_is_refused(settings):
+    model = tiny.model("llama", tiny.VOCAB)
+    model.lm_head = ScaledHead(model.config.hidden_size, tiny.VOCAB, bias=False)
+    if settings:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], **settings))
+    with pytest.raises(ValueError, match="of weight and bias alone, ScaledHead has logit_scale"):
+        attach_scorer(model)
+
+
 def test_a_head_adapters_dropout_is_its_own():
     model = with_head_adapter(lora_dropout=0.5, target_modules=["lm_head"])
     inputs = PaddedCollator(pad_token_id=0)(tiny.ID_PAIRS)
