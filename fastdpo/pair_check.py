@@ -19,8 +19,14 @@ from fastdpo.model import causal_lm_of
 logger = logging.get_logger(__name__)
 
 CHUNK = 1000
-# of GPT-2, OPT (in GPT-J and CodeGen a buffer), BERT and GPT
-POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
+# of GPT-2, OPT (in GPT-J and CodeGen a buffer), BERT, GPT and CTRL (a buffer)
+POSITION_TABLES = (
+    "wpe",
+    "embed_positions",
+    "position_embeddings",
+    "positions_embed",
+    "pos_encoding",
+)
 
 
 def check_pairs(
@@ -63,7 +69,7 @@ def _check_positions(
     multiple: int,
 ) -> None:
     with_tables = filter(_has_position_table, causal_lms)
-    found = [(m.config.get_text_config().max_position_embeddings, m) for m in with_tables]
+    found = [(_num_positions(m.config.get_text_config()), m) for m in with_tables]
     P, model = min(found, default=(sys.maxsize, None), key=lambda each: each[0])
     P -= P % multiple
     padded = f" padded to multiples of {multiple}" if multiple > 1 else ""
@@ -75,6 +81,13 @@ def _check_positions(
             f"{pair}: want at most {P} tokens, the positions of {type(model).__name__}{padded}, "
             f"got {length}: set max_length={P}"
         )
+
+
+def _num_positions(config: Any) -> int:
+    """The length of a table of positions; Whisper's config has another name for it."""
+    if (length := getattr(config, "max_position_embeddings", None)) is not None:
+        return length
+    return config.max_target_positions
 
 
 def _check_frequencies(

@@ -53,6 +53,15 @@ def test_the_smaller_of_two_tables_of_positions_bounds_a_pair(tmp_path):
         check_pairs({"train": pairs}, models, DPOConfig(output_dir=tmp_path, use_cpu=True))
 
 
+def test_positions_by_whispers_name_bound_a_pair(tmp_path):
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "pad_token_id": 0}
+    config = AutoConfig.for_model("whisper", vocab_size=300, max_target_positions=8, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    pairs = Dataset.from_list([{"prompt_ids": [1] * 8, "chosen_ids": [2], "rejected_ids": [3]}])
+    with pytest.raises(ValueError, match="want at most 8 tokens, the positions of Whisper"):
+        check_pairs({"train": pairs}, [model], DPOConfig(output_dir=tmp_path, use_cpu=True))
+
+
 LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 4.0}
 SCALED = {
     "longrope": LONGROPE | {"original_max_position_embeddings": 6},
@@ -112,7 +121,7 @@ def test_a_token_outside_the_vocabulary_is_refused_in_an_evaluation_too(tmp_path
         run.evaluate(Dataset.from_list([rows[0] | {"rejected_ids": [240]}]))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "openai-gpt", "gptj", "codegen"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "openai-gpt", "gptj", "codegen", "ctrl"])
 def test_a_pair_longer_than_a_models_positions_is_refused(tmp_path, tokenizer, family):
     # sizes of its own: OPT's rows of positions are two more than its positions
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "rotary_dim": 4}
