@@ -61,7 +61,12 @@ class RowTrainer(MeasuringTrainer):
         return pairs
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        sampler = super()._get_train_sampler(train_dataset)
+        return self._seeded(super()._get_train_sampler(train_dataset))
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        return self._seeded(super()._get_eval_sampler(eval_dataset))
+
+    def _seeded(self, sampler: Sampler | None) -> Sampler | None:
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import datasets
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -16,6 +17,8 @@ class SeededByEpoch(Sampler[int]):
     """
 
     def __init__(self, sampler: LengthGroupedSampler, seed: int):
+        # a dataset's column reads a row at each look
+        sampler.lengths = np.asarray(sampler.lengths[:]).tolist()
         self._sampler, self._seed, self._epoch = sampler, seed, 0
 
     def set_epoch(self, epoch: int) -> None:

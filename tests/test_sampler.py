@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from datasets import IterableDataset
+from datasets import Column, Dataset, IterableDataset
 from processes import printed_json, run_ranks
 from trainers import logged, make_trainer
 
@@ -63,6 +63,18 @@ def test_samplers_by_length_keep_an_epoch_a_permutation(tmp_path, tokenizer):
     trainer.train()
 
 
+def test_lengths_to_group_by_are_read_once(tmp_path, tokenizer, monkeypatch):
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        eval_dataset=Dataset.from_list(tiny.rows()),
+        train_sampling_strategy="group_by_length",
+    )
+    samplers = [trainer._get_train_sampler(), trainer._get_eval_sampler(trainer.eval_dataset)]
+    monkeypatch.delattr(Column, "__getitem__")  # which reads a row
+    assert [sorted(sampler) for sampler in samplers] == [[*range(8)]] * 2
+
+
 RESUME_BY_LENGTH = """
 import sys
 from pathlib import Path
@@ -97,7 +109,7 @@ TRAIN_ON_STREAM = """
 import json, sys
 from pathlib import Path
 import tiny
-from datasets import IterableDataset
+from datasets import Column, Dataset, IterableDataset
 from test_sampler import rows_of
 from trainers import logged, make_trainer
 
