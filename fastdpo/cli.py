@@ -301,6 +301,9 @@ def _bad_input() -> Iterator[None]:
     except (ValueError, OSError, ImportError) as error:
         raise BadInput(_one_line(error)) from error
     except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            # `datasets` waits for its workers once more, and reports that they have not ended
+            raise error.__context__ from None
         detail = f"{type(error).__name__}: {_one_line(error)} (FASTDPO_DEBUG=1 shows where)"
         raise BadInput(detail) from error
 

@@ -97,6 +97,18 @@ def test_a_yaml_file_runs_as_the_same_flags_do(here, whole_run, tmp_path):
     assert losses(tmp_path / "out") == losses(whole_run)
 
 
+def test_an_interruption_that_another_error_covers_is_one(here, tmp_path, capsys, monkeypatch):
+    def interrupted(run):
+        try:
+            raise KeyboardInterrupt
+        finally:  # as in Dataset.map, which waits for its workers there
+            raise RuntimeError("a worker has not ended")
+
+    monkeypatch.setattr(cli, "_build_trainer", interrupted)
+    assert train(here, tmp_path / "out", dataset_num_proc=2) == 130
+    assert capsys.readouterr().err.strip() == "fastdpo: interrupted"
+
+
 def test_an_interrupted_run_resumes_and_continues_exactly(
     here, whole_run, tmp_path, capsys, monkeypatch
 ):
