@@ -83,10 +83,16 @@ class RowTrainer(MeasuringTrainer):
             return pairs
         return pairs.with_format("numpy", columns=[*ID_COLUMNS], output_all_columns=True)
 
-    def _get_dataloader(self, dataset: Rows, *args: Any, **kwargs: Any) -> DataLoader:
+    def _get_dataloader(
+        self, dataset: Rows, *args: Any, is_training: bool = False, **kwargs: Any
+    ) -> DataLoader:
         if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
             dataset = WholeStream(dataset)
-        return super()._get_dataloader(dataset, *args, **kwargs)
+        held = [*self.accelerator._dataloaders]
+        loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if not is_training:  # accelerate would hold each evaluation's loader, and its workers
+            self.accelerator._dataloaders = held
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: Rows | str | None = None) -> DataLoader:
         """As transformers.Trainer's; padded where compute_metrics wants each sequence's logits."""
@@ -105,9 +111,7 @@ class RowTrainer(MeasuringTrainer):
         rows = self.eval_dataset[name] if isinstance(rows, str) else rows
         is_its = self._rows_of_loaders.get(name) is rows
         if name in loaders and not (is_its and loaders[name].collate_fn == self.data_collator):
-            dropped, kept = loaders.pop(name), self.accelerator._dataloaders
-            # accelerate holds loaders, and with them their workers
-            self.accelerator._dataloaders = [each for each in kept if each is not dropped]
+            del loaders[name]
         self._rows_of_loaders[name] = rows
 
     def get_test_dataloader(self, test_dataset: Rows) -> DataLoader:

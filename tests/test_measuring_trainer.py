@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import multiprocessing
+import weakref
 
 import pytest
 import tiny
@@ -94,6 +95,24 @@ def test_workers_that_stay_serve_what_is_asked_for_now(tmp_path, tokenizer):
     assert trainer.evaluate(rows.select([1]))["eval_rows"] == 2
     gc.collect()
     assert len(set(multiprocessing.active_children()) - others) == 1, "of the last loader"
+
+
+def test_no_loader_of_an_evaluation_outlives_the_next(tmp_path, tokenizer):
+    others = set(multiprocessing.active_children())
+    rows = Dataset.from_list(tiny.rows(4))
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=rows)
+    trainer.evaluate()
+    first = weakref.ref(trainer.callback_handler.eval_dataloader)
+    trainer.evaluate()
+    gc.collect()
+    assert first() is None
+
+    trainer.args.dataloader_num_workers = 1
+    trainer.args.dataloader_persistent_workers = True
+    for _ in range(2):
+        trainer.predict(rows)
+    gc.collect()
+    assert len(set(multiprocessing.active_children()) - others) <= 1
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one", "by-name"])
