@@ -4,16 +4,20 @@
 files, and of lists) are kept in the folder fastdpo of `datasets`' own cache.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
-from datasets.fingerprint import generate_fingerprint, update_fingerprint
+from datasets.fingerprint import update_fingerprint
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+HASHED_AT_ONCE = 1000  # rows
 
 
 def folder() -> Path:
@@ -51,6 +55,16 @@ def _cache_file(dataset: Dataset, tokenize: Callable, remove_columns: list[str])
     if dataset.cache_files or has_transform(dataset) or not datasets.is_caching_enabled():
         return None
     # of what the rows are, where dataset._fingerprint is of how they were made
-    rows = generate_fingerprint(dataset)
-    key = update_fingerprint(rows, tokenize, {"remove_columns": remove_columns})
+    key = update_fingerprint(_digest(dataset), tokenize, {"remove_columns": remove_columns})
     return str(folder() / f"cache-{key}.arrow")
+
+
+def _digest(dataset: Dataset) -> str:
+    """A digest of the rows, some at a time: generate_fingerprint would copy all of them."""
+    digest = hashlib.sha256()
+    for table in dataset.with_format("arrow").iter(HASHED_AT_ONCE):
+        written = pa.BufferOutputStream()
+        with pa.ipc.new_stream(written, table.schema) as stream:
+            stream.write_table(table.combine_chunks())
+        digest.update(written.getvalue())
+    return digest.hexdigest()

@@ -17,6 +17,7 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import generate_random_fingerprint
 from transformers.utils import logging
 
 from fastdpo.csv_rows import csv_rows
@@ -148,29 +149,22 @@ def as_dataset(rows: Iterable[dict[str, Any]], source: str = "rows") -> Dataset:
         if any(map(are_more_than_texts, columns[name])):
             columns[name] = list(map(as_json_texts, columns[name]))
     try:
-        return _in_pieces(columns, 0, len(rows))
+        return _in_memory(columns)
     except UNLIKE:
         for name, values in columns.items():
             _check_column(values, source, name)
         raise
 
 
-def _in_pieces(columns: dict[str, list], start: int, stop: int) -> Dataset:
-    """The rows from start to stop; Arrow has room for 2 GiB of a column's texts in each piece."""
-    try:
-        return Dataset.from_dict({name: values[start:stop] for name, values in columns.items()})
-    except pa.ArrowInvalid as error:
-        if "offset overflow" not in str(error) or stop - start < 2:
-            raise
-    middle = (start + stop) // 2
-    halves = [_in_pieces(columns, start, middle), _in_pieces(columns, middle, stop)]
-    return concatenate_datasets(halves)
+def _in_memory(columns: dict[str, list]) -> Dataset:
+    # without a fingerprint it would be one of the content, for which datasets copies all of it
+    return Dataset(pa.table(columns), fingerprint=generate_random_fingerprint())
 
 
 def _check_column(values: list[Any], source: str, name: str) -> None:
     def error_of(stop: int) -> Exception | None:
         try:
-            _in_pieces({name: values}, 0, stop)
+            _in_memory({name: values[:stop]})
         except UNLIKE as error:
             return error
         return None
