@@ -61,16 +61,16 @@ class RowTrainer(MeasuringTrainer):
         return pairs
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        return self._seeded(super()._get_train_sampler(train_dataset))
-
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        return self._seeded(super()._get_eval_sampler(eval_dataset))
-
-    def _seeded(self, sampler: Sampler | None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SeededByEpoch(sampler, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> None:
+        """None: in the rows' own order, as predictions are to be. (transformers would group them by
+        length, too.)"""
+        return None
 
     def _set_signature_columns_if_needed(self):
         columns = [*ID_COLUMNS, *REFERENCE_COLUMNS, self.args.length_column]

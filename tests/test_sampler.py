@@ -64,15 +64,23 @@ def test_samplers_by_length_keep_an_epoch_a_permutation(tmp_path, tokenizer):
 
 
 def test_lengths_to_group_by_are_read_once(tmp_path, tokenizer, monkeypatch):
-    trainer = make_trainer(
-        tmp_path,
-        tokenizer,
-        eval_dataset=Dataset.from_list(tiny.rows()),
-        train_sampling_strategy="group_by_length",
-    )
-    samplers = [trainer._get_train_sampler(), trainer._get_eval_sampler(trainer.eval_dataset)]
+    trainer = make_trainer(tmp_path, tokenizer, train_sampling_strategy="group_by_length")
+    sampler = trainer._get_train_sampler()
     monkeypatch.delattr(Column, "__getitem__")  # which reads a row
-    assert [sorted(sampler) for sampler in samplers] == [[*range(8)]] * 2
+    assert sorted(sampler) == [*range(8)]
+
+
+def test_predictions_are_in_the_order_of_the_rows(tmp_path, tokenizer):
+    settings = {"train_sampling_strategy": "group_by_length", "per_device_eval_batch_size": 1}
+    trainer = make_trainer(tmp_path, tokenizer, **settings)
+    rows = tiny.rows()
+    rows = [row | {"chosen": row["chosen"] * (1 + i % 3)} for i, row in enumerate(rows)]
+    pairs = trainer._prepare(Dataset.from_list(rows), "test")
+    longest = max(len(pair["prompt_ids"]) + len(pair["chosen_ids"]) for pair in pairs)
+    predicted = trainer.predict(Dataset.from_list(rows)).label_ids[::2, :longest].tolist()
+    for ids, pair in zip(predicted, pairs, strict=True):
+        own = pair["prompt_ids"] + pair["chosen_ids"]
+        assert ids[: len(own)] == own
 
 
 RESUME_BY_LENGTH = """
@@ -109,7 +117,7 @@ TRAIN_ON_STREAM = """
 import json, sys
 from pathlib import Path
 import tiny
-from datasets import Column, Dataset, IterableDataset
+from datasets import IterableDataset
 from test_sampler import rows_of
 from trainers import logged, make_trainer
 
