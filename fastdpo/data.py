@@ -292,8 +292,7 @@ class _Tokenize:
     def _written(self, field: str, messages: list[dict], options: dict, **more: bool) -> str:
         """The text that the chat template makes of `messages`.
 
-        FieldError where it fails, or expects text of a list of parts: it writes the list as Python
-        does, or leaves out what a user says or writes it as JSON.
+        FieldError where it fails, or expects text where a message has a list of parts.
         """
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, **more, **options)
@@ -302,12 +301,7 @@ class _Tokenize:
             raise FieldError(field, "what the chat template takes", said=what) from None
         for message in messages:
             parts = message.get("content")
-            if not isinstance(parts, list) or not parts:
-                continue
-            is_json = json.dumps(parts, ensure_ascii=False) in text
-            is_left_out = not any(part["text"].strip() in text for part in parts)
-            # assistants lose their reasoning to a template, and what tools say may be JSON in it
-            if str(parts) in text or (message["role"] == "user" and (is_json or is_left_out)):
+            if isinstance(parts, list) and parts and _wants_text(parts, message["role"], text):
                 raise FieldError(field, "content as text, for this chat template", parts)
         check_text(field, text)
         return text
@@ -356,6 +350,19 @@ class _Tokenize:
         if lost and lost != [self.tokenizer.eos_token_id]:  # the tokenizer's own end of any text
             row.status = END_LOST
             row.note = f"{row.origin}: {self.tokenizer.decode(lost)!r}"
+
+
+def _wants_text(parts: list[dict], role: str, text: str) -> bool:
+    """Whether the chat template that wrote `text` wants content as text: it wrote these parts of a
+    message as a Python list, or a user's as JSON or not at all.
+
+    (By intent it may leave out an assistant's reasoning, and write what a tool says as JSON.)
+    """
+    if str(parts) in text:
+        return True
+    is_written = any(part["text"].strip() in text for part in parts)
+    is_json = json.dumps(parts, ensure_ascii=False) in text
+    return role == "user" and (is_json or not is_written)
 
 
 def _common_length(prompt_ids: list[int], chosen_ids: list[int], rejected_ids: list[int]) -> int:
