@@ -36,7 +36,7 @@ class TrainParser(HfArgumentParser):
         self._hints = {
             k: v for each in self.dataclass_types for k, v in get_type_hints(each).items()
         }
-        self._take_all_values()
+        self._widen_types()
         name = "logging_nan_inf_filter"  # off by default, so HfArgumentParser adds no `--no_` to it
         self.add_argument(
             f"--no_{name}", f"--no-{name.replace('_', '-')}", action="store_false", dest=name
@@ -66,9 +66,9 @@ class TrainParser(HfArgumentParser):
             raise ValueError("want --config written in full")
         return RunArguments(*arguments), getattr(others, self._own_flag), unknown + remaining
 
-    def _take_all_values(self) -> None:
-        """Accept none and null as values of numbers that may be None, as TRL's parser does; texts
-        where true and false are not all; and mappings, as JSON."""
+    def _widen_types(self) -> None:
+        """Let flags take what HfArgumentParser would refuse: none and null for numbers that may be
+        None, as TRL's parser does; texts, where they may be booleans too; and mappings, as JSON."""
         for action in self._actions:
             kinds = get_args(self._hints.get(action.dest))
             is_number = action.type in (int, float) and action.nargs != "+"
