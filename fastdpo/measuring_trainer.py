@@ -77,7 +77,10 @@ class MeasuringTrainer(PackTrainer):
         aux_loss: Tensor | None,
         num_new: int,
     ) -> None:
-        """Add a forward to this evaluation: all of its pairs, or, where num_new is 0, none."""
+        """Add a forward to this evaluation.
+
+        num_new: how many of the batch's pairs are new: all, or 0 where it repeats another rank's.
+        """
         self.counts.num_evaluated += num_new
         metrics = evaluation_metrics(batch, scored, losses, num_new)
         self.counts.eval.add(metrics | _aux_metric(aux_loss, num_new))

@@ -71,12 +71,12 @@ def tokens_over_ranks(tokens: TokensRun, accelerator: Accelerator) -> dict[str, 
 
 @torch.no_grad()
 def evaluation_metrics(
-    batch: PairBatch, scored: ScoredOutput, losses: PairLoss, count: int
+    batch: PairBatch, scored: ScoredOutput, losses: PairLoss, num_new: int
 ) -> Sums:
-    """pair_metrics and the loss of the batch's `count` pairs; 0, of weight 0, if it is 0."""
+    """pair_metrics of the batch, and its loss; 0, of weight 0, where none of its pairs is new."""
     metrics = pair_metrics(batch, scored, losses)
     metrics[("loss",)] = (losses.loss_B.sum(dtype=torch.float64)[None], batch.num_pairs)
-    if count == 0:
+    if num_new == 0:
         return {names: (0 * sums, 0 * weights) for names, (sums, weights) in metrics.items()}
     return metrics
 
