@@ -38,7 +38,7 @@ usage: fastdpo [--version] [--help] COMMAND ...
             fastdpo verify --model_name_or_path MODEL --dataset_name ROWS [--max_pairs 8]
           Exit code 0: they agree; 1: they differ, and it says where; 2: bad input;
           3: another error.
-  demo    train a small model built on the spot (no download) and show what it learned
+  demo    train a small model built on the spot (no download): what it learned, how fast
 
 `fastdpo COMMAND --help` lists a command's flags."""
 

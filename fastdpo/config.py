@@ -203,7 +203,8 @@ class DPOConfig(TrainingArguments):
         if not has_own_accelerator_config:  # the CPU goes on while batches move from pinned memory
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-            if given := getattr(self, name, None):  # as without any: torch's default is reentrant
+            if given := getattr(self, name, None):
+                # transformers' default, which it gives up as soon as anything is given
                 setattr(self, name, {"use_reentrant": False} | given)
         check_settings(self)
         # ranks' batches differ in width, and a packed row is no batch of rows to share out

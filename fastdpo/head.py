@@ -25,7 +25,7 @@ def check_head_module(causal_lm: PreTrainedModel) -> None:
     if not isinstance(getattr(base, "weight", None), Tensor) or causal_lm.base_model is causal_lm:
         name = type(causal_lm).__name__
         raise ValueError(f"want a body and a linear output embedding, {name} has none")
-    # what starts as 1 or 0 would not be missed before training; under modules_to_save or
+    # a scale that starts as 1 would pass check_scorer and never train; under modules_to_save or
     # trainable_token_indices, the model's own layer is within PEFT's
     own = getattr(base, "original_module", base)
     names = {name for name, _ in own.named_parameters(recurse=False)}

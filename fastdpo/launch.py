@@ -77,7 +77,8 @@ def _accelerate_config(name: str) -> list[str]:
 def launch(flags: list[str], argv: Sequence[str]) -> int:
     """`fastdpo train <argv>` in as many processes as `accelerate launch` makes of the flags.
 
-    The exit code of the first process that failed; 128 + its signal where one was killed, or this.
+    The exit code of the first process that failed; 128 + the signal where one was killed, or all
+    were told to end.
     """
     from accelerate.commands.launch import launch_command
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -102,8 +102,8 @@ class ResumingTrainer(Trainer):
             self.follower.save(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """As transformers.Trainer's; done when it is on every rank: what comes next, and marks the
-        checkpoint as whole, is the main one's alone."""
+        """As transformers.Trainer's, and waits for all ranks: next, the main one alone writes what
+        marks the checkpoint as whole."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 

@@ -110,7 +110,7 @@ def _check_optimizer(optimizer: Any, model: Any, peft_config: Any) -> None:
 
 
 def _check_checkpointing_kwargs(settings: dict[str, Any], device: torch.device) -> None:
-    # every_n_layers and offload, from the transformers that has them on, are not torch's
+    # every_n_layers and offload are transformers' own, in the versions that have them
     enable = getattr(PreTrainedModel, "activation_checkpointing_enable", None)
     own = inspect.signature(enable).parameters if enable else ()
     try:
