@@ -70,9 +70,7 @@ def prepare_pairs(
     RowError at the first malformed row, or with on_bad_rows="skip" a warning that counts them;
     ValueError where columns are missing or no row is left, TypeError for anything but a dataset.
     """
-    if not isinstance(dataset, Dataset | IterableDataset):
-        got = type(dataset).__name__
-        raise TypeError(f"{name} dataset: want a datasets.Dataset or IterableDataset, got {got}")
+    check_dataset(dataset, name)
     if not has_transform(dataset):
         dataset = dataset.with_format(None)  # lists and texts; a transform of the rows' own stays
     columns = _columns(dataset, name)
@@ -118,6 +116,13 @@ def prepare_pairs(
     if length_column is not None:
         pairs = pairs.add_column(length_column, sum(tokens.values()))
     return pairs.remove_columns([STATUS, NOTE]).select(np.flatnonzero(kept)), counts
+
+
+def check_dataset(dataset: Any, name: str) -> None:
+    """TypeError for anything but a dataset."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        got = type(dataset).__name__
+        raise TypeError(f"{name} dataset: want a datasets.Dataset or IterableDataset, got {got}")
 
 
 def _status(pairs: Dataset, cut: Cut) -> np.ndarray:

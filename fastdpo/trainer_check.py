@@ -13,6 +13,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from fastdpo.collate import PackedCollator
 from fastdpo.config import DPOConfig
+from fastdpo.data import check_dataset
 from fastdpo.experts import aux_loss_weight
 from fastdpo.losses import PAIR_METRICS
 from fastdpo.metrics import TOKEN_METRICS
@@ -248,11 +249,7 @@ def check_evaluation(
     is_own: whether a subclass evaluates in a way of its own, whose metrics may be any.
     """
     for name, each in by_name(eval_dataset, "eval").items():
-        if not isinstance(each, Dataset | IterableDataset):
-            got = type(each).__name__
-            raise TypeError(
-                f"{name} dataset: want a datasets.Dataset or IterableDataset, got {got}"
-            )
+        check_dataset(each, name)
     if args.eval_strategy != "no" and eval_dataset is None:
         raise ValueError("want an eval_dataset, or eval_strategy='no', got neither")
     in_batches = args.batch_eval_metrics and compute_metrics
