@@ -49,23 +49,7 @@ def check_arguments(
         raise TypeError(f"want a fastdpo.DPOConfig as args, got {got}")
     _check_machine(args, model)
     _check_report_to(args.report_to)
-    if not isinstance(train_dataset, Dataset | IterableDataset):
-        got = "none" if train_dataset is None else type(train_dataset).__name__
-        if isinstance(train_dataset, dict):  # load_dataset without split gives a DatasetDict
-            got += f": take one of its splits, {[*train_dataset]}"
-        raise TypeError(f"want a datasets.Dataset or IterableDataset as train_dataset, got {got}")
-    if isinstance(train_dataset, Dataset):
-        check_enough_rows(args, len(train_dataset))
-    if args.length_column is not None and isinstance(train_dataset, IterableDataset):
-        raise ValueError(
-            "want a map-style dataset with train_sampling_strategy="
-            f"{args.train_sampling_strategy!r}, got a streamed one, whose order is its own"
-        )
-    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
-        raise ValueError(
-            "want max_steps with a streamed train_dataset, whose length is not known, got "
-            f"{args.max_steps}"
-        )
+    _check_train_dataset(args, train_dataset)
     if isinstance(data_collator, PackedCollator):
         raise ValueError("want layout='shared' or 'packed' in place of a PackedCollator")
     if data_collator is not None:
@@ -89,6 +73,27 @@ def check_arguments(
         raise ValueError(
             "want model as a name with model_init_kwargs or quantization_config, got a "
             f"{type(model).__name__} that is already loaded"
+        )
+
+
+def _check_train_dataset(args: DPOConfig, dataset: Any) -> None:
+    if isinstance(dataset, Dataset):
+        check_enough_rows(args, len(dataset))
+        return
+    if not isinstance(dataset, IterableDataset):
+        got = "none" if dataset is None else type(dataset).__name__
+        if isinstance(dataset, dict):  # load_dataset without split gives a DatasetDict
+            got += f": take one of its splits, {[*dataset]}"
+        raise TypeError(f"want a datasets.Dataset or IterableDataset as train_dataset, got {got}")
+    if args.length_column is not None:
+        raise ValueError(
+            "want a map-style dataset with train_sampling_strategy="
+            f"{args.train_sampling_strategy!r}, got a streamed one, whose order is its own"
+        )
+    if args.max_steps <= 0:
+        raise ValueError(
+            "want max_steps with a streamed train_dataset, whose length is not known, got "
+            f"{args.max_steps}"
         )
 
 
