@@ -177,11 +177,14 @@ def test_rows_in_memory_are_not_copied():
     assert peak < 2**22
 
 
-def test_rows_of_other_kinds_than_those_before_are_named():
+def test_messages_with_tool_calls_are_kept_among_others():
     rows = [CHAT, CHAT | {"tools": "[]"}, *[calls({"x": 1})] * 3, CHAT]
     kept = list(as_dataset(rows))
     assert [row["tools"] for row in kept] == [None, "[]"] + [None] * 4
     assert [list(map(json.loads, row["chosen"])) for row in kept] == [row["chosen"] for row in rows]
+
+
+def test_a_row_of_another_kind_than_those_before_is_named():
     with pytest.raises(RowError, match="rows, row 5, field 'prompt': want values of the kind"):
         as_dataset([*tiny.rows(3), *tiny.rows(2), CHAT])
 
