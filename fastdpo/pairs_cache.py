@@ -30,15 +30,12 @@ def has_transform(dataset: Dataset | IterableDataset) -> bool:
     return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
-def map_once(
-    dataset: Dataset, tokenize: Callable, *, name: str, remove_columns: list[str], **settings: Any
-) -> Dataset:
-    """`dataset.map` with these arguments, from a file if there is one of an earlier start.
+def map_once(dataset: Dataset, tokenize: Callable, *, name: str, **settings: Any) -> Dataset:
+    """`dataset.map` with these settings, from a file if there is one of an earlier start.
 
     With a warning and in memory where no file can be written.
     """
-    settings["remove_columns"] = remove_columns
-    cache_file = _cache_file(dataset, tokenize, remove_columns)
+    cache_file = _cache_file(dataset, tokenize, settings["remove_columns"])
     try:
         return dataset.map(tokenize, cache_file_name=cache_file, **settings)
     except OSError as error:
