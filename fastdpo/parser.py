@@ -136,7 +136,8 @@ def _checked(action: argparse.Action, value: Any, hint: Any) -> Any:
     if value is not None and action.choices and value not in action.choices:
         raise ValueError(f"{action.dest}: want one of {[*action.choices]}, got {value!r}")
     wants_number = getattr(action.type, "__name__", None) in ("int", "float")
-    is_word = isinstance(value, str | int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_word = is_number or isinstance(value, str)
     if action.nargs == "+" and is_word and (wants_number or action.type is str):
         value = [value]  # as of one word on the command line; a text is no list of its letters
     if wants_number and action.nargs == "+" and isinstance(value, list):
@@ -144,7 +145,6 @@ def _checked(action: argparse.Action, value: Any, hint: Any) -> Any:
     if action.nargs in (None, "?") and not action.choices:
         if not _is_one(action, value, hint):
             raise ValueError(f"{action.dest}: want one value, got {value!r}")
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if wants_number or is_number:
             return str(value)  # as the command line has it, for argparse to convert
     elif action.type is str and not action.choices:
