@@ -118,10 +118,13 @@ class CannotRun(Exception):
 
 
 class Finding(NamedTuple):
-    """One comparison in one layout: the worst difference, which is the largest share of what it may
-    be, rms of all, what the worst may be, where it is, and whether the ways agree. NaN where
-    nothing could be compared; `agrees` then says whether that is as it should be, for a layout that
-    the model cannot run."""
+    """One comparison in one layout, and whether the ways agree in it.
+
+    worst: of all differences the one that is the largest share of what it may be. allowed: what it
+    may be. place: where it is. rms: of all differences. The numbers are NaN where nothing could be
+    compared: `agrees` then says whether that is as it should be, in a layout that the model cannot
+    run, and `place` why.
+    """
 
     layout: str
     what: str
