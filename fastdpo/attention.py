@@ -35,7 +35,8 @@ except ImportError:  # not installed, or built for another torch
 PREFIX = "fastdpo_"
 HALF = (torch.float16, torch.bfloat16)
 VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)  # they grew with torch
-# varlen_attn does, by sdpa_kernel's setting; a TorchVersion is compared as a version
+# varlen_attn picks one of several kernels, unless sdpa_kernel says which. (torch.__version__ is a
+# TorchVersion, so that this compares versions and not texts.)
 CHOOSES_BACKEND = torch.__version__ >= "2.15"
 
 

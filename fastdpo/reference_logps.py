@@ -32,7 +32,10 @@ from fastdpo.reference_cache import ReferenceCache, open_cache
 
 @dataclass(frozen=True, slots=True)
 class AdaptersOff:
-    """`peft_model`, which is or is inside the policy, without its adapters: on `frozen`."""
+    """The policy without its adapters.
+
+    peft_model: the policy, or what its wrappers hold. frozen: the parameters that are then left.
+    """
 
     peft_model: PeftModel
     frozen: tuple[nn.Parameter, ...]
@@ -121,7 +124,7 @@ def _disable(layers: list[nn.Module], wanted: list[bool]) -> None:
 
 def _adapters_alone_train(policy: PeftModel) -> bool:
     """Whether nothing trains that stays on when the adapters are off (LoRA's `bias` does)."""
-    with policy.disable_adapter():  # and their weights do not train meanwhile
+    with policy.disable_adapter():  # within, PEFT has requires_grad off for the adapters' weights
         return not any(parameter.requires_grad for parameter in policy.parameters())
 
 
