@@ -36,12 +36,12 @@ class ResumingTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if not self._loads(resume_from_checkpoint):
+        if not self._try_to_load(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _loads(self, checkpoint: str) -> bool:
-        """Load the checkpoint where transformers would leave some of it out, with a warning; False,
-        and nothing loaded, where it would not."""
+    def _try_to_load(self, checkpoint: str) -> bool:
+        """Load a checkpoint of which transformers would leave out some, with a warning; False, and
+        nothing loaded, for one that it loads whole, or that is sharded."""
         if self.is_sharded:
             return False
         if isinstance(self.model, PeftModel):
@@ -117,7 +117,7 @@ class ResumingTrainer(Trainer):
             logger.warning(f"{FILE} in {checkpoint} is not read, as sync_ref_model is off")
 
     def _load_best_model(self):
-        if not self._loads(self.state.best_model_checkpoint):
+        if not self._try_to_load(self.state.best_model_checkpoint):
             super()._load_best_model()
         if self.follower:
             self.follower.load(self.state.best_model_checkpoint)
