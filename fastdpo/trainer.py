@@ -123,8 +123,8 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         check_arguments(
             args, model, train_dataset, data_collator, optimizers, quantization_config, peft_config
         )
-        is_own = self._redefines("evaluate", "evaluation_loop")
-        check_evaluation(args, eval_dataset, compute_metrics, is_own=is_own)
+        has_own_loop = self._redefines("evaluate", "evaluation_loop")
+        check_evaluation(args, eval_dataset, compute_metrics, has_own_loop=has_own_loop)
         check_overrides(type(self), DPOTrainer, args)
         self.has_own_loss = self._redefines("compute_loss", "prediction_step")
         if returns_means(type(self), DPOTrainer):

@@ -247,11 +247,11 @@ def redefines(kind: type, base: type, *names: str) -> bool:
 
 
 def check_evaluation(
-    args: DPOConfig, eval_dataset: Any, compute_metrics: Any, *, is_own: bool
+    args: DPOConfig, eval_dataset: Any, compute_metrics: Any, *, has_own_loop: bool
 ) -> None:
     """TypeError or ValueError for an evaluation that is asked for and cannot be.
 
-    is_own: whether a subclass evaluates in a way of its own, whose metrics may be any.
+    has_own_loop: whether a subclass evaluates in its own way; its metrics may be any.
     """
     for name, each in by_name(eval_dataset, "eval").items():
         check_dataset(each, name)
@@ -263,7 +263,7 @@ def check_evaluation(
             "want compute_metrics with a parameter compute_result under batch_eval_metrics, got "
             f"{inspect.signature(compute_metrics)}"
         )
-    if not is_own:
+    if not has_own_loop:
         _check_best_metric(args, eval_dataset, compute_metrics)
 
 

@@ -371,7 +371,7 @@ def test_the_best_metric_is_one_that_every_evaluation_has(tokenizer, tmp_path):
 )
 def test_a_best_metric_that_leads_to_no_error_is_allowed(wanted, eval_strategy):
     best = args(metric_for_best_model=wanted, eval_strategy=eval_strategy)
-    trainer_check.check_evaluation(best, Dataset.from_list(tiny.rows()), None, is_own=False)
+    trainer_check.check_evaluation(best, Dataset.from_list(tiny.rows()), None, has_own_loop=False)
 
 
 def test_checkpoints_that_a_model_has_not_are_refused(tokenizer):
