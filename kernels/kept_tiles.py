@@ -13,9 +13,10 @@ class KeptTiles:
     columns lies in the gradient's rows of those columns, which the backward writes only once it has
     read that p. Then in a buffer of head_cache_bytes.
 
-        take_room    forward: memory for a tile's p, or None
-        keep         forward: the p that was made there, and the peaks it was made with
-        take         backward: both
+        take_room         forward: memory for a tile's p, or None
+        keep              forward: the p that was made there, and the peaks it was made with
+        take              backward: both
+        take_gradients    backward: the gradients, to be written; in the first may lie p
     """
 
     def __init__(self, tiles: Tiles):
