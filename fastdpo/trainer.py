@@ -348,7 +348,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             aux_loss=self.aux_loss_enabled,
             batch_counts=experts and experts.counts,
         )
-        if not model.training:
+        if not model.training:  # without pairs that another rank has: losses may mix pairs
             num_new = pairs_not_repeated(batch.num_pairs, self.accelerator)
             batch, scored, reference_logps_S = first_pairs(
                 batch, scored, reference_logps_S, max(num_new, 1)
