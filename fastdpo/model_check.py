@@ -3,6 +3,7 @@
 from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from fastdpo.model import causal_lm_of, has_adapters
@@ -31,6 +32,8 @@ def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
             "out for the model as it is now"
         )
     _check_bare_layers(model, ref_model, peft_config)
+    if not isinstance(model, str):
+        _check_unmerged(model)
     if peft_config is not None:
         _check_peft_config(peft_config, model)
     elif not trained and not isinstance(model, str):
@@ -66,6 +69,17 @@ def _check_bare_layers(model: Any, ref_model: Any, peft_config: Any) -> None:
                 "of its folder (adapter_config.json) or from an earlier peft_config or "
                 "get_peft_model: load it again, merge them into it, or give the PeftModel itself"
             )
+
+
+def _check_unmerged(model: PreTrainedModel | PeftModel) -> None:
+    """ValueError for merged adapters: their layers run without them, so that they would not move,
+    and with gradient checkpointing torch would not say so."""
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
+        raise ValueError(
+            f"want model with adapters beside its weights, got {', '.join(merged)} merged into "
+            "them: unmerge_adapter() lets them train"
+        )
 
 
 def _check_peft_config(config: Any, model: str | PreTrainedModel | PeftModel) -> None:

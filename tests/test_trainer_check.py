@@ -225,6 +225,13 @@ def test_a_policy_with_nothing_to_train_is_refused(tokenizer, nothing_spent, tmp
         build(tokenizer, model=loaded)
 
 
+def test_merged_adapters_are_refused_where_they_would_train(tokenizer, nothing_spent):
+    model = get_peft_model(tiny.model("llama", len(tokenizer)), LORA)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="adapters beside its weights, got default merged"):
+        build(tokenizer, model=model)
+
+
 @pytest.mark.parametrize("name", ["model", "ref_model"])
 def test_virtual_tokens_of_another_kind_are_refused(tokenizer, nothing_spent, name):
     ids = {"cpt_token_ids": [5, 6], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]}
