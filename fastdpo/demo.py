@@ -27,7 +27,6 @@ from transformers import (
 )
 
 from fastdpo import demo_race
-from fastdpo.config import DPOConfig
 from fastdpo.demo_task import Question, build_tokenizer, make_questions, preference_rows
 from fastdpo.run_file import raise_error
 from fastdpo.trainer import DPOTrainer
@@ -122,22 +121,14 @@ def train_rows(size: DemoSize) -> Dataset:
 def make_trainer(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, size: DemoSize
 ) -> DPOTrainer:
-    args = DPOConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=BATCH,
-        max_steps=size.dpo_steps,
-        learning_rate=2e-5,
-        train_sampling_strategy="sequential",
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
     trainer = DPOTrainer(
         model=model,
-        args=args,
+        args=demo_race.short_run(
+            folder,
+            per_device_train_batch_size=BATCH,
+            max_steps=size.dpo_steps,
+            learning_rate=2e-5,
+        ),
         train_dataset=train_rows(size),
         eval_dataset=Dataset.from_list(preference_rows(held_out())),
         processing_class=tokenizer,

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from resource import RUSAGE_SELF, getpagesize, getrusage
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -102,24 +103,32 @@ def random_model(size: RaceSize) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def short_run(folder: Path, **settings: Any) -> DPOConfig:
+    """A few updates on the CPU, in the rows' order, with a log of each and no checkpoint."""
+    return DPOConfig(
+        output_dir=str(folder),
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
+
+
 def run_fastdpo(folder: Path, size: RaceSize) -> None:
     """Write the loss of each update, the time and the memory into fastdpo.json."""
     tokenizer = build_tokenizer()
     trainer = DPOTrainer(
         model=random_model(size),
-        args=DPOConfig(
-            output_dir=str(folder / "race"),
+        args=short_run(
+            folder / "race",
             per_device_train_batch_size=BATCH,
             max_steps=size.updates,
             learning_rate=LEARNING_RATE,
             beta=BETA,
-            train_sampling_strategy="sequential",
-            gradient_checkpointing=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list(random_pairs(tokenizer, size.updates * BATCH)),
         processing_class=tokenizer,
