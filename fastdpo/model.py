@@ -170,7 +170,9 @@ def _score(
     """The forward with `scored_rows`: token_uses ask for aux_loss, and weigh its tokens."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
     outputs = causal_lm.base_model(**inputs)
-    hidden_SLD = outputs.last_hidden_state[:, causal_lm._virtual_tokens :]
+    # with tokens of its own before each row, PEFT calls it with embeddings
+    num_virtual = causal_lm._virtual_tokens if "inputs_embeds" in inputs else 0
+    hidden_SLD = outputs.last_hidden_state[:, num_virtual:]
     device = scored_rows_N.device
     hidden_ND = hidden_SLD.flatten(0, 1).index_select(0, scored_rows_N.to(hidden_SLD.device))
     token_logps_N, stats_N = head_logps(
@@ -178,7 +180,7 @@ def _score(
     )
     aux_loss = expert_counts = None
     if token_uses is not None:
-        uses = nn.functional.pad(token_uses, (causal_lm._virtual_tokens, 0), value=1)
+        uses = nn.functional.pad(token_uses, (num_virtual, 0), value=1)
         top_k = experts_per_token(causal_lm)
         aux_loss, expert_counts = balancing_loss(outputs.router_logits, top_k, uses, batch_counts)
     # named _C though still of the N scored rows: `score` expands them. The head of a model on

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
@@ -90,8 +90,12 @@ def _check_peft_config(config: Any, model: str | PreTrainedModel | PeftModel) ->
             "want peft_config or a model with adapters, got both: merge the model's adapters "
             "first, or leave peft_config out to train them on"
         )
-    if config.is_prompt_learning or config.peft_type in FORWARD_REPLACERS:
-        raise ValueError(f"want adapters on layers, got {config.peft_type.value} (not there yet)")
+    _check_adapters(config, "peft_config")
+    if config.is_prompt_learning and config.task_type != TaskType.CAUSAL_LM:
+        raise ValueError(
+            f"want task_type='CAUSAL_LM' in a peft_config of {config.peft_type.value}, got "
+            f"{config.task_type!r}"
+        )
 
 
 def _check_adapters(config: PeftConfig, name: str) -> None:

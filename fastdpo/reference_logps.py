@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from fastdpo.batch import PairBatch
 from fastdpo.columns import REFERENCE_COLUMNS, Cut
 from fastdpo.kernels.reference import completion_sums
-from fastdpo.model import attach_scorer, token_logps_without_grad
+from fastdpo.model import attach_scorer, causal_lm_of, token_logps_without_grad
 from fastdpo.reference_cache import ReferenceCache, open_cache
 
 
@@ -101,11 +101,15 @@ def _frozen_logps(model: nn.Module, batch: PairBatch, ld_alpha: float | None) ->
 
 @contextlib.contextmanager
 def _adapters_off(policy: PeftModel) -> Iterator[None]:
-    """Without adapters, by the flag that their forward looks at.
+    """Without virtual tokens; or without adapters, by the flag that their forward looks at.
 
     PeftModel.disable_adapter visits every weight, twice (30 ms at 24 layers, where this takes 5),
     and what was frozen of an adapter comes out of it trainable.
     """
+    if policy.active_peft_config.is_prompt_learning:
+        with policy.disable_adapter():
+            yield
+        return
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     layers = [module for module in policy.modules() if isinstance(module, kinds)]
     before = [layer.disable_adapters for layer in layers]
@@ -125,7 +129,7 @@ def _disable(layers: list[nn.Module], wanted: list[bool]) -> None:
 def _adapters_alone_train(policy: PeftModel) -> bool:
     """Whether nothing trains that stays on when the adapters are off (LoRA's `bias` does)."""
     with policy.disable_adapter():  # within, PEFT has requires_grad off for the adapters' weights
-        return not any(parameter.requires_grad for parameter in policy.parameters())
+        return not any(each.requires_grad for each in causal_lm_of(policy).parameters())
 
 
 def _base_was_changed(policy: PeftModel) -> bool:

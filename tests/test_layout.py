@@ -8,14 +8,7 @@ import families
 import pytest
 import tiny
 import torch
-from datasets import Dataset
-from peft import (
-    LoraConfig,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    get_peft_model,
-)
+from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 from trainers import LORA, logged, make_trainer
 
@@ -117,36 +110,6 @@ def test_noise_that_reads_the_length_of_a_row_needs_padding(tmp_path, tokenizer)
     assert make_trainer(tmp_path, tokenizer, neftune_noise_alpha=0).layout.name == "shared"
     with pytest.raises(ValueError, match="want layout='shared'.*neftune_noise_alpha"):
         make_trainer(tmp_path, tokenizer, neftune_noise_alpha=5, layout="shared")
-
-
-@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig])
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_adapters_with_tokens_of_their_own_train_padded(tmp_path, tokenizer, family, kind):
-    torch.manual_seed(0)
-    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    model = get_peft_model(tiny.model(family, len(tokenizer)), config)
-    trainer = make_trainer(
-        tmp_path,
-        tokenizer,
-        model=model,
-        learning_rate=1e-2,
-        gradient_checkpointing=kind is not PrefixTuningConfig,
-        per_device_train_batch_size=8,
-    )
-    assert "puts tokens of its own before each row" in trainer.layout.line
-    trainer.train()
-    balance = logged(trainer, "aux_loss") or [0.0] * 4
-    losses = [
-        a - trainer.router_aux_loss_coef * b for a, b in zip(logged(trainer), balance, strict=True)
-    ]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < losses[0] - 1e-4
-
-    found = trainer.predict(Dataset.from_list(tiny.rows(3)))
-    for logits_LV, ids_L in zip(found.predictions, found.label_ids, strict=True):
-        ids_L = torch.tensor(ids_L[ids_L != 0])
-        with torch.no_grad():
-            own_LV = trainer.model.eval()(ids_L[None]).logits[0, -len(ids_L) :]
-        torch.testing.assert_close(torch.tensor(logits_LV[: len(ids_L)]), own_LV, atol=1e-4, rtol=0)
 
 
 def test_a_model_that_cannot_run_packed_trains_padded(tmp_path, tokenizer, caplog):

@@ -78,9 +78,9 @@ def build(tokenizer, settings=None, **arguments):
         ({"quantization_config": object()}, ValueError, "already loaded"),
         ({"peft_config": {"r": 8}}, TypeError, "want a peft.PeftConfig as peft_config, got dict"),
         (
-            {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
+            {"peft_config": PromptTuningConfig(num_virtual_tokens=2)},
             ValueError,
-            "want adapters on layers",
+            "want task_type='CAUSAL_LM' in a peft_config of PROMPT_TUNING, got None",
         ),
         (
             {
@@ -89,7 +89,7 @@ def build(tokenizer, settings=None, **arguments):
                 )
             },
             ValueError,
-            "want adapters on layers, got .*ADAPTION_PROMPT",
+            "want peft_config with adapters on layers or .*, got ADAPTION_PROMPT",
         ),
         (
             {"peft_config": LORA, "model": get_peft_model(tiny.model("llama", 300), LORA)},

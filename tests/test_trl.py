@@ -6,7 +6,7 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
 import fastdpo
 from fastdpo.metrics import TOKEN_METRICS
@@ -128,6 +128,12 @@ def assert_logs_alike(
 def test_changing_the_import_changes_no_logged_number(model, tmp_path, adapters):
     lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if adapters else None
     assert_logs_alike(model, tmp_path, lora, max_steps=6)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+def test_virtual_tokens_log_the_numbers_of_trl(model, tmp_path, kind):
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    assert_logs_alike(model, tmp_path, config, max_steps=3, gradient_checkpointing=False)
 
 
 @pytest.mark.parametrize("settings", LOSSES.values(), ids=LOSSES)
