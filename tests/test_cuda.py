@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from accelerate.utils import send_to_device
+from fake_backward import run_backward
 from numerics import assert_as_accurate
 from tiny_heads import inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +20,7 @@ from fastdpo.attention import attend_along_trees
 from fastdpo.batch import PairBatch
 from fastdpo.collate import LAYOUTS, make_collator
 from fastdpo.columns import Cut
-from fastdpo.kernels import fold, reference, second_product, vocabulary_walk
+from fastdpo.kernels import dlogits, fold, reference, second_product, vocabulary_walk
 from fastdpo.kernels import pair_loss as pair_loss_module
 from fastdpo.kernels.linear_logps import linear_logps
 from fastdpo.kernels.products import has_good_onednn
@@ -50,7 +51,7 @@ COLLATED = {
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TYPES_READ = {  # by a kernel, of its arguments by name; of all others float32
-    **dict.fromkeys(("p_ptr", "w_ptr", "bias_ptr"), FLOATS),
+    **dict.fromkeys(("p_ptr", "w_ptr", "out_ptr", "bias_ptr"), FLOATS),
     **dict.fromkeys(("labels_ptr", "order_ptr", "counts_ptr"), (torch.int64,)),
     **dict.fromkeys(("cu_seqlens_ptr", "reached_ptr"), (torch.int32,)),
 }
@@ -91,7 +92,7 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
     for module in (vocabulary_walk, second_product):
         monkeypatch.setattr(module, "product", product)
-    for module in (fold, second_product, pair_loss_module):
+    for module in (fold, dlogits, second_product, pair_loss_module):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, FakeLaunch(getattr(module, name)))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -179,6 +180,8 @@ def test_a_step_keeps_to_one_gpu_and_reads_nothing_from_it(
     batch = PairBatch.from_inputs(send_to_device(COLLATED[layout], GPU))
     loss = step(model, batch, torch.bfloat16, loss_type=loss_type)
     assert loss.device == GPU and loss.dtype == torch.float32
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    assert set(run_backward(loss)) == trained
     # flash attention: two forwards of two layers, a launch each
     assert len(varlen_calls) == (0 if layout == "padded" else 2 * 2)
 
@@ -188,7 +191,8 @@ def test_a_step_keeps_to_one_gpu_and_reads_nothing_from_it(
 def test_the_heads_filter_reads_nothing_from_the_gpu(dtype, fake_cuda):
     model = model_on(GPU, skip_below=2**-12)
     batch = PairBatch.from_inputs(send_to_device(COLLATED["packed"], GPU))
-    assert step(model, batch, dtype).device == GPU
+    loss = step(model, batch, dtype)
+    assert loss.device == GPU and set(run_backward(loss)) == {*model.parameters()}
 
 
 @with_cuda
@@ -196,7 +200,8 @@ def test_the_heads_filter_reads_nothing_from_the_gpu(dtype, fake_cuda):
 def test_a_head_on_another_gpu_answers_where_the_batch_is(fake_cuda):
     model = model_on(GPU, head_device=torch.device("cuda", 1))
     batch = PairBatch.from_inputs(send_to_device(COLLATED["shared"], GPU))
-    assert step(model, batch, torch.bfloat16).device == GPU
+    loss = step(model, batch, torch.bfloat16)
+    assert loss.device == GPU and set(run_backward(loss)) == {*model.parameters()}
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
