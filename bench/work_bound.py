@@ -1,8 +1,8 @@
-"""How much work is there to save in a training step?
+"""How much work is there to save in a training step? `python -m bench.work_bound` prints it.
 
-A step that pads nothing and runs each prompt once has fewer multiply-adds than one of TRL's on the
-same pairs. Counted are those of the products, attention's among them; not gradient checkpointing,
-and not the thin products of adapters.
+A step that pads nothing and runs each prompt once has fewer multiply-adds than one of TRL's, or of
+another trainer's, on the same pairs. Counted are those of the products, attention's among them; not
+gradient checkpointing, and not the thin products of adapters.
 
     passes         with LoRA   all weights
     body             1 + 2        1 + 3       the reference's forward, the policy's both ways
@@ -11,13 +11,17 @@ and not the thin products of adapters.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from bench.length_profiles import Pair
+from bench.length_profiles import TYPICAL, Pair, random_pairs
+from bench.tables import Table
 from bench.tasks import MODELS, Task
+
+SIDES = ("chosen_ids", "rejected_ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +45,43 @@ class Products:
         )
 
 
-def work_bound(task: Task) -> float:
-    """How many times the multiply-adds that its pairs need TRL's timed steps have."""
+class Way(NamedTuple):
+    """How a trainer lays out the sequences of pairs, each with its prompt, and runs the head."""
+
+    is_padded: bool  # to the longest, or end to end
+    has_all_logits: bool  # of every position, once; or of the completions, in tiles made twice
+
+
+WAYS = {  # results/peers.md says where each is to be seen
+    "TRL": Way(is_padded=True, has_all_logits=False),
+    "LLaMA-Factory, OpenRLHF, NeMo-RL": Way(is_padded=True, has_all_logits=True),
+    "OpenRLHF, packing_samples": Way(is_padded=False, has_all_logits=True),
+}
+
+
+def work_bound(task: Task, way: Way = WAYS["TRL"]) -> float:
+    """How many times the multiply-adds that its pairs need the timed steps have this way."""
     products = Products.of(MODELS[task.model])
     passes = 3 if task.adapters else 4
-    padded = needed = 0
+    ran = needed = 0
     for pairs in task.timed_batches:
-        rows = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) + 2 for pair in pairs)
-        head, padded_head = passes * products.row * rows, (passes + 1) * products.row * rows
-        padded += passes * padded_body(products, pairs) + padded_head
-        needed += passes * needed_body(products, pairs) + head
-    return padded / needed
+        completions = sum(len(pair[side]) + 1 for pair in pairs for side in SIDES)
+        head_passes = passes if way.has_all_logits else passes + 1
+        rows = sum(lengths_run(pairs, way)) if way.has_all_logits else completions
+        ran += passes * body(products, lengths_run(pairs, way)) + head_passes * products.row * rows
+        needed += passes * (needed_body(products, pairs) + products.row * completions)
+    return ran / needed
 
 
-def padded_body(products: Products, pairs: list[Pair]) -> int:
-    """A forward's multiply-adds below the head: 2B sequences as long as the longest."""
-    longest = max(
-        len(pair["prompt_ids"]) + len(pair[side]) + 1
-        for pair in pairs
-        for side in ("chosen_ids", "rejected_ids")
-    )
-    return 2 * len(pairs) * _segment(products, longest)
+def lengths_run(pairs: list[Pair], way: Way) -> list[int]:
+    """Of 2B sequences, each with its prompt and the token that ends it."""
+    lengths = [len(pair["prompt_ids"]) + len(pair[side]) + 1 for pair in pairs for side in SIDES]
+    return [max(lengths)] * len(lengths) if way.is_padded else lengths
+
+
+def body(products: Products, lengths: list[int]) -> int:
+    """A forward's multiply-adds below the head: sequences of these lengths."""
+    return sum(_segment(products, length) for length in lengths)
 
 
 def needed_body(products: Products, pairs: list[Pair]) -> int:
@@ -70,7 +90,7 @@ def needed_body(products: Products, pairs: list[Pair]) -> int:
     for pair in pairs:
         prompt = len(pair["prompt_ids"])
         total += _segment(products, prompt)
-        for side in ("chosen_ids", "rejected_ids"):
+        for side in SIDES:
             total += _segment(products, len(pair[side]) + 1, after=prompt)
     return total
 
@@ -79,3 +99,22 @@ def _segment(products: Products, length: int, after: int = 0) -> int:
     """`length` tokens that see `after` others, each other's beginning and themselves."""
     keys = length * after + length * (length + 1) // 2
     return products.token * length + products.key * keys
+
+
+def report(model: str) -> Table:
+    """Each way's bound with LoRA at 8 pairs a step, and the most that its float32 logits take."""
+    found, V = Table(f"{model}: multiply-adds, in those needed"), MODELS[model].vocab_size
+    for profile, lengths in TYPICAL.items():
+        pairs = random_pairs(lengths, 8 * 28, vocab_size=V)
+        task = Task(model=model, pairs=pairs, batch=8, adapters=True)
+        for name, way in WAYS.items():
+            cells = {profile: work_bound(task, way)}
+            if way.has_all_logits:
+                most = max(sum(lengths_run(each, way)) for each in task.timed_batches)
+                cells[f"{profile}, GiB of logits"] = 4 * V * most / 2**30
+            found.put(name, cells)
+    return found
+
+
+if __name__ == "__main__":
+    print(report("Qwen2.5-0.5B").markdown(), report("Llama-3-8B").markdown(), sep="\n\n")

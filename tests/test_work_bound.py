@@ -8,7 +8,7 @@ from watches import counting_flops
 
 from bench.naive_loop import padded
 from bench.tasks import MODELS, Task, random_model, task_of
-from bench.work_bound import Products, needed_body, padded_body, work_bound
+from bench.work_bound import WAYS, Products, body, lengths_run, needed_body, report, work_bound
 from fastdpo.attention import attend_along_trees
 from fastdpo.batch import PairBatch
 from fastdpo.collate import make_collator
@@ -45,13 +45,21 @@ def test_needed_work_is_what_a_step_of_fastdpo_does():
 def test_padded_work_is_what_a_padded_forward_does():
     task = task_of("tiny", adapters=True)
     pairs = task.timed_batches[0]
-    model = random_model("tiny").base_model
+    model = random_model("tiny")
     batch = padded(pairs, 0, 1)
     del batch["completion_mask"]
     products = replace(Products.of(model.config), key=0)
+    lengths = lengths_run(pairs, WAYS["LLaMA-Factory, OpenRLHF, NeMo-RL"])
     with torch.no_grad():
         ran = flops_of_weights(lambda: model(**batch, use_cache=False))
-    assert ran == 2 * padded_body(products, pairs)
+    assert ran == 2 * (body(products, lengths) + products.row * sum(lengths))
+
+
+def test_packed_work_is_that_of_each_sequence_by_itself():
+    pair = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}
+    lengths = lengths_run([pair], WAYS["OpenRLHF, packing_samples"])
+    assert lengths == [4, 5]  # with the token that ends them
+    assert body(Products(token=1, key=0, row=0), lengths) == 9
 
 
 def test_attention_counts_the_keys_that_a_token_sees():
@@ -59,14 +67,23 @@ def test_attention_counts_the_keys_that_a_token_sees():
     products = Products(token=0, key=1, row=0)
     prompt, chosen, rejected = 1 + 2, 3 + 4, 3 + 4 + 5
     assert needed_body(products, [pair]) == prompt + chosen + rejected
-    assert padded_body(products, [pair]) == 2 * (1 + 2 + 3 + 4 + 5)
+    assert body(products, lengths_run([pair], WAYS["TRL"])) == 2 * (1 + 2 + 3 + 4 + 5)
 
 
 def test_the_bound_is_of_all_timed_batches():
     pair = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}
     task = Task(model="tiny", pairs=[pair] * 14, batch=2, adapters=True)
     products = Products.of(MODELS["tiny"])
-    padded_ops, needed = padded_body(products, [pair]), needed_body(products, [pair])
+    padded_ops, needed = body(products, [5, 5]), needed_body(products, [pair])
     head = 5 * products.row
     wanted = (3 * padded_ops + 4 * head) / (3 * needed + 3 * head)
     assert work_bound(task) == pytest.approx(wanted)
+    all_logits = (3 * padded_ops + 3 * 2 * head) / (3 * needed + 3 * head)
+    way = WAYS["LLaMA-Factory, OpenRLHF, NeMo-RL"]
+    assert work_bound(task, way) == pytest.approx(all_logits)
+
+
+def test_the_report_has_every_way():
+    found = report("tiny")
+    assert [*found.rows] == [*WAYS]
+    assert all(1 < float(cells["chat"]) < 10 for cells in found.rows.values())
