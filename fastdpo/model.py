@@ -85,13 +85,15 @@ def attach_scorer(model: nn.Module, **head_settings: Any) -> None:
     causal_lm._virtual_tokens = _virtual_tokens(model)
     if _is_scorer(causal_lm.forward):
         return
-    # an attribute, not a closure: a deep copy of the model then calls the copy
-    causal_lm._unscored_forward = causal_lm.forward
+    # an attribute, not a closure: a deep copy of the model then calls the copy; and a list, as
+    # another library's forward may by now be around an earlier scorer
+    earlier = getattr(causal_lm, "_unscored_forwards", [])
+    causal_lm._unscored_forwards = [*earlier, causal_lm.forward]
 
     @functools.wraps(type(causal_lm).forward)  # generate() reads the signature
     def forward(self, *args, scored_rows=None, scored_labels=None, stats=(), **kwargs):
         if scored_rows is None:
-            return self._unscored_forward(*args, **kwargs)
+            return self._unscored_forwards[len(earlier)](*args, **kwargs)
         return _score(self, scored_rows, scored_labels, stats, **kwargs)
 
     forward.is_scorer = True

@@ -1,6 +1,7 @@
 """Scores against the model's own logits, through whatever wraps the model."""
 
 import copy
+import functools
 
 import families
 import pytest
@@ -125,6 +126,19 @@ def test_a_copy_of_a_scoring_model_scores_with_its_own_weights(inputs):
     torch.testing.assert_close(logps_C, torch.full_like(logps_C, tiny.VOCAB).log().neg())
     assert (score(twin, batch).token_logps_C - logps_C).abs().max() > 1e-2
     assert twin(inputs["input_ids"]).logits.abs().max() > 1e-2
+
+
+def test_a_model_that_another_library_has_wrapped_in_between_still_works(inputs):
+    model = tiny.model("llama", tiny.VOCAB)
+    before = model(inputs["input_ids"]).logits
+    for _ in range(3):  # as trainers of two libraries, in turns
+        attach_scorer(model)
+        theirs = functools.partial(lambda own, **kwargs: own(**kwargs), model.forward)
+        model.forward = functools.update_wrapper(theirs, type(model).forward)
+    attach_scorer(model)
+    for each in (model, copy.deepcopy(model)):
+        assert torch.equal(each(input_ids=inputs["input_ids"]).logits, before)
+        score(each, PairBatch.from_inputs(inputs))
 
 
 @pytest.mark.parametrize("training", [False, True])

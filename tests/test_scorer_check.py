@@ -13,7 +13,7 @@ from fastdpo.scorer_check import check_scorer
 def test_a_loss_of_experts_that_is_not_made_alike_is_detected(wrong):
     model = tiny.model("mixtral", tiny.VOCAB)
     attach_scorer(model)
-    own = model._unscored_forward
+    [own] = model._unscored_forwards
 
     def forward(**inputs):
         outputs = own(**inputs)
@@ -21,7 +21,7 @@ def test_a_loss_of_experts_that_is_not_made_alike_is_detected(wrong):
             outputs.aux_loss = wrong(outputs.aux_loss)
         return outputs
 
-    model._unscored_forward = forward
+    model._unscored_forwards = [forward]
     check_scorer(model, [5, 6, 7, 8])
     with pytest.raises(ValueError, match="want its own load-balancing loss"):
         check_scorer(model, [5, 6, 7, 8], aux_loss=True)
