@@ -13,7 +13,7 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from fastdpo.collate import LAYOUTS
 from fastdpo.columns import Cut
-from fastdpo.config_check import check_mappings, check_settings, count_or_auto
+from fastdpo.config_check import check_mappings, check_numbers, check_settings, count_or_auto
 from fastdpo.kernels.linear_logps import HEAD_CACHE_BYTES
 from fastdpo.losses import BATCH_LOSSES, F_DIVERGENCES, LOSS_TYPES, WITH_F_DIVERGENCE
 from fastdpo.model import TOKEN_STATS
@@ -197,6 +197,7 @@ class DPOConfig(TrainingArguments):
         self.max_tokens_per_forward = count_or_auto(
             "max_tokens_per_forward", self.max_tokens_per_forward
         )
+        check_numbers(self)
         check_mappings(self)
         has_own_accelerator_config = self.accelerator_config is not None
         super().__post_init__()

@@ -6,7 +6,7 @@ ValueError names the setting, what was wanted and what came.
 import json
 import math
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
@@ -28,6 +28,16 @@ def count_or_auto(name: str, value: int | str | None) -> int | str | None:
         return "auto" if text == "auto" else None
     want(text.isdecimal() and int(text) > 0, f"{name} auto or a count", value)
     return int(text)
+
+
+def check_numbers(args: TrainingArguments) -> None:
+    """ValueError for a number as text, such as PyYAML makes of 5e-7."""
+    for each in fields(args):
+        kinds = set(get_args(each.type) or [each.type])
+        if kinds <= {int, float, type(None)}:
+            value = getattr(args, each.name)
+            wanted = f"{each.name} as a number (in YAML with a point, 5.0e-7)"
+            want(not isinstance(value, str), wanted, value)
 
 
 def check_mappings(args: TrainingArguments) -> None:

@@ -255,6 +255,10 @@ def test_the_ends_of_a_range_are_in_it(tmp_path, name, value):
         ("ref_model_sync_steps", 0),
         ("beta", math.inf),
         ("learning_rate", -1e-6),
+        ("learning_rate", "5e-7"),  # as yaml.safe_load reads 5e-7
+        ("max_steps", "2"),
+        ("eval_steps", "2"),
+        ("max_length", "64"),
         ("learning_rate", math.nan),
         ("num_train_epochs", -1),
         ("weight_decay", -0.1),
