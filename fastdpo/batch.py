@@ -36,7 +36,8 @@ class TokensRun:
     """Tokens that the body ran, padding and all, and tokens that it did not have to.
 
     shared: run once instead of once for each sequence that has them. padding_avoided: what the
-    same sequences in the padded layout would have had.
+    same sequences in the padded layout would have had. Stays on the CPU; `to` is
+    for loops that move a batch value by value.
     """
 
     run: int = 0
@@ -45,6 +46,9 @@ class TokensRun:
 
     def __add__(self, other: "TokensRun") -> "TokensRun":
         return TokensRun(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokensRun":
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,6 +55,15 @@ def test_each_completion_token_is_scored_by_the_token_before_it():
     ]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_moves_value_by_value(layout):
+    inputs = collate(layout=layout)
+    moved = {name: value.to("meta") for name, value in inputs.items()}
+    assert moved["tokens"] == inputs["tokens"]
+    batch = PairBatch.from_inputs(moved)
+    assert batch.model_inputs["input_ids"].is_meta and batch.scored_rows_N.is_meta
+
+
 def test_a_batch_of_trls_collator_is_scored_alike():
     inputs = collate()
     trl = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
