@@ -36,8 +36,8 @@ class TokensRun:
     """Tokens that the body ran, padding and all, and tokens that it did not have to.
 
     shared: run once instead of once for each sequence that has them. padding_avoided: what the
-    same sequences in the padded layout would have had. Stays on the CPU; `to` is
-    for loops that move a batch value by value.
+    same sequences in the padded layout would have had. `to` is for loops that move a batch value by
+    value.
     """
 
     run: int = 0
