@@ -158,10 +158,16 @@ def check_gradient_checkpointing(
 
 def check_enough_rows(args: DPOConfig, num_rows: int) -> None:
     """ValueError where dataloader_drop_last would leave nothing of so many rows to train on."""
-    if args.dataloader_drop_last and num_rows < args.pairs_per_batch:
+    if not args.dataloader_drop_last:
+        return
+    wanted, what = args.pairs_per_batch, "one batch"
+    if args.train_sampling_strategy == "batch_rebalance":  # its sampler shares out whole updates
+        wanted = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        what = "one update"
+    if num_rows < wanted:
         raise ValueError(
-            f"want at least one batch of {args.pairs_per_batch} rows with dataloader_drop_last, "
-            f"got {num_rows} to train on"
+            f"want at least {what} of {wanted} rows with dataloader_drop_last, got {num_rows} to "
+            "train on"
         )
 
 

@@ -347,6 +347,16 @@ def test_too_few_rows_left_for_a_batch_are_refused_where_it_is_dropped(tokenizer
         build(tokenizer, settings, train_dataset=Dataset.from_list(rows))
 
 
+def test_too_few_rows_for_a_whole_update_are_refused_where_batches_are_rebalanced():
+    settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 4}
+    settings |= {"gradient_accumulation_steps": 2}
+    trainer_check.check_enough_rows(args(**settings), 4)
+    rebalanced = args(train_sampling_strategy="batch_rebalance", **settings)
+    trainer_check.check_enough_rows(rebalanced, 8)
+    with pytest.raises(ValueError, match="at least one update of 8 rows .* got 7"):
+        trainer_check.check_enough_rows(rebalanced, 7)
+
+
 def test_rows_for_just_one_batch_are_enough():
     settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 8}
     trainer_check.check_enough_rows(args(**settings), 8)
