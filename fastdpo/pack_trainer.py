@@ -66,6 +66,7 @@ class PackTrainer(Trainer):
         self.budget = self._choose_budget()  # None for whole batches
         self._done_batches: list[Batch] = []  # of the current update
         self._start: UpdateStart | None = None  # of it, before its first batch
+        self._left_over = 0  # pairs that a stream's pass left to the next update, already run
 
     def before_packs(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
         """Hook: a batch's packs as compute_loss is to see them, as many as came."""
@@ -96,6 +97,7 @@ class PackTrainer(Trainer):
             most = least_of_ranks(self._tokens_that_fit(), self.accelerator)
             self.budget.max_tokens = most
             logger.info(f"max_tokens_per_forward: at most {most:,} tokens in a forward")
+        self._left_over = 0
         if self.accelerator.distributed_type in DDP_TYPES:
             # an evaluation before has marked the model as prepared: DDP would not wrap it any more,
             # and ranks would share no gradients
@@ -159,6 +161,8 @@ class PackTrainer(Trainer):
                 f"loader made by super(), got {self.args.max_tokens_per_forward!r}"
             )
         num_pairs = sum(count_pairs(inputs) for inputs in batches)
+        if batches:
+            num_pairs = self._pairs_of_update(num_pairs, num_batches - len(batches))
         if self.args.train_sampling_strategy == "batch_rebalance":  # ranks have unequal numbers
             counts = torch.tensor(float(num_pairs), device=self.args.device)
             num_pairs = self.accelerator.reduce(counts, "mean").item()  # DDP averages over ranks
@@ -166,6 +170,19 @@ class PackTrainer(Trainer):
         if batches and self.budget is not None and self.forwards_are_collective():
             self._equalise_counts(batches)
         return batches, num_pairs
+
+    def _pairs_of_update(self, num_pairs: int, num_missing: int) -> int:
+        """num_pairs, and those that are in the same update before or after these batches.
+
+        num_missing: batches that these are short of an update, at the end of a pass over a stream.
+        Its last batches then join the first update of the next pass, which begins with whole ones.
+        """
+        before, self._left_over = self._left_over, num_pairs if num_missing else 0
+        if not num_missing:
+            return before + num_pairs
+        shares = self.accelerator.num_processes if self.accelerator.split_batches else 1
+        full_batch = self._train_batch_size // shares
+        return num_pairs + self.args.gradient_accumulation_steps * full_batch
 
     def forwards_are_collective(self) -> bool:
         """Whether ranks need as many forwards each: FSDP's gather weights, those of DDP do not."""

@@ -188,6 +188,25 @@ def test_an_update_that_is_run_again_keeps_what_a_stream_left_over(tmp_path, tok
     assert logged(trainer, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-4)
 
 
+def test_pairs_that_a_stream_left_over_weigh_as_those_they_join(tmp_path, tokenizer):
+    """Passes of 3, 3 and 2 pairs: an update of six, and one of the last two and the next six."""
+    rows = Dataset.from_list(tiny.rows())
+    settings = {"learning_rate": 0.0, "per_device_train_batch_size": 3, "max_steps": 3}
+    settings |= {"train_sampling_strategy": "sequential"}
+    streamed = make_trainer(
+        tmp_path,
+        tokenizer,
+        train_dataset=rows.to_iterable_dataset(),
+        gradient_accumulation_steps=2,
+        **settings,
+    )
+    streamed.train()
+    kept = make_trainer(tmp_path, tokenizer, gradient_accumulation_steps=3, **settings)
+    kept.train()
+    for name in ("loss", "grad_norm"):
+        assert logged(streamed, name)[1:] == pytest.approx(logged(kept, name)[1:], rel=1e-4), name
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_auto_looks_at_training_steps_of_more_and_more_pairs(
     tmp_path, tokenizer, monkeypatch, gradient_checkpointing
