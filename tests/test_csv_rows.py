@@ -38,6 +38,13 @@ def test_a_csv_cell_that_is_no_json_is_reported_or_counted(tmp_path):
     assert list(prepare_pairs(streamed, tiny.tokenizer(), on_bad_rows="skip")[0]) == list(pairs)
 
 
+def test_a_broken_csv_cell_beside_messages_is_reported_whatever_their_first_key(tmp_path):
+    row = {k: json.dumps([dict(reversed(m.items())) for m in v]) for k, v in CHAT.items()}
+    Dataset.from_list([row, row | {"chosen": "[{"}]).to_csv(tmp_path / "rows.csv")
+    with pytest.raises(RowError, match=r"rows.csv, row 1, field 'chosen': want JSON"):
+        load_rows(str(tmp_path / "rows.csv"))
+
+
 def test_a_csv_row_whose_cells_are_all_broken_messages_is_no_row_of_texts(tmp_path):
     row = {k: json.dumps(v) for k, v in CHAT.items()}
     broken = {name: cell[:-1] for name, cell in row.items()}
@@ -88,7 +95,7 @@ def test_a_csv_text_may_begin_as_messages_do(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_csv_row_has_as_many_fields_as_the_header(streaming, tmp_path):
-    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\n1,a,b,c\n2,a,b,c\n3,a,b\n")
+    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\n1,a,b,c\n2,a\n3,a,b\n")
     path = str(tmp_path / "rows.csv")
     with pytest.raises(RowError, match=r"rows.csv, row 0: want 3 fields, as in the header, got 4"):
         list(load_rows(path, streaming=streaming))

@@ -6,7 +6,7 @@ import re
 import pytest
 import tiny
 from pairs import CHAT
-from row_files import write_lines
+from row_files import texts, write_lines
 
 from fastdpo.data import prepare_pairs
 from fastdpo.preferences import MALFORMED as MARK
@@ -71,10 +71,24 @@ def test_columns_that_are_not_there_are_reported(streaming, tmp_path):
         list(load_rows(path, columns=["promt", "chosen", "rejected"], streaming=streaming))
 
 
+def test_options_that_are_read_may_be_in_later_rows_alone(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [CHAT, CHAT | {"tools": [{"name": "add"}]}])
+    rows = load_rows(path, columns=[*CHAT, "tools"])
+    assert rows["tools"][:] == [None, '[{"name": "add"}]']
+
+
 def test_tools_need_not_be_alike(tmp_path):
     tools = [[{"name": "add"}], [{"name": "look", "far": {"deep": [1, "two"]}}]]
     path = write_lines(tmp_path / "rows.jsonl", [CHAT | {"tools": each} for each in tools])
     assert [json.loads(row["tools"]) for row in load_rows(path)] == tools
+
+
+def test_rows_of_token_ids_may_be_among_texts(tmp_path):
+    lines = [*tiny.rows(1), tiny.ID_PAIRS[0]]
+    pairs, _ = prepare_pairs(
+        load_rows(write_lines(tmp_path / "rows.jsonl", lines)), tiny.tokenizer()
+    )
+    assert pairs[1] == tiny.ID_PAIRS[0]
 
 
 def test_a_stream_reads_no_further_than_it_is_asked(tmp_path):
@@ -95,6 +109,15 @@ def test_an_array_is_one_array_of_json_and_nothing_more(between, behind, tmp_pat
     for on_bad_rows in ("raise", "skip"):
         with pytest.raises(RowError, match="line [12]: want one array of JSON"):
             load_rows(str(tmp_path / "rows.json"), on_bad_rows=on_bad_rows)
+
+
+def test_an_array_may_follow_blank_lines_and_has_to_be_in_utf8(tmp_path):
+    text = "\n \n" + json.dumps(tiny.rows(2), indent=0)
+    (tmp_path / "rows.json").write_text(text)
+    assert texts(load_rows(str(tmp_path / "rows.json"))) == tiny.rows(2)
+    (tmp_path / "rows.json").write_bytes(text.encode().replace(b" Paris", b"\xff"))
+    with pytest.raises(RowError, match="rows.json, line 6: want UTF-8"):
+        load_rows(str(tmp_path / "rows.json"), on_bad_rows="skip")
 
 
 def test_rows_of_an_array_are_reported_by_the_line_they_begin_in(tmp_path):

@@ -14,6 +14,7 @@ from pairs import CHAT
 from row_files import texts, write_lines
 
 from fastdpo.data import prepare_pairs
+from fastdpo.preferences import MALFORMED
 from fastdpo.row_errors import RowError
 from fastdpo.rows import as_dataset, in_one_schema, load_rows
 
@@ -90,6 +91,13 @@ def test_files_of_a_folder_that_stay_unread_are_named(names, unread, tmp_path, c
         write_lines(tmp_path / name, tiny.rows(1))
     load_rows(str(tmp_path))
     assert (f"1 are not, such as {unread}" in caplog.text) if unread else not caplog.text
+
+
+def test_files_beside_those_that_were_named_are_not_missed(tmp_path, caplog):
+    for name in ("a.jsonl", "b.jsonl"):
+        write_lines(tmp_path / name, tiny.rows(1))
+    assert len(load_rows(str(tmp_path), data_files="a.jsonl")) == 1
+    assert not caplog.text
 
 
 def test_files_that_are_elsewhere_are_read_by_datasets(monkeypatch):
@@ -202,6 +210,19 @@ def test_rows_that_could_not_be_read_are_counted_with_the_others(tmp_path, caplo
     assert list(stream) == list(pairs)
 
 
+def test_a_file_without_a_row_that_could_be_read_is_named_with_the_first_reason(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [b"{", {"prompt": "a"}])
+    told = r"rows.jsonl: want at least one row, got none \(2 malformed, the first: .*line 1, "
+    with pytest.raises(ValueError, match=told):
+        load_rows(path, on_bad_rows="skip")
+
+
+def test_why_a_row_of_a_mixture_could_not_be_read_stays_its_reason(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [*tiny.rows(1), b"{"])
+    rows = in_one_schema(load_rows(path, on_bad_rows="skip"), path, skip_bad=True)
+    assert rows[MALFORMED][0] is None and "line 2, field 'row'" in rows[MALFORMED][1]
+
+
 def test_what_only_a_later_row_has_is_kept(tmp_path):
     logps = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
     lines = [CHAT, CHAT | {"tools": [{"name": "add"}]}, CHAT | logps]
@@ -278,6 +299,9 @@ def test_splits_and_files_that_are_not_there_are_refused(tmp_path):
     DatasetDict({"train": Dataset.from_list(tiny.rows())}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"want one of the splits \['train'\], got 'test'"):
         load_rows(str(tmp_path / "saved"), split="test")
+    Dataset.from_list(tiny.rows()).save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match="one: want split 'train' of a single dataset, got 'test'"):
+        load_rows(str(tmp_path / "one"), split="test")
     (tmp_path / "rows.txt").write_text("a")
     with pytest.raises(ValueError, match="want a file of"):
         load_rows(str(tmp_path / "rows.txt"))
