@@ -7,16 +7,18 @@ from pathlib import Path
 import datasets
 import pytest
 import tiny
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, List, Value
 from pairs import CHAT, assistant, chat, decoded, merging_tokenizer, pairs_of, user, with_ends
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from fastdpo.columns import ID_COLUMNS
 from fastdpo.data import prepare_pairs
+from fastdpo.preferences import MALFORMED, ORIGIN
 from fastdpo.row_errors import RowError
-from fastdpo.rows import in_one_schema
+from fastdpo.rows import as_dataset, in_one_schema
 
 REAL_PAIRS = Path(__file__).parents[2] / "shared/data/preferences_en.jsonl"
 
@@ -70,6 +72,8 @@ def test_ends_that_a_text_itself_has_twice_stay(tokenizer):
     (first, second), _ = pairs_of(rows, tokenizer)
     assert decoded(tokenizer, first) == ["a</s></s>", "b</s>", " c</s></s>"]
     assert decoded(tokenizer, second) == ["<s><s>a</s>", "</s>", "b</s>"]
+    (of_chat,), _ = pairs_of([chat(chosen=[assistant("b</s>")])], with_ends(tokenizer))
+    assert decoded(tokenizer, of_chat)[1] == "b</s></s>"
 
 
 def test_a_vocabulary_may_have_holes_and_no_unknown_token(tokenizer):
@@ -112,13 +116,6 @@ def test_reference_logps_count_in_the_rows_that_were_selected(tokenizer):
     scored = dataset.filter(lambda row: row["ref_chosen_logps"] is not None)
     assert prepare_pairs(scored, tokenizer)[0]["ref_rejected_logps"] == [-2.0]
     assert "ref_chosen_logps" not in prepare_pairs(dataset.select(range(4)), tokenizer)[0][0]
-
-
-def test_reference_logps_that_a_streams_first_row_has_not_are_reported(tokenizer):
-    rows = [*tiny.rows(2), tiny.rows(1)[0] | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}]
-    stream = IterableDataset.from_generator(lambda: iter(rows))
-    with pytest.raises(RowError, match="row 2, field 'ref_chosen_logps': want none, as other rows"):
-        list(prepare_pairs(stream, tokenizer)[0])
 
 
 DEEP = "[" * 100_000
@@ -248,9 +245,12 @@ def test_a_transform_of_the_rows_is_kept(tokenizer):
         names = {"prompt": "q", "chosen": "a", "rejected": "b"}
         return {name: [text.upper() for text in batch[q]] for name, q in names.items()}
 
-    pairs, counts = prepare_pairs(rows.with_transform(transformed), tokenizer)
-    assert decoded(tokenizer, pairs[2]) == ["TWO AND", " TWO</s>", " 2</s>"]
-    assert counts.rows == 3 and pairs.format["type"] is None
+    for keep_columns in (False, True):
+        settings = {"keep_columns": keep_columns}
+        pairs, counts = prepare_pairs(rows.with_transform(transformed), tokenizer, **settings)
+        assert decoded(tokenizer, pairs[2]) == ["TWO AND", " TWO</s>", " 2</s>"]
+        assert counts.rows == 3 and pairs.format["type"] is None
+        assert pairs.column_names == [*ID_COLUMNS]
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "arrow"])
@@ -265,6 +265,17 @@ def test_rows_of_any_format_are_read(tokenizer, kind, streamed):
 def test_columns_that_no_one_asked_for_have_any_name(tokenizer):
     rows = [row | {"malformed": False, "status": 3, "note": "x"} for row in tiny.rows(2)]
     assert pairs_of(rows, tokenizer) == pairs_of(tiny.rows(2), tokenizer)
+
+
+def test_rows_need_not_be_as_many_as_the_processes(tokenizer, caplog):
+    assert pairs_of(tiny.rows(1), tokenizer, num_proc=4)[1].pairs == 1
+    assert not caplog.text
+
+
+def test_columns_that_are_kept_are_the_rows_own(tokenizer):
+    own = {"id": 7, MALFORMED: None, ORIGIN: "a.csv, row 0"}
+    (pair,), _ = pairs_of([tiny.rows(1)[0] | own], tokenizer, keep_columns=True)
+    assert pair.keys() == {*tiny.rows(1)[0], *ID_COLUMNS, "id"}
 
 
 def test_tokenised_rows_stay_as_they_are(tokenizer):
@@ -350,6 +361,18 @@ def test_what_the_template_cannot_add_up_names_the_row(tokenizer):
             pairs_of([parts], wants_text)
 
 
+def test_a_template_may_leave_out_reasoning_and_write_what_a_tool_says_as_json(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}"
+        "{% elif m.role == 'tool' %}{{ m.content | tojson }}{% endif %}{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "why"}]
+    turns = [user("a"), {"role": "assistant", "content": parts}, {"role": "tool", "content": parts}]
+    (pair,) = prepare_pairs(as_dataset([chat(prompt=turns)]), own)[0]
+    assert decoded(own, pair) == [f"a{json.dumps(parts)}", "Four.", "Five."]
+
+
 def test_conversations_need_a_chat_template(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
@@ -365,52 +388,3 @@ def test_lengths_are_those_of_the_rows_kept(tokenizer):
         sum(len(pair[name]) for name in names) for pair in pairs
     ]
     assert sum(pair["length"] for pair in pairs) == counts.prompt_tokens + counts.completion_tokens
-
-
-def test_pairs_that_other_code_made_are_not_taken_from_the_cache(tmp_path, tokenizer, monkeypatch):
-    Dataset.from_list(tiny.rows()).save_to_disk(tmp_path)
-
-    def cache_file():
-        pairs, _ = prepare_pairs(Dataset.load_from_disk(tmp_path), tokenizer)
-        return pairs.cache_files[0]["filename"]
-
-    first = cache_file()
-    assert cache_file() == first
-    sources = []
-    monkeypatch.setattr(Path, "read_bytes", lambda path: sources.append(path.name) or b"new")
-    assert cache_file() != first
-    names = "data preferences messages row_errors row_report columns".split()
-    assert sources == [f"{name}.py" for name in names]
-
-
-def test_a_stream_is_checked_as_it_is_read(tokenizer, caplog):
-    bad = {"prompt": "a", "chosen": None, "rejected": " d"}
-    rows = [*tiny.rows(3), bad, *tiny.rows(2)]
-    stream = IterableDataset.from_generator(lambda: iter(rows))
-    kept, counts = prepare_pairs(stream, tokenizer, on_bad_rows="skip")
-    assert counts is None
-    expected, _ = pairs_of([*tiny.rows(3), *tiny.rows(2)], tokenizer)
-    assert list(kept) == expected
-    assert sum("row 3, field 'chosen'" in r.getMessage() for r in caplog.records) == 1
-    with pytest.raises(RowError, match="row 3, field 'chosen'"):
-        prepare_pairs(stream, tokenizer)
-    far = IterableDataset.from_generator(lambda: iter([*tiny.rows(1000), bad]))
-    strict, _ = prepare_pairs(far, tokenizer)  # reads no further than it must
-    with pytest.raises(RowError, match="row 1000, field 'chosen'"):
-        list(strict)
-
-
-def test_a_stream_without_a_row_that_trains_is_reported_at_once(tokenizer):
-    rows = [{"prompt": "a", "chosen": None, "rejected": "c"}] * 3
-    stream = IterableDataset.from_generator(lambda: iter(rows))
-    with pytest.raises(ValueError, match="eval dataset: no row is left"):
-        prepare_pairs(stream, tokenizer, name="eval", on_bad_rows="skip")
-
-
-def test_a_stream_says_its_columns_and_has_no_others(tokenizer):
-    logps = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
-    rows = [tiny.rows(1)[0] | logps, tiny.rows(1)[0] | logps | {"note": "odd"}]
-    stream, _ = prepare_pairs(IterableDataset.from_generator(lambda: iter(rows)), tokenizer)
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids", *logps]
-    assert stream.column_names == columns
-    assert [list(pair) for pair in stream] == [columns] * 2

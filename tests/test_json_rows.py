@@ -5,7 +5,7 @@ import re
 
 import pytest
 import tiny
-from pairs import CHAT
+from pairs import CHAT, assistant, decoded, user
 from row_files import texts, write_lines
 
 from fastdpo.data import prepare_pairs
@@ -81,6 +81,16 @@ def test_tools_need_not_be_alike(tmp_path):
     tools = [[{"name": "add"}], [{"name": "look", "far": {"deep": [1, "two"]}}]]
     path = write_lines(tmp_path / "rows.jsonl", [CHAT | {"tools": each} for each in tools])
     assert [json.loads(row["tools"]) for row in load_rows(path)] == tools
+
+
+def test_a_key_that_is_null_is_as_one_left_out(tmp_path):
+    sides = {
+        "chosen": [user("a") | {"name": None}, assistant("b")],
+        "rejected": [user("a"), assistant("c")],
+    }
+    rows = load_rows(write_lines(tmp_path / "rows.jsonl", [sides]))
+    (pair,) = prepare_pairs(rows, tokenizer := tiny.tokenizer())[0]
+    assert decoded(tokenizer, pair)[0] == "<s><|user|>a</s><|assistant|>"
 
 
 def test_rows_of_token_ids_may_be_among_texts(tmp_path):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
@@ -137,6 +138,41 @@ def test_other_rows_tokenizers_and_columns_make_other_pairs(cache, tokenizer):
         before = set(cache.glob("*"))
         pairs, _ = prepare_pairs(dataset, its_tokenizer, **settings)
         assert {*map(str, set(cache.glob("*")) - before)} == {*files(pairs)} != set()
+
+
+def test_equal_rows_are_found_however_they_came_together(cache, tokenizer, tokenized):
+    whole = Dataset.from_list(tiny.rows(4))
+    pairs, _ = prepare_pairs(whole, tokenizer)
+    tokenized.clear()
+    parts = [Dataset.from_list(each) for each in (tiny.rows(4)[:3], tiny.rows(4)[3:])]
+    together, _ = prepare_pairs(datasets.concatenate_datasets(parts), tokenizer)
+    assert list(together) == list(pairs) and not tokenized
+
+
+def test_pairs_of_rows_on_disk_are_kept_beside_them(cache, tmp_path, tokenizer):
+    Dataset.from_list(tiny.rows()).save_to_disk(tmp_path / "rows")
+    pairs, _ = prepare_pairs(Dataset.load_from_disk(tmp_path / "rows"), tokenizer)
+    assert {os.path.dirname(file) for file in files(pairs)} == {str(tmp_path / "rows")}
+    assert not cache.exists()
+
+
+def test_pairs_that_other_code_made_are_not_taken_from_the_cache(tmp_path, tokenizer, monkeypatch):
+    Dataset.from_list(tiny.rows()).save_to_disk(tmp_path)
+
+    def cache_file():
+        pairs, _ = prepare_pairs(Dataset.load_from_disk(tmp_path), tokenizer)
+        return pairs.cache_files[0]["filename"]
+
+    first = cache_file()
+    assert cache_file() == first
+    with monkeypatch.context() as other:
+        other.setattr("transformers.__version__", "5.99")
+        assert cache_file() != first
+    sources = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: sources.append(path.name) or b"new")
+    assert cache_file() != first
+    names = "data preferences messages row_errors row_report columns".split()
+    assert sources == [f"{name}.py" for name in names]
 
 
 def with_end(rows):

@@ -69,7 +69,8 @@ def test_keep_end_drops_no_long_prompt(tokenizer):
 
 
 def test_pairs_that_are_cut_to_max_length_are_counted(tokenizer):
-    rows = [{"prompt": "ab", "chosen": " " + "c" * n, "rejected": " d"} for n in (1, 20, 30)]
+    rows = [{"prompt": "ab", "chosen": " " + "c" * n, "rejected": " d"} for n in (1, 20)]
+    rows.append({"prompt": "ab", "chosen": " d", "rejected": " " + "c" * 30})
     truncated = []
     for limit in (None, 34, 33, 23, 4):  # the longest has 34 tokens, the next 24
         _, counts = pairs_of(rows, tokenizer, max_length=limit)

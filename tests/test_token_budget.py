@@ -92,6 +92,15 @@ def test_where_a_probe_does_not_fit_the_budget_is_the_one_before(monkeypatch):
     assert gpu.fit(100, 200, 900) == 200
     with pytest.raises(torch.OutOfMemoryError):
         gpu.fit(900, 1000)
+    first = gpu.run
+
+    def run(inputs):
+        first(inputs)
+        gpu.free = 1_500  # once there are gradients
+
+    gpu.run = run
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu.fit(100, 200)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
