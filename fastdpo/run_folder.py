@@ -76,7 +76,7 @@ def choose_run_folder(
         raise ValueError(f"want a whole checkpoint to resume from in {path}, got none")
     if checkpoint is not None:
         notes += (f"resuming from {checkpoint}, step {step_of(checkpoint)}",)
-    elif fresh or notes or _read(path):
+    elif fresh or _read(path):
         notes += (f"starting at step 0 in {path}",)
     return RunFolder(path=path, checkpoint=checkpoint, notes=notes)
 
