@@ -93,6 +93,7 @@ def test_bad_flags_end_with_one_line(argv, told, capsys):
         ("beta: 2026-13-45\n", "run.yaml is not YAML: month must be"),
         ("beta: \xe9\n", "run.yaml is not YAML: 'utf-8'"),
         ("env: {A=B: 1}\n", "run.yaml: want names and values of variables as env, got 'A=B'"),
+        ('env: {A: "b\\0"}\n', "run.yaml: want names and values of variables as env, got 'A'"),
         ("help: true\n", "want --help on the command line"),
     ],
 )

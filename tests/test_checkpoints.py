@@ -73,6 +73,7 @@ def test_a_shard_or_the_index_that_is_not_there_is_named(tmp_path):
     assert why_torn(checkpoint) == f"no {shards[1]}"
 
 
-def test_a_folder_that_no_number_ends_is_no_checkpoint(tmp_path):
+def test_a_folder_that_no_number_ends_and_a_file_are_no_checkpoints(tmp_path):
     (tmp_path / "checkpoint-\u00b2").mkdir()
+    (tmp_path / "checkpoint-5").write_text("")
     assert checkpoints_in(tmp_path) == []

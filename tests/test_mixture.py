@@ -128,6 +128,9 @@ def test_fractions_cut_a_mixture_to_its_proportions(parts):
     datasets = [DatasetConfig(parts[0], fraction=1), DatasetConfig(parts[1], fraction=3)]
     rows, _ = load(DatasetMixtureConfig(datasets=datasets))
     assert [row["prompt"] for row in rows] == [tiny.PAIRS[i][0] for i in (0, 0, 1, 2, 3)]
+    for fraction, count in ((0.45, 4), (0, 0)):  # 3.6 rows, and none
+        datasets = [DatasetConfig(parts[0], fraction=1), DatasetConfig(parts[1], fraction=fraction)]
+        assert len(load(DatasetMixtureConfig(datasets=datasets))[0]) == 8 + count
 
 
 def test_the_same_rows_of_a_mixture_are_held_out_every_time(parts):
@@ -138,6 +141,8 @@ def test_the_same_rows_of_a_mixture_are_held_out_every_time(parts):
     )
     assert (len(train_rows), len(held_out)) == (6, 2)
     assert held_out[:] == again[:]
+    without, none = load(mixture)
+    assert without[:] == train_rows[:] and none is None
 
 
 def test_columns_are_those_of_the_file_whose_prompts_are_implicit(tmp_path):
@@ -164,7 +169,7 @@ def test_columns_that_a_source_has_not_are_reported_by_its_name(streaming, tmp_p
 def test_a_count_of_rows_to_hold_out_comes_from_yaml_and_the_command_line(parts, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(f"datasets:\n  - path: {parts[0]}\ntest_split_size: 3\n")
-    for flags, held_out in (((), 3), (("--test_split_size", "2"), 2)):
+    for flags, held_out in (((), 3), (("--test_split_size", "1"), 1)):
         run, *_ = TrainParser("fastdpo train").parse(["--config", str(config), *flags])
         assert len(load(run.mixture, with_eval=True)[1]) == held_out
 

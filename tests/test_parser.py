@@ -80,7 +80,7 @@ def test_a_filter_that_only_trl_has_on_may_be_switched_off(flag):
 def test_yaml_sets_values_and_flags_override(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
-        "env: {}\n"
+        "env:\n"
         "beta: 0.3\n"
         "learning_rate: 5e-7\n"  # text, says YAML 1.1
         "eval_strategy: no\n"  # False, says YAML 1.1

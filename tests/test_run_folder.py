@@ -1,8 +1,10 @@
 """run_folder: what a folder holds decides whether a run resumes, is refused, or starts."""
 
 import contextlib
+import multiprocessing
 import os
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -47,6 +49,19 @@ def test_a_killed_runs_loaders_are_waited_for(tmp_path):
         threading.Timer(0.5, other.close).start()
         with locked(tmp_path / "out"):
             pass
+
+
+def test_workers_that_outlive_a_run_do_not_keep_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "PATIENCE_S", 0)
+    with locked(tmp_path / "out"):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+    try:
+        with locked(tmp_path / "out"):
+            pass
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def choose(tmp_path, **how):
@@ -160,6 +175,9 @@ def test_checkpoints_of_an_unknown_run_are_refused_unless_named(tmp_path):
         choose_run_folder(tmp_path, IDENTITY)
     assert choose_run_folder(tmp_path, IDENTITY, resume_from=str(checkpoint)).checkpoint
     assert choose_run_folder(tmp_path, IDENTITY, resume_from="True").checkpoint == checkpoint
+    elsewhere = save_checkpoint(tmp_path / "other", 5)
+    with pytest.raises(ValueError, match=r"no run\.json"):
+        choose_run_folder(tmp_path, IDENTITY, resume_from=str(elsewhere))
 
 
 def test_a_model_that_no_run_wrote_is_never_overwritten(tmp_path):
@@ -209,7 +227,9 @@ def test_fresh_and_the_last_checkpoint_are_one_too_many(started):
 
 
 def test_fresh_in_a_free_place_stays_there(tmp_path):
-    assert choose_run_folder(tmp_path / "out", IDENTITY, fresh=True).path == tmp_path / "out"
+    assert choose(tmp_path, fresh=True).path == tmp_path / "out"
+    (tmp_path / "out").mkdir()
+    assert choose(tmp_path, fresh=True).path == tmp_path / "out"
 
 
 # run.json

@@ -81,6 +81,12 @@ def test_what_changes_the_numbers_changes_the_identity(tmp_path, change):
     assert identity_of(tmp_path, **change) != identity_of(tmp_path)
 
 
+def test_the_number_of_processes_counts(tmp_path, monkeypatch):
+    alone = identity_of(tmp_path)
+    monkeypatch.setattr(DPOConfig, "world_size", 2)
+    assert identity_of(tmp_path)["num_processes"] == 2 != alone["num_processes"]
+
+
 def test_nested_settings_differ_by_their_full_name(tmp_path):
     config = {"lr_scheduler_type": "cosine_with_restarts"}
     two = identity_of(tmp_path, **config, lr_scheduler_kwargs={"num_cycles": 2})
@@ -100,6 +106,9 @@ def test_data_counts_by_content_and_not_by_place(tmp_path):
     assert identity(tmp_path / "a/rows.jsonl") == first
     (tmp_path / "rows.jsonl").write_text('{"chosen": 2}\n')
     assert identity(tmp_path / "rows.jsonl") != first
+    first = identity(tmp_path / "a")
+    (tmp_path / "a/rows.jsonl").rename(tmp_path / "a/train.jsonl")  # a split's name
+    assert identity(tmp_path / "a") != first
 
 
 def test_a_model_counts_by_its_folders_name_from_within_it_too(tmp_path, monkeypatch):
@@ -148,8 +157,11 @@ def test_what_is_cached_beside_data_and_what_the_run_writes_are_no_data(tmp_path
     (rows / "tmp1a2b3c4d").write_text("half a cache")
     mark_started(rows / "out", before)
     assert identity_of(rows / "out", script=script) == before
-    (rows / "state.json").write_text("{}")
-    assert identity_of(rows / "out", script=script) != before
+    for name in ("cache-friendly.jsonl", "state.json"):  # the former is the user's
+        (rows / name).write_text("{}")
+        after = identity_of(rows / "out", script=script)
+        assert after != before
+        before = after
 
 
 def test_who_reads_a_stream_counts_as_the_order_of_its_rows_does(tmp_path):
@@ -179,6 +191,8 @@ def test_a_local_model_counts_by_its_weights(tmp_path):
         assert identity(other) != first
     middle = len(weights) // 2
     assert identity(weights[:middle] + b"1" + weights[middle + 1 :]) == first  # which is not read
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert identity(weights) != first
 
 
 def test_an_identity_survives_being_written(tmp_path):
