@@ -40,6 +40,7 @@ def here(tmp_path_factory):
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--num_processes", "two"], "two"),
         (["train", "--loss_weights", "none"], "loss-weights: invalid float value"),
+        (["train", "--max_length", "two"], "max-length: invalid int value: 'two'"),
         (["train", "--accelerate_config", "zero9"], "zero9"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -18,12 +18,18 @@ def test_the_last_whole_checkpoint_is_found_and_each_later_one_named(tmp_path):
     assert notes == (f"skipping {torn}: no trainer_state.json, it was not saved to the end",)
 
 
+def test_deepspeeds_shards_are_an_optimizer(tmp_path):
+    checkpoint = save_checkpoint(tmp_path, 10, optimizer=False)
+    (checkpoint / "global_step10").mkdir()
+    assert last_checkpoint(tmp_path) == (checkpoint, ())
+
+
 @pytest.mark.parametrize("state", [None, "", '{"global_st', "{}", "null"])
 def test_a_checkpoint_without_all_of_its_state_is_torn(tmp_path, state):
     assert "trainer_state.json" in why_torn(save_checkpoint(tmp_path, 10, state=state))
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "model.safetensors"])
 @pytest.mark.parametrize("left", [0, 60, -1])
 def test_a_file_cut_short_is_named(tmp_path, name, left):
     file = save_checkpoint(tmp_path, 10) / name

@@ -12,7 +12,7 @@ from fastdpo.arguments import (
     peft_config,
     quantization_config,
 )
-from fastdpo.parser import TrainParser
+from fastdpo.parser import TrainParser, VerifyParser
 
 TRL_DEFAULTS = {  # of TRL 1.16
     ScriptArguments: {
@@ -75,6 +75,14 @@ def test_a_filter_that_only_trl_has_on_may_be_switched_off(flag):
     (_, training, *_), _, unknown = parse("--use_cpu", flag)
     assert (training.logging_nan_inf_filter, unknown) == (False, [])
     assert parse("--use_cpu", "--logging_nan_inf_filter")[0].training.logging_nan_inf_filter
+
+
+def test_eight_rows_are_verified_unless_flags_say_otherwise():
+    counts = [
+        VerifyParser("fastdpo verify").parse(["--use_cpu", *flags])[1]
+        for flags in ([], ["--max_pairs", "2"])
+    ]
+    assert counts == [8, 2]
 
 
 def test_yaml_sets_values_and_flags_override(tmp_path):
