@@ -172,7 +172,7 @@ def test_checkpoints_are_reentrant_only_where_asked(tmp_path, given):
     for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         told = getattr(made, name, made.gradient_checkpointing_kwargs)
         assert told == {"use_reentrant": False, "preserve_rng_state": False}
-    assert made.reentrant_checkpoints is False
+    assert made.reentrant_checkpoints is config(tmp_path).reentrant_checkpoints is False
     asked = config(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": True})
     assert asked.reentrant_checkpoints is True
 
@@ -214,7 +214,10 @@ def test_max_tokens_per_forward_reads_text_of_the_command_line(tmp_path, given, 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("ld_alpha", 0.0), ("ld_alpha", 1.0), ("head_skip_below", 0.0), ("max_length", 2)],
+    [
+        *(("ld_alpha", 0.0), ("ld_alpha", 1.0), ("head_skip_below", 0.0), ("max_length", 2)),
+        *(("max_grad_norm", 0.0), ("ref_model_mixup_alpha", 1.0)),
+    ],
 )
 def test_the_ends_of_a_range_are_in_it(tmp_path, name, value):
     assert getattr(config(tmp_path, **{name: value}), name) == value
@@ -386,6 +389,7 @@ def test_memory_is_pinned_for_copies_that_do_not_wait_unless_overridden(tmp_path
     assert config(tmp_path, dataloader_pin_memory=False).accelerator_config.non_blocking is False
     on_cpu = config(tmp_path)  # where transformers pins nothing
     assert on_cpu.accelerator_config.non_blocking is on_cpu.dataloader_pin_memory is False
-    told = config(tmp_path, accelerator_config={"non_blocking": False, "even_batches": False})
+    given = {"non_blocking": False, "even_batches": False}
+    told = config(tmp_path, use_cpu=False, accelerator_config=given)
     assert told.accelerator_config.non_blocking is told.accelerator_config.even_batches is False
     assert told.accelerator_config.dispatch_batches is False
