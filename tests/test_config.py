@@ -272,6 +272,7 @@ def test_the_ends_of_a_range_are_in_it(tmp_path, name, value):
         ("warmup_steps", math.nan),
         ("neftune_noise_alpha", -1),
         ("neftune_noise_alpha", math.nan),
+        ("neftune_noise_alpha", math.inf),
         ("per_device_train_batch_size", 0),
         ("per_device_eval_batch_size", 0),
         ("gradient_accumulation_steps", 0),

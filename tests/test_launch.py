@@ -1,0 +1,46 @@
+"""Which runs accelerate is left to start in several processes, and with which flags."""
+
+import pytest
+import torch
+
+from fastdpo.launch import is_launched, launch, launch_flags
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"])
+def test_a_process_that_was_launched_launches_no_others(monkeypatch, name):
+    for each in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(each, raising=False)
+    assert not is_launched()
+    monkeypatch.setenv(name, "0")  # a single process of accelerate's has the latter alone
+    assert is_launched()
+
+
+def test_a_flag_overrides_that_of_a_named_config():
+    flags = launch_flags(["--zero_stage", "3", "--accelerate_config", "zero2"])
+    assert flags == ["--use_deepspeed", "--zero_stage", "2", "--zero_stage", "3"]
+
+
+@pytest.mark.parametrize(
+    "more, gpus, has_config, is_refused",
+    [
+        ((), 2, False, False),
+        (("--cpu",), 2, False, True),
+        ((), 1, True, False),
+        (("--cpu",), 1, True, True),
+        (("--config_file", "a.yaml"), 1, False, False),
+    ],
+)
+def test_accelerate_starts_several_processes_for_gpus_and_as_its_configs_say(
+    monkeypatch, tmp_path, more, gpus, has_config, is_refused
+):
+    launched, config = [], tmp_path / "default_config.yaml"
+    if has_config:
+        config.write_text("")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", config)
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    if is_refused:
+        with pytest.raises(ValueError, match="accelerate would start one process"):
+            launch(["--num_processes", "2", *more], [])
+    else:
+        assert launch(["--num_processes", "2", *more], []) == 0 and launched
