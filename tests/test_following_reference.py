@@ -15,6 +15,7 @@ from trainers import (
     weights,
     with_transformers_adapter,
 )
+from transformers import LlamaForCausalLM
 
 from fastdpo import DPOTrainer
 from fastdpo.following_reference import FILE, FollowPolicy
@@ -146,6 +147,9 @@ def test_what_cannot_follow_is_refused(tmp_path, tokenizer):
     smaller = tiny.model("llama", len(tokenizer), seed=1)
     del smaller.model.layers[-1]
     refused(r"differs in model\.layers\.\d", ref_model=smaller)
+    config = tiny.config("llama", len(tokenizer))
+    config.intermediate_size = 48
+    refused(r"differs in model\.layers\.\d", ref_model=LlamaForCausalLM(config))
 
 
 def test_an_adapter_that_transformers_added_does_not_follow(tmp_path, tokenizer):

@@ -98,8 +98,10 @@ def test_rows_that_were_scored_are_found_among_others(tmp_path, tokenizer, score
     trained, evaluated = logps_of(first), first.eval_dataset
     assert sum(scored) == 7
     scored.clear()
-    again = logps_of(start(tmp_path, tokenizer, rows=[rows[i] for i in (7, 3, 5, 0, 3)]))
-    assert scored == [1]
+    few = {"eval_dataset": Dataset.from_list(rows[:2])}
+    second = start(tmp_path, tokenizer, rows=[rows[i] for i in (7, 3, 5, 0, 3)], **few)
+    again = logps_of(second)
+    assert scored == [1] and "(6 found in the cache)" in second.summary()
     for column, values in again.items():
         there = [trained[column][3], evaluated[column][0], trained[column][0], trained[column][3]]
         assert np.array_equal(values[1:], np.array(there)) and np.isfinite(values).all()
@@ -111,7 +113,9 @@ def test_new_adapters_have_the_reference_of_a_run_in_full(tmp_path, tokenizer, s
     for seed in (1, 2):
         lora = LoraConfig(**LORA, modules_to_save=["lm_head"])
         start(tmp_path, tokenizer, peft_config=lora, seed=seed)
-    start(tmp_path, tokenizer, ref_model=tiny.model("llama", len(tokenizer)))
+    reference = tiny.model("llama", len(tokenizer))
+    reference.config.pad_token_id = None  # nothing is padded with it
+    start(tmp_path, tokenizer, ref_model=reference)
     assert scored == []
 
 
@@ -139,6 +143,7 @@ CHANGES = {
     },
     "the configuration": {"change": other_activation},
     "the rotation": {"change": other_frequencies},
+    "a buffer": {"change": lambda model: model.register_buffer("more", torch.ones(1))},
     "a hook": {"change": steered},
     "the dtype": {"change": lambda model: model.to(torch.bfloat16)},
     "autocast": {"bf16": True},
@@ -261,6 +266,15 @@ def test_pairs_of_the_same_tokens_have_keys_of_their_own(tmp_path):
     ]
     pairs = Dataset.from_list(rows).with_format("numpy")
     assert len({*ReferenceCache(tmp_path, Cut()).keys(pairs)}) == 2
+
+
+def test_a_pair_is_known_by_what_is_left_of_it_once_it_is_cut(tmp_path):
+    ids = {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [7]}
+    pairs = Dataset.from_list([ids, ids | {"chosen_ids": [7, 8]}])
+    (whole, short), (cut, same) = (
+        ReferenceCache(tmp_path, Cut(max_length=most)).keys(pairs) for most in (None, 4)
+    )
+    assert whole != short == cut == same
 
 
 def test_the_probe_keeps_to_a_models_positions_and_tokens():

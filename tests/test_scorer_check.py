@@ -1,5 +1,7 @@
 """What the check before training finds out about a model."""
 
+import contextlib
+
 import families
 import pytest
 import tiny
@@ -27,6 +29,26 @@ def test_a_loss_of_experts_that_is_not_made_alike_is_detected(wrong):
         check_scorer(model, [5, 6, 7, 8], aux_loss=True)
 
 
+def test_a_loss_of_experts_may_be_off_by_what_its_dtype_rounds():
+    for dtype, is_refused in ((torch.float32, True), (torch.bfloat16, False)):
+        model = tiny.model("mixtral", tiny.VOCAB, dtype=dtype)
+        attach_scorer(model)
+
+        def forward(own=model._unscored_forward, dtype=dtype, **inputs):
+            outputs = own(**inputs)
+            if outputs.aux_loss is not None:
+                outputs.aux_loss = (1.02 * outputs.aux_loss).to(dtype)
+            return outputs
+
+        model._unscored_forward = forward
+        with (
+            pytest.raises(ValueError, match="want its own load")
+            if is_refused
+            else contextlib.nullcontext()
+        ):
+            check_scorer(model, [5, 6, 7, 8], aux_loss=True)
+
+
 def test_logits_made_in_an_unknown_way_are_detected():
     model = tiny.model("llama", tiny.VOCAB)
     attach_scorer(model)
@@ -52,6 +74,33 @@ def test_a_loss_of_experts_that_cannot_be_made_is_a_setting_to_change():
     model.config.num_experts_per_tok = 400
     with pytest.raises(ValueError, match="cannot be made .*: set router_aux_loss_coef=0"):
         check_scorer(model, [5, 6, 7, 8], aux_loss=True)
+
+
+def test_weights_of_several_dtypes_are_checked_under_the_runs_autocast_and_one_without():
+    asked = []
+
+    def autocast():
+        asked.append(True)
+        return torch.autocast("cpu", torch.bfloat16)
+
+    model = tiny.model("llama", tiny.VOCAB)
+    attach_scorer(model)
+    check_scorer(model, [5, 6, 7, 8], autocast=autocast)
+    assert not asked  # which would hide what is off by less than it rounds
+    model.model.layers[0].mlp.up_proj.bfloat16()
+    check_scorer(model, [5, 6, 7, 8], autocast=autocast)
+    assert asked
+
+
+def test_numbers_that_a_forwards_length_alone_moves_by_little_are_causal():
+    model = tiny.model("llama", tiny.VOCAB)
+    attach_scorer(model)
+
+    def rounded_by_length(module, args, hidden):
+        return hidden * (1 + 1e-2 * hidden.shape[1])
+
+    model.model.norm.register_forward_hook(rounded_by_length)
+    check_scorer(model, [5, 6, 7, 8])
 
 
 def test_rounded_logits_are_no_unknown_way_and_nan_is_no_agreement():

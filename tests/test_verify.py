@@ -182,6 +182,11 @@ def error(capsys):
         (("--model_name_or_path", "/no/where"), "/no/where"),
         (("--dataset_name", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--fresh",), "--fresh"),
+        (("--pad_token", "<none>"), "want pad_token in the tokenizer's vocabulary"),
+        (
+            ("--use_peft", "--lora_target_modules", "q_proj", "fc9"),
+            "want lora_target_modules of layers that the model has, got 'fc9'",
+        ),
     ],
 )
 def test_bad_input_ends_with_one_line(here, more, told, capsys):
