@@ -47,6 +47,8 @@ def test_what_cannot_run_packed_says_so_in_a_line(family):
     for strict in (False, True):  # no difference that a check has found
         layout = choose_layout("auto", [model], None, strict=strict)
         assert layout.name == "padded" and why_padded(model) in layout.line
+    as_reference = [families.model("llama", torch.float32), model]
+    assert choose_layout("auto", as_reference, None, strict=False).name == "padded"
     assert choose_layout("padded", [model], None, strict=False).name == "padded"
     with pytest.raises(ValueError, match="want layout='shared' for a model that can run it"):
         choose_layout("shared", [model], None, strict=False)

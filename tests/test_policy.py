@@ -137,6 +137,9 @@ def test_a_model_and_its_tokenizer_may_be_in_a_subfolder(tmp_path, tokenizer):
     assert load_policy(str(tmp_path), subfolder="sub").config.model_type == "llama"
     loaded = load_tokenizer(None, str(tmp_path), subfolder="sub", dtype="float32")
     assert len(loaded) == len(tokenizer)
+    (tmp_path / "sub/adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"want a model by its name, got {tmp_path}, which has ad"):
+        load_policy(str(tmp_path), subfolder="sub")
 
 
 def test_soft_capped_attention_is_loaded_as_one_that_caps(tmp_path):
@@ -243,3 +246,10 @@ def test_adapters_on_a_quantised_model_train_in_bfloat16_but_for_doras_magnitude
         if parameter.requires_grad:
             is_magnitude = "lora_magnitude_vector" in name
             assert parameter.dtype == (torch.float32 if is_magnitude else torch.bfloat16), name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_reentrant_checkpoints_get_a_gradient_to_pass_on_to_adapters(reentrant):
+    model = get_peft_model(tiny.model("llama", tiny.VOCAB), LoraConfig(target_modules=["q_proj"]))
+    make_ready(model, None, pad_token_id=0, without_dropout=True, reentrant_checkpoints=reentrant)
+    assert model.get_input_embeddings()(torch.tensor([5])).requires_grad == reentrant

@@ -233,6 +233,15 @@ def test_a_crash_does_not_exit_as_a_difference(here, monkeypatch, error, code, c
     assert ("KeyError: 'a'" in capfd.readouterr().err) == (code == 3)
 
 
+def test_memory_that_runs_out_is_no_layout_that_cannot_run(here, monkeypatch, capfd):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(verify, "score", fail)
+    assert run(here) == 3
+    assert "out of memory" in capfd.readouterr().err
+
+
 def test_help_lists_its_flags(capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(["verify", "--help"])
