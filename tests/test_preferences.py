@@ -101,6 +101,10 @@ MALFORMED = {
         {"prompt_ids": ["a"], "chosen_ids": ["b"], "rejected_ids": ["c"]},
         "prompt_ids",
     ),
+    "ids-truths": (
+        {"prompt_ids": [True], "chosen_ids": [True], "rejected_ids": [False]},
+        "prompt_ids.*whole numbers from 0, got True",
+    ),
     "ids-negative": ({"prompt_ids": [1], "chosen_ids": [-1], "rejected_ids": [2]}, "chosen_ids"),
     "ids-too-large": ({"prompt_ids": [1], "chosen_ids": [9999], "rejected_ids": [2]}, "9999"),
     "ids-empty": ({"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [2]}, "chosen_ids"),
@@ -125,6 +129,11 @@ MALFORMED = {
 def test_a_malformed_row_is_reported_by_row_and_field(row, message, tokenizer):
     with pytest.raises(RowError, match=rf"train dataset, row 0, field .*{message}"):
         pairs_of([row], tokenizer)
+
+
+def test_completions_may_be_messages_in_json_where_the_prompt_asks_for_them(tokenizer):
+    sides = {side: f'[{{"role": "user", "content": "{side}"}}]' for side in ("chosen", "rejected")}
+    assert pairs_of([{"prompt": "In JSON: "} | sides], tokenizer)[1].pairs == 1
 
 
 def test_rows_without_an_image_need_not_lack_the_column(tokenizer):

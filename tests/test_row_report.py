@@ -25,6 +25,9 @@ def test_a_prompt_whose_end_is_lost_is_counted_and_reported_once(caplog):
     (record,) = caplog.records
     assert "in 2 rows" in record.getMessage() and "first in row 1: 'hel'" in record.getMessage()
 
+    _, counts = pairs_of(rows, tokenizer, max_length=4)
+    assert (counts.too_long, counts.prompt_end_lost) == (2, 0)  # a row is told of once
+
     caplog.clear()
     stream, _ = prepare_pairs(Dataset.from_list(rows).to_iterable_dataset(), tokenizer)
     assert len(list(stream)) == 3
