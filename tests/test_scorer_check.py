@@ -34,13 +34,13 @@ def test_a_loss_of_experts_may_be_off_by_what_its_dtype_rounds():
         model = tiny.model("mixtral", tiny.VOCAB, dtype=dtype)
         attach_scorer(model)
 
-        def forward(own=model._unscored_forward, dtype=dtype, **inputs):
+        def forward(own=model._unscored_forwards[0], dtype=dtype, **inputs):
             outputs = own(**inputs)
             if outputs.aux_loss is not None:
                 outputs.aux_loss = (1.02 * outputs.aux_loss).to(dtype)
             return outputs
 
-        model._unscored_forward = forward
+        model._unscored_forwards = [forward]
         with (
             pytest.raises(ValueError, match="want its own load")
             if is_refused
