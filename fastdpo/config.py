@@ -224,11 +224,9 @@ class DPOConfig(TrainingArguments):
         by_length = ("group_by_length", "batch_rebalance")
         return self.length_column_name if self.train_sampling_strategy in by_length else None
 
-    @property
-    def pairs_per_batch(self) -> int:
+    def over_ranks(self, batch_size: int) -> int:
         """Pairs of a batch over all ranks, which with split_batches share one."""
-        shares = 1 if self.accelerator_config.split_batches else self.world_size
-        return self.train_batch_size * shares
+        return batch_size * (1 if self.accelerator_config.split_batches else self.world_size)
 
     @property
     def reentrant_checkpoints(self) -> bool:

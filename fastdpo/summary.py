@@ -90,7 +90,7 @@ def _kernels_line(model: nn.Module, device: torch.device) -> str:
 
 
 def _updates_line(args: DPOConfig) -> str:
-    per_update = args.pairs_per_batch * args.gradient_accumulation_steps
+    per_update = args.over_ranks(args.train_batch_size) * args.gradient_accumulation_steps
     length = (
         f"{args.max_steps:,} updates" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     )

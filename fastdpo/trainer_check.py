@@ -160,7 +160,7 @@ def check_enough_rows(args: DPOConfig, num_rows: int) -> None:
     """ValueError where dataloader_drop_last would leave nothing of so many rows to train on."""
     if not args.dataloader_drop_last:
         return
-    wanted, what = args.pairs_per_batch, "one batch"
+    wanted, what = args.over_ranks(args.train_batch_size), "one batch"
     if args.train_sampling_strategy == "batch_rebalance":  # its sampler shares out whole updates
         wanted = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         what = "one update"
@@ -261,6 +261,12 @@ def check_evaluation(
     """
     for name, each in by_name(eval_dataset, "eval").items():
         check_dataset(each, name)
+        batch = args.over_ranks(args.eval_batch_size)
+        if args.dataloader_drop_last and isinstance(each, Dataset) and len(each) < batch:
+            raise ValueError(
+                f"{name} dataset: want at least one batch of {batch} rows with "
+                f"dataloader_drop_last, got {len(each)}"
+            )
     if args.eval_strategy != "no" and eval_dataset is None:
         raise ValueError("want an eval_dataset, or eval_strategy='no', got neither")
     in_batches = args.batch_eval_metrics and compute_metrics

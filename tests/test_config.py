@@ -60,7 +60,7 @@ def test_ranks_have_a_batch_each_or_share_one(tmp_path, monkeypatch):
     monkeypatch.setattr(DPOConfig, "world_size", 2)
     sharing = {"accelerator_config": {"split_batches": True}}
     made = [config(tmp_path, per_device_train_batch_size=8, **more) for more in ({}, sharing)]
-    assert [each.pairs_per_batch for each in made] == [16, 8]
+    assert [each.over_ranks(8) for each in made] == [16, 8]
 
 
 def test_defaults_of_its_own_hide_no_nan_and_end_no_run(tmp_path):
