@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import types
 
 import families
 import pytest
 import tiny
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from naive import own_logps
 from peft import LoraConfig, get_peft_model
 
@@ -130,15 +132,28 @@ def test_a_copy_of_a_scoring_model_scores_with_its_own_weights(inputs):
 
 def test_a_model_that_another_library_has_wrapped_in_between_still_works(inputs):
     model = tiny.model("llama", tiny.VOCAB)
-    before = model(inputs["input_ids"]).logits
-    for _ in range(3):  # as trainers of two libraries, in turns
+    before, calls = model(inputs["input_ids"]).logits, []
+    for i in range(3):  # as trainers of two libraries, in turns
         attach_scorer(model)
-        theirs = functools.partial(lambda own, **kwargs: own(**kwargs), model.forward)
+        theirs = functools.partial(
+            lambda i, own, **kwargs: calls.append(i) or own(**kwargs), i, model.forward
+        )
         model.forward = functools.update_wrapper(theirs, type(model).forward)
     attach_scorer(model)
     for each in (model, copy.deepcopy(model)):
+        calls.clear()
         assert torch.equal(each(input_ids=inputs["input_ids"]).logits, before)
+        assert calls == [2, 1, 0]
         score(each, PairBatch.from_inputs(inputs))
+
+
+def test_a_scorer_within_accelerates_autocast_is_not_put_there_again(inputs):
+    model = tiny.model("llama", tiny.VOCAB)
+    attach_scorer(model)
+    prepared = convert_outputs_to_fp32(model.forward.__func__)
+    model.forward = types.MethodType(prepared, model)
+    attach_scorer(model)
+    assert model.forward.__func__ is prepared
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -13,7 +13,7 @@ from trainers import (
     rows_with_a_longer_one,
     weights,
 )
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from fastdpo import pack_trainer
 from fastdpo.batch import count_pairs
@@ -104,9 +104,11 @@ def test_fillers_balance_no_experts(tmp_path, tokenizer, monkeypatch):
         assert logged(filled, name) == pytest.approx(logged(plain, name), rel=1e-4), name
 
 
-def test_flops_are_those_of_all_packs(tmp_path, tokenizer):
+def test_flops_are_transformers_and_those_of_all_packs(tmp_path, tokenizer):
     def flops(**settings):
         trainer = make_trainer(tmp_path, tokenizer, layout="packed", **settings)
+        whole = trainer.data_collator([*trainer.train_dataset])
+        assert trainer.floating_point_ops(whole) == Trainer.floating_point_ops(trainer, whole)
         trainer.train()
         return trainer.state.total_flos
 

@@ -63,7 +63,7 @@ def test_every_process_has_the_main_ones_answer_or_its_error(monkeypatch):
         return pickle.loads(sent[0])
 
     def fail():
-        raise ValueError("want a folder")
+        raise OSError("want a folder")
 
     def never():
         raise AssertionError("made twice")
@@ -71,7 +71,7 @@ def test_every_process_has_the_main_ones_answer_or_its_error(monkeypatch):
     monkeypatch.setattr(ranks, "broadcast_object_list", broadcast)
     main, other = (SimpleNamespace(process_index=rank) for rank in (0, 1))
     for args, make in ((main, fail), (other, never)):
-        with pytest.raises(ValueError, match="want a folder"):
+        with pytest.raises(OSError, match="want a folder"):
             from_main_process(make, args)
     sent.clear()
     assert from_main_process(lambda: "run", main) == from_main_process(never, other) == "run"

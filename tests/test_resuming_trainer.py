@@ -103,6 +103,18 @@ def test_a_stream_resumes_in_the_pass_that_it_was_in(tmp_path, tokenizer):
         assert logged(resumed, "logps/chosen") == logged(whole, "logps/chosen"), checkpoint.name
 
 
+def test_a_stream_resumes_at_the_start_of_its_pass_where_no_data_is_skipped(tmp_path, tokenizer):
+    def trainer(**settings):
+        stream = Dataset.from_list(tiny.rows()).to_iterable_dataset()  # two batches
+        settings |= {"max_steps": 2, "learning_rate": 0.0, "save_strategy": "steps"}
+        return make_trainer(tmp_path, tokenizer, train_dataset=stream, save_steps=1, **settings)
+
+    whole, resumed = trainer(), trainer(ignore_data_skip=True)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert logged(resumed, "logps/chosen") == 2 * logged(whole, "logps/chosen")[:1]
+
+
 def test_a_checkpoint_without_some_experts_is_refused(tmp_path, tokenizer):
     model = tiny.model("mixtral", len(tokenizer))
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}

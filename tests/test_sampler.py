@@ -7,6 +7,8 @@ from datasets import Column, Dataset, IterableDataset
 from processes import printed_json, run_ranks
 from trainers import logged, make_trainer
 
+from fastdpo.sampler import WholeStream
+
 
 def test_rows_grouped_by_length_are_ordered_each_epoch_anew_by_the_datas_seed(tmp_path, tokenizer):
     def orders(**settings):
@@ -111,6 +113,15 @@ def rows_of(counts):
     """The rows of several files, of so many each."""
     for count in counts:
         yield from tiny.rows(count)
+
+
+def test_a_shuffled_stream_of_several_ranks_has_another_order_in_each_pass():
+    stream = WholeStream(Dataset.from_list(tiny.rows(24)).to_iterable_dataset().shuffle(seed=0))
+    first = [*stream]
+    stream.set_epoch(1)
+    assert [*stream] != first
+    stream.set_epoch(0)
+    assert [*stream] == first
 
 
 TRAIN_ON_STREAM = """

@@ -10,6 +10,7 @@ from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, ge
 from trainers import logged, make_trainer, weights
 
 from fastdpo.batch import PairBatch
+from fastdpo.collate import PaddedCollator
 from fastdpo.kernels.reference import completion_sums
 from fastdpo.model import attach_scorer, token_logps_without_grad
 
@@ -67,6 +68,20 @@ def test_new_virtual_tokens_are_held_against_the_model_without(tmp_path, tokeniz
     assert moved and all(name.startswith("prompt_encoder") for name in moved)
     assert abs(logged(trainer)[0] - math.log(2)) > 1e-4  # they start at random
     assert logged(trainer)[-1] < logged(trainer)[0]
+
+
+def test_a_model_that_scored_without_virtual_tokens_scores_with_them(tokenizer):
+    def scores(*, scored_before):
+        model = tiny.model("llama", len(tokenizer))
+        if scored_before:
+            attach_scorer(model)
+        torch.manual_seed(0)
+        tuned = get_peft_model(model, PromptTuningConfig(**THREE_TOKENS))
+        attach_scorer(tuned)
+        inputs = PaddedCollator(pad_token_id=0)(tiny.ID_PAIRS)
+        return token_logps_without_grad(tuned, PairBatch.from_inputs(inputs))
+
+    assert torch.equal(scores(scored_before=True), scores(scored_before=False))
 
 
 def test_new_virtual_tokens_go_on_from_a_checkpoint(tmp_path, tokenizer):
