@@ -135,6 +135,13 @@ def test_a_run_whose_reference_stays_saves_none(tmp_path, tokenizer):
     assert (tmp_path / "checkpoint-2").exists() and not (tmp_path / "checkpoint-2" / FILE).exists()
 
 
+def test_one_rank_alone_saves_the_reference(tmp_path, tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=2, **FOLLOWING)
+    monkeypatch.setattr(type(trainer.args), "should_save", property(lambda args: False))
+    trainer._save_optimizer_and_scheduler(str(tmp_path))
+    assert not (tmp_path / FILE).exists()
+
+
 def test_what_cannot_follow_is_refused(tmp_path, tokenizer):
     def refused(wanted, **settings):
         with pytest.raises(ValueError, match=wanted):

@@ -207,6 +207,19 @@ def test_pairs_that_a_stream_left_over_weigh_as_those_they_join(tmp_path, tokeni
     kept.train()
     for name in ("loss", "grad_norm"):
         assert logged(streamed, name)[1:] == pytest.approx(logged(kept, name)[1:], rel=1e-4), name
+    first = logged(streamed)[0]
+    streamed._left_over = 2  # of a training that ended with its stream
+    streamed.train()
+    assert logged(streamed)[0] == first
+
+
+@pytest.mark.parametrize(("is_shared", "of_a_rank"), [(False, 4), (True, 2)])
+def test_what_a_stream_left_over_joins_a_ranks_part(tmp_path, tokenizer, is_shared, of_a_rank):
+    config = {"split_batches": is_shared}
+    trainer = make_trainer(tmp_path, tokenizer, accelerator_config=config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(trainer.accelerator), "num_processes", 2)
+        assert trainer._pairs_of_update(1, num_missing=1) == 1 + of_a_rank
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])

@@ -33,9 +33,9 @@ def stream(rows):
     return IterableDataset.from_generator(lambda: iter(rows))
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("adapters", [None, {}, {"modules_to_save": ["lm_head"]}], ids=str)
 def test_the_reference_stays_where_the_policy_started(tmp_path, tokenizer, adapters):
-    lora = LoraConfig(**LORA) if adapters else None
+    lora = None if adapters is None else LoraConfig(**LORA, **adapters)
     trainer = make_trainer(tmp_path, tokenizer, peft_config=lora)
     batch = next(iter(trainer.get_train_dataloader()))
     before = trainer.reference.logps(trainer.model, PairBatch.from_inputs(batch))

@@ -137,6 +137,25 @@ def test_a_stream_too_short_for_an_update_ends_the_run(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="for gradient_accumulation_steps=2, got fewer"):
         trainer.train()
 
+    class Stops(TrainerCallback):
+        passes = 0
+
+        def on_epoch_begin(self, *args, **kwargs):
+            self.passes += 1
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_training_stop = self.passes == 2
+
+    trainer.add_callback(Stops())
+    trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_sharded_weights_are_loaded_by_transformers(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
+    trainer.is_fsdp_enabled = True  # it does not run on a CPU
+    assert not trainer._try_to_load(str(tmp_path))
+
 
 def test_several_adapters_resume_exactly(tmp_path, tokenizer):
     def trainer(folder):

@@ -1,6 +1,7 @@
 """`fastdpo verify` on an engine that is made wrong: the fault is found and named."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -176,6 +177,27 @@ def test_a_finding_agrees_within_finite_bounds_alone(difference, allowed, agrees
     difference, allowed = torch.tensor(difference), torch.tensor(allowed)
     finding = verify._finding("padded", "losses", difference, allowed, str)
     assert finding.agrees == agrees and ("DIFFERS" in str(finding)) != agrees
+
+
+def test_roundings_of_next_to_nothing_agree():
+    """A key's bias has no gradient but rounding's, an unused expert none or zeros."""
+    names = ("weight", "bias", "unused")
+    theirs = (torch.ones(3), torch.tensor([1e-9]), None)
+    ours = (torch.ones(3), torch.tensor([-1e-9]), torch.zeros(2))
+    loss_B, tolerance = torch.zeros(2), verify.Tolerance.of(torch.float32, 1.0)
+    answer, plain = (
+        verify.Answer([], loss, dict(zip(names, gradients, strict=True)))
+        for loss, gradients in ((loss_B + 1e-7, ours), (loss_B, theirs))
+    )
+    plain = verify.Plain(plain, torch.zeros(2, 2), slope_B=loss_B, spread=1.0)
+    subject = SimpleNamespace(trained=dict.fromkeys(names))
+    for compare in (verify._compare_losses, verify._compare_gradients):
+        assert compare(subject, "padded", plain, answer, tolerance).agrees
+
+
+def test_products_that_are_skipped_show_in_the_gradients(here, capsys):
+    assert run(here, "--head_skip_below", "0.9", "--layout", "padded") == 1
+    assert {what for _, what in what_differs(capsys)} == {"gradients"}
 
 
 def test_a_nan_of_the_engine_differs(here, monkeypatch, capsys):
