@@ -78,6 +78,15 @@ def test_a_difference_is_more_than_rounding_on_average(
     assert (reason is not None) == differs
 
 
+def test_the_layer_whose_output_is_no_number_is_named():
+    def spoil_along_trees(layer, args, kwargs, output):
+        return output * float("nan") if "tree" in kwargs else output
+
+    policy = model()
+    policy.model.layers[0].register_forward_hook(spoil_along_trees, with_kwargs=True)
+    assert "from layer 0 (attention) on" in check().difference(policy, "packed")
+
+
 @pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError])
 def test_a_model_that_fails_in_the_layout_alone_cannot_run_it(error):
     def fail_along_trees(module, args, kwargs):
