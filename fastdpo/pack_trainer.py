@@ -180,8 +180,7 @@ class PackTrainer(Trainer):
         before, self._left_over = self._left_over, num_pairs if num_missing else 0
         if not num_missing:
             return before + num_pairs
-        shares = self.accelerator.num_processes if self.accelerator.split_batches else 1
-        full_batch = self._train_batch_size // shares
+        full_batch = self.args.over_ranks(self._train_batch_size) // self.args.world_size
         return num_pairs + self.args.gradient_accumulation_steps * full_batch
 
     def forwards_are_collective(self) -> bool:

@@ -218,7 +218,7 @@ def test_what_a_stream_left_over_joins_a_ranks_part(tmp_path, tokenizer, is_shar
     config = {"split_batches": is_shared}
     trainer = make_trainer(tmp_path, tokenizer, accelerator_config=config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(trainer.accelerator), "num_processes", 2)
+        patch.setattr(type(trainer.args), "world_size", 2)
         assert trainer._pairs_of_update(1, num_missing=1) == 1 + of_a_rank
 
 
