@@ -158,16 +158,17 @@ def check_gradient_checkpointing(
 
 def check_enough_rows(args: DPOConfig, num_rows: int) -> None:
     """ValueError where dataloader_drop_last would leave nothing of so many rows to train on."""
-    if not args.dataloader_drop_last:
-        return
     wanted, what = args.over_ranks(args.train_batch_size), "one batch"
     if args.train_sampling_strategy == "batch_rebalance":  # its sampler shares out whole updates
         wanted = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         what = "one update"
-    if num_rows < wanted:
+    _check_not_dropped(args, num_rows, f"{what} of {wanted}", wanted, "to train on")
+
+
+def _check_not_dropped(args: DPOConfig, num_rows: int, what: str, least: int, purpose: str) -> None:
+    if args.dataloader_drop_last and num_rows < least:
         raise ValueError(
-            f"want at least {what} of {wanted} rows with dataloader_drop_last, got {num_rows} to "
-            "train on"
+            f"want at least {what} rows with dataloader_drop_last, got {num_rows} {purpose}"
         )
 
 
@@ -261,12 +262,10 @@ def check_evaluation(
     """
     for name, each in by_name(eval_dataset, "eval").items():
         check_dataset(each, name)
-        batch = args.over_ranks(args.eval_batch_size)
-        if args.dataloader_drop_last and isinstance(each, Dataset) and len(each) < batch:
-            raise ValueError(
-                f"{name} dataset: want at least one batch of {batch} rows with "
-                f"dataloader_drop_last, got {len(each)}"
-            )
+        if args.eval_strategy != "no" and not has_own_loop and isinstance(each, Dataset):
+            batch = args.over_ranks(args.eval_batch_size)
+            what = f"one batch of {batch}"
+            _check_not_dropped(args, len(each), what, batch, f"in the {name} dataset")
     if args.eval_strategy != "no" and eval_dataset is None:
         raise ValueError("want an eval_dataset, or eval_strategy='no', got neither")
     in_batches = args.batch_eval_metrics and compute_metrics

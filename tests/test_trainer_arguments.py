@@ -154,14 +154,11 @@ def test_logging_may_be_set_by_args_own_method(tmp_path, tokenizer, report_to):
 def test_rows_of_an_evaluation_that_would_all_be_dropped_are_refused(tmp_path, tokenizer):
     settings = {"dataloader_drop_last": True, "per_device_eval_batch_size": 4}
     whole = Dataset.from_list(tiny.rows(4))
-    make_trainer(tmp_path, tokenizer, eval_dataset=whole, **settings)
-    with pytest.raises(ValueError, match="eval_few dataset: want at least one batch of 4 .* got 3"):
-        make_trainer(
-            tmp_path,
-            tokenizer,
-            eval_dataset={"all": whole, "few": whole.select(range(3))},
-            **settings,
-        )
+    make_trainer(tmp_path, tokenizer, eval_dataset=whole, eval_strategy="epoch", **settings)
+    settings["eval_dataset"] = {"all": whole, "few": whole.select(range(3))}
+    make_trainer(tmp_path, tokenizer, **settings)  # evaluates nothing
+    with pytest.raises(ValueError, match="at least one batch of 4 .*, got 3 in the eval_few data"):
+        make_trainer(tmp_path, tokenizer, eval_strategy="epoch", **settings)
 
 
 def test_a_tokenizer_is_loaded_of_the_models_revision(tmp_path, monkeypatch):
