@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test bench lint
 demo: .venv/.ready
-	$(BIN)/fastdpo demo --output_dir demo_run
+	OMP_WAIT_POLICY=passive $(BIN)/fastdpo demo --output_dir demo_run  # cores may be busy
 
 test: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal
