@@ -8,19 +8,21 @@ Compared are the log-probability of every completion token, the loss of every pa
 of every trained parameter. Both ways run in the precision of the run. On a CPU pair_loss is the
 same function both ways: a mistake of its own shows on a GPU alone.
 
-The reference's log-probabilities are the policy's own plus offsets, as equal ones would give every
-pair the same loss. Offsets are at most 1 / beta, and at most 5 nats where the f-divergence is
-exponential in them. The reference model, dropout, gradient checkpointing, packs
-(max_tokens_per_forward) and the experts' load-balancing loss are left out.
+The reference's log-probabilities are the policy's own, plainly, minus log-ratios that are made up:
+equal ones would give every pair the same loss. They are at most 1 / beta, and at most 5 nats where
+the f-divergence is exponential in them. The engine's losses are those at this reference. Its
+gradients are those at these log-ratios: with its own, which rounding moves by nats in 16 bits, they
+would be off by the loss's curvature, though neither way is wrong.
 
-In 16 bits with a beta of 2 or more, gradients may be off by more than is allowed, though neither
-way is wrong: the tolerance has no share for the loss's curvature.
+The reference model, dropout, gradient checkpointing, packs (max_tokens_per_forward) and the
+experts' load-balancing loss are left out.
 
 A loss of a whole batch (aot, aot_unpaired, sft) mixes per_device_train_batch_size pairs both ways.
 AOT sorts them: two log-ratios that differ by less than rounding may swap places, which is reported
-as a difference, though neither way is wrong.
+as a difference of losses, though neither way is wrong.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -87,13 +89,15 @@ class PlainPairs(NamedTuple):
 class Plain(NamedTuple):
     """The plain way's answer for all pairs, and what the tolerances are made of.
 
-    reference_logps_B2: the reference's log-probability of chosen and rejected. slope_B: how long
-    the gradient of a pair's loss in its token log-probabilities is. spread: the standard deviation
-    of a token's logits over the vocabulary, rms over tokens.
+    reference_logps_B2, logratios_B2: the reference's log-probability of chosen and rejected, and
+    the policy's minus that. slope_B: how long the gradient of a pair's loss in its token
+    log-probabilities is. spread: the standard deviation of a token's logits over the vocabulary,
+    rms over tokens.
     """
 
     answer: Answer
     reference_logps_B2: Tensor
+    logratios_B2: Tensor
     slope_B: Tensor
     spread: float
 
@@ -155,11 +159,11 @@ def plain_way(subject: Subject) -> Plain:
     largest = 1 / args.beta
     if args.f_divergence_type in POWERS:
         largest = min(largest, LARGEST_POWER)
-    offsets_B2 = largest * torch.arange(2.0 * num_pairs).sin().view(-1, 2)
+    logratios_B2 = largest * torch.arange(2.0 * num_pairs, device=args.device).sin().view(-1, 2)
     batches = []
     subject.policy.zero_grad()
     for few in torch.arange(num_pairs).split(together):
-        batches.append(pairs := _plain_pairs(subject, few.tolist(), offsets_B2[few]))
+        batches.append(pairs := _plain_pairs(subject, few.tolist(), logratios_B2[few]))
         (pairs.loss_B.sum() / num_pairs).backward()
     completions = [each for pairs in batches for each in pairs.completions]
     answer = Answer(
@@ -170,13 +174,13 @@ def plain_way(subject: Subject) -> Plain:
     return Plain(
         answer,
         reference_logps_B2=torch.cat([pairs.reference_logps_B2 for pairs in batches]),
+        logratios_B2=logratios_B2,
         slope_B=torch.cat([pairs.slope_B for pairs in batches]),
         spread=torch.cat([each.variance_C for each in completions]).mean().sqrt().item(),
     )
 
 
-def _plain_pairs(subject: Subject, few: list[int], offsets_B2: Tensor) -> PlainPairs:
-    """offsets_B2: the policy's log-probability minus the reference's, of chosen and rejected."""
+def _plain_pairs(subject: Subject, few: list[int], logratios_B2: Tensor) -> PlainPairs:
     args = subject.args
     chosen, rejected = ([_own_tokens(subject, b, side) for b in few] for side in SIDES)
     completions = chosen + rejected
@@ -185,7 +189,7 @@ def _plain_pairs(subject: Subject, few: list[int], offsets_B2: Tensor) -> PlainP
     cu_seqlens = cu_seqlens_of(lengths).to(token_logps_C.device)
     # as the loss sums them, or the reference is as far off as what ld_alpha leaves out
     logps_S = reference.completion_sums(token_logps_C.detach(), cu_seqlens, args.ld_alpha)
-    reference_logps_S = logps_S - offsets_B2.T.flatten().to(logps_S)
+    reference_logps_S = logps_S - logratios_B2.T.flatten().to(logps_S)
     loss_B, _ = reference.pair_loss(
         token_logps_C, cu_seqlens, reference_logps_S, **args.loss_settings
     )
@@ -247,7 +251,7 @@ def _take_gradients(subject: Subject) -> dict[str, Tensor | None]:
     return gradients
 
 
-def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Answer:
+def engine_way(subject: Subject, layout: str, plain: Plain) -> Answer:
     """As a training step has it, batches of per_device_train_batch_size pairs in `layout`.
 
     CannotRun where a forward fails.
@@ -268,15 +272,19 @@ def engine_way(subject: Subject, layout: str, reference_logps_B2: Tensor) -> Ans
             except (TypeError, ValueError, RuntimeError) as error:
                 raise CannotRun(str(error)) from error
         # first: unlike a GPU's pair_loss it refuses lengths that do not fit the tokens
-        completions = scored.token_logps_C.detach().split(batch.cu_seqlens.diff().tolist())
-        loss_B = pair_loss(
+        token_logps_C = scored.token_logps_C.detach()
+        completions = token_logps_C.split(batch.cu_seqlens.diff().tolist())
+        loss_of = functools.partial(
+            pair_loss,
             scored.token_logps_C,
             batch.cu_seqlens,
-            reference_logps_B2[chunk].T.flatten(),  # chosen, then rejected
             log_sum_p2_C=scored.log_sum_p2_C,
             **args.loss_settings,
-        ).loss_B
-        (loss_B.sum() / B).backward()
+        )
+        loss_B = loss_of(plain.reference_logps_B2[chunk].T.flatten()).loss_B  # chosen, rejected
+        logps_S = reference.completion_sums(token_logps_C, batch.cu_seqlens, args.ld_alpha)
+        at_logratios = loss_of(logps_S - plain.logratios_B2[chunk].T.flatten().to(logps_S))
+        (at_logratios.loss_B.sum() / B).backward()
         chosen, rejected = completions[: len(chunk)], completions[len(chunk) :]
         token_logps += [side for both in zip(chosen, rejected, strict=True) for side in both]
         losses.append(loss_B.detach())
@@ -322,7 +330,7 @@ def compare(subject: Subject, plain: Plain) -> Iterator[Finding]:
         switch = attend_as_before if layout == "padded" else attend_along_trees
         switch(causal_lm_of(subject.policy))
         try:
-            answer = engine_way(subject, layout, plain.reference_logps_B2)
+            answer = engine_way(subject, layout, plain)
         except torch.OutOfMemoryError:
             raise
         except (CannotRun, TypeError, ValueError, RuntimeError) as error:

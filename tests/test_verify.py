@@ -68,6 +68,14 @@ def test_a_loss_without_any_gradient_agrees(here, capsys):
     assert not what_differs(capsys)
 
 
+def test_gradients_in_16_bits_agree_at_any_beta(here, tmp_path, capsys):
+    """A rounding of a log-ratio may turn a steep loss's slope around: the loss's bound has it."""
+    rows = [row | {"chosen": 12 * row["chosen"]} for row in tiny.rows()]
+    tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    flags = ("--layout", "padded", "--dtype", "bfloat16")
+    assert run(here, *flags, "--beta", "60", rows=tmp_path / "rows.jsonl") == 0
+
+
 def test_what_16_bits_cannot_show_is_said(here, capsys):
     for flags, is_said in ((("--bf16", "True"), True), ((), False)):
         run(here, *flags, "--layout", "padded")

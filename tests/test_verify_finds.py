@@ -189,7 +189,7 @@ def test_roundings_of_next_to_nothing_agree():
         verify.Answer([], loss, dict(zip(names, gradients, strict=True)))
         for loss, gradients in ((loss_B + 1e-7, ours), (loss_B, theirs))
     )
-    plain = verify.Plain(plain, torch.zeros(2, 2), slope_B=loss_B, spread=1.0)
+    plain = verify.Plain(plain, torch.zeros(2, 2), torch.zeros(2, 2), slope_B=loss_B, spread=1.0)
     subject = SimpleNamespace(trained=dict.fromkeys(names))
     for compare in (verify._compare_losses, verify._compare_gradients):
         assert compare(subject, "padded", plain, answer, tolerance).agrees
