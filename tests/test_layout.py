@@ -3,6 +3,8 @@
 import logging
 import math
 import shutil
+import sysconfig
+from pathlib import Path
 
 import families
 import pytest
@@ -224,7 +226,10 @@ def test_the_body_runs_each_token_of_the_tree_once():
     assert flops(batch.model_inputs) == flops({"input_ids": torch.full((1, tokens), 7)})
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+@pytest.mark.skipif(
+    shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch.compile needs a C++ compiler and Python's headers here",
+)
 def test_a_compiled_model_trains_alike(tmp_path, tokenizer):
     plain = make_trainer(tmp_path, tokenizer, max_steps=2)
     plain.train()
