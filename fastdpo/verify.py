@@ -271,8 +271,8 @@ def engine_way(subject: Subject, layout: str, plain: Plain) -> Answer:
                 raise
             except (TypeError, ValueError, RuntimeError) as error:
                 raise CannotRun(str(error)) from error
-        # first: unlike a GPU's pair_loss it refuses lengths that do not fit the tokens
         token_logps_C = scored.token_logps_C.detach()
+        # first: unlike a GPU's pair_loss it refuses lengths that do not fit the tokens
         completions = token_logps_C.split(batch.cu_seqlens.diff().tolist())
         loss_of = functools.partial(
             pair_loss,
