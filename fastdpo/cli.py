@@ -174,8 +174,9 @@ def verify(argv: Sequence[str]) -> int:
 
 def _verify(argv: Sequence[str]) -> int:
     from fastdpo.parser import VerifyParser
+    from fastdpo.plain_way import plain_way
     from fastdpo.subject import load_subject
-    from fastdpo.verify import HEADER, compare, describe, plain_way
+    from fastdpo.verify import HEADER, compare, describe
 
     with _bad_input():
         run, max_pairs, unknown = VerifyParser(prog="fastdpo verify").parse(argv)

@@ -58,6 +58,12 @@ class Subject:
         enabled = self.args.bf16 or self.args.fp16
         return torch.autocast(self.args.device.type, self.compute_dtype, enabled=enabled)
 
+    def take_gradients(self) -> dict[str, torch.Tensor | None]:
+        """Each trained parameter's gradient by name, None where it has none; it has none then."""
+        gradients = {name: parameter.grad for name, parameter in self.trained.items()}
+        self.policy.zero_grad()  # sets to None, so that these stay as they are
+        return gradients
+
     def place(self, b: int, side: str, t: int) -> str:
         """A completion's t-th scored token, in words."""
         ids = self.pairs[b][f"{side}_ids"]

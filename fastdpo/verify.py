@@ -1,105 +1,42 @@
-"""The engine against kernels/reference.py, on the user's own model and rows.
+"""The engine against plain PyTorch, on the user's own model and rows.
 
-    plain       a sequence a forward, the model's own logits in float32, log_softmax,
-                reference.pair_loss, autograd: nothing that fastdpo does to be fast
-    engine      what a training step runs: collator, score, pair_loss, in each layout
+    plain way   a sequence a forward, the model's own logits, autograd (plain_way.py)
+    engine way  what a training step runs, in each layout (engine_way.py)
 
 Compared are the log-probability of every completion token, the loss of every pair and the gradient
 of every trained parameter. Both ways run in the precision of the run. On a CPU pair_loss is the
 same function both ways: a mistake of its own shows on a GPU alone.
 
-The reference's log-probabilities are the policy's own, plainly, minus log-ratios that are made up:
-equal ones would give every pair the same loss. They are at most 1 / beta, and at most 5 nats where
-the f-divergence is exponential in them. The engine's losses are those at this reference. Its
-gradients are those at these log-ratios: with its own, which rounding moves by nats in 16 bits, they
-would be off by the loss's curvature, though neither way is wrong.
-
-The reference model, dropout, gradient checkpointing, packs (max_tokens_per_forward) and the
-experts' load-balancing loss are left out.
+The reference model, dropout, gradient checkpointing and the experts' load-balancing loss are left
+out.
 
 A loss of a whole batch (aot, aot_unpaired, sft) mixes per_device_train_batch_size pairs both ways.
 AOT sorts them: two log-ratios that differ by less than rounding may swap places, which is reported
 as a difference of losses, though neither way is wrong.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 
 from fastdpo.attention import attend_along_trees, attend_as_before
-from fastdpo.batch import PairBatch, cu_seqlens_of
-from fastdpo.collate import LAYOUTS, make_collator
-from fastdpo.columns import ID_COLUMNS
-from fastdpo.kernels import reference
+from fastdpo.collate import LAYOUTS
+from fastdpo.engine_way import CannotRun, engine_way
 from fastdpo.layout import why_padded
-from fastdpo.losses import pair_loss
-from fastdpo.model import attach_scorer, causal_lm_of, score
+from fastdpo.model import attach_scorer, causal_lm_of
+from fastdpo.plain_way import SIDES, Answer, Plain
 from fastdpo.subject import Subject
 
-SIDES = ("chosen", "rejected")
 # Tolerances, in roundings of the dtype that the layers compute in. In a Llama of 16 random layers
 # on a CPU, the padded layout differed by 2.2 roundings of the logits' spread and 10 of a gradient
 # in bfloat16; by 7 and 35 in float32, whose sums round too.
 LOGP_ROUNDINGS, LEAST_LOGP = 8, 3e-5  # times the logits' spread: nats, rms over tokens
 LARGEST = 8  # a single token may be this many times as far off
 GRADIENT_ROUNDINGS, LEAST_GRADIENT = 24, 2e-4  # share of a parameter's gradient
-POWERS, LARGEST_POWER = ("forward_kl", "alpha_divergence"), 5.0  # nats: e**5 is 148
 SMALL_GRADIENT = 0.01  # of all parameters' gradient: a parameter's own counts as that much larger
-
-
-class Answer(NamedTuple):
-    """What one way computes.
-
-    token_logps: (C,) for each completion, in the order pair 0's chosen, pair 0's rejected, pair 1's
-    chosen and so on. gradients: of each trained parameter by name, None where it has none.
-    """
-
-    token_logps: list[Tensor]
-    loss_B: Tensor
-    gradients: dict[str, Tensor | None]
-
-
-class OwnTokens(NamedTuple):
-    """A completion's tokens by the model's own forward: log-probabilities, the variance of their
-    logits, and WPO's log sum of p². (C,) each, float32."""
-
-    logps_C: Tensor
-    variance_C: Tensor
-    log_sum_p2_C: Tensor
-
-
-class PlainPairs(NamedTuple):
-    """The plain way's values for a few pairs, of which Plain is made.
-
-    completions: in the order of Answer's. loss_B carries its gradient. reference_logps_B2 and
-    slope_B: as in Plain.
-    """
-
-    completions: list[OwnTokens]
-    reference_logps_B2: Tensor
-    loss_B: Tensor
-    slope_B: Tensor
-
-
-class Plain(NamedTuple):
-    """The plain way's answer for all pairs, and what the tolerances are made of.
-
-    reference_logps_B2, logratios_B2: the reference's log-probability of chosen and rejected, and
-    the policy's minus that. slope_B: how long the gradient of a pair's loss in its token
-    log-probabilities is. spread: the standard deviation of a token's logits over the vocabulary,
-    rms over tokens.
-    """
-
-    answer: Answer
-    reference_logps_B2: Tensor
-    logratios_B2: Tensor
-    slope_B: Tensor
-    spread: float
 
 
 class Tolerance(NamedTuple):
@@ -115,10 +52,6 @@ class Tolerance(NamedTuple):
         eps = torch.finfo(dtype).eps
         logp = max(LEAST_LOGP, LOGP_ROUNDINGS * eps) * max(1.0, spread)
         return cls(logp, max(LEAST_GRADIENT, GRADIENT_ROUNDINGS * eps))
-
-
-class CannotRun(Exception):
-    """A forward failed, as one may in a layout that does not fit the model."""
 
 
 class Finding(NamedTuple):
@@ -147,150 +80,6 @@ class Finding(NamedTuple):
 HEADER = f"{'layout':<8}{'compared':<24}{'worst':>10}{'rms':>10}{'allowed':>10}  {'':<8} worst at"
 
 
-def plain_way(subject: Subject) -> Plain:
-    """A sequence at a time, by the model's own forward and kernels/reference.py.
-
-    ValueError, with pair, token and layer, where a log-probability comes out NaN or Inf.
-    """
-    args, num_pairs = subject.args, len(subject.pairs)
-    # pairs that meet in a loss are kept together, with all their logits
-    together = args.per_device_train_batch_size if args.mixes_pairs else 1
-    # no two pairs' alike; without an f-divergence the rewards are in [-1, 1]
-    largest = 1 / args.beta
-    if args.f_divergence_type in POWERS:
-        largest = min(largest, LARGEST_POWER)
-    logratios_B2 = largest * torch.arange(2.0 * num_pairs, device=args.device).sin().view(-1, 2)
-    batches = []
-    subject.policy.zero_grad()
-    for few in torch.arange(num_pairs).split(together):
-        batches.append(pairs := _plain_pairs(subject, few.tolist(), logratios_B2[few]))
-        (pairs.loss_B.sum() / num_pairs).backward()
-    completions = [each for pairs in batches for each in pairs.completions]
-    answer = Answer(
-        token_logps=[each.logps_C.detach() for each in completions],
-        loss_B=torch.cat([pairs.loss_B.detach() for pairs in batches]),
-        gradients=_take_gradients(subject),
-    )
-    return Plain(
-        answer,
-        reference_logps_B2=torch.cat([pairs.reference_logps_B2 for pairs in batches]),
-        logratios_B2=logratios_B2,
-        slope_B=torch.cat([pairs.slope_B for pairs in batches]),
-        spread=torch.cat([each.variance_C for each in completions]).mean().sqrt().item(),
-    )
-
-
-def _plain_pairs(subject: Subject, few: list[int], logratios_B2: Tensor) -> PlainPairs:
-    args = subject.args
-    chosen, rejected = ([_own_tokens(subject, b, side) for b in few] for side in SIDES)
-    completions = chosen + rejected
-    token_logps_C = torch.cat([each.logps_C for each in completions])
-    lengths = [len(each.logps_C) for each in completions]
-    cu_seqlens = cu_seqlens_of(lengths).to(token_logps_C.device)
-    # as the loss sums them, or the reference is as far off as what ld_alpha leaves out
-    logps_S = reference.completion_sums(token_logps_C.detach(), cu_seqlens, args.ld_alpha)
-    reference_logps_S = logps_S - logratios_B2.T.flatten().to(logps_S)
-    loss_B, _ = reference.pair_loss(
-        token_logps_C, cu_seqlens, reference_logps_S, **args.loss_settings
-    )
-    weight_B = torch.ones_like(loss_B)
-    if args.use_weighting:
-        alignments_C = token_logps_C - torch.cat([each.log_sum_p2_C for each in completions])
-        means_S = torch.stack([each_C.mean() for each_C in alignments_C.split(lengths)])
-        weight_B = means_S.view(2, -1).sum(0).exp()
-    # a weight is no part of the gradient, but as far off as the tokens that it is made of
-    slopes = [
-        torch.autograd.grad(weighted, token_logps_C, retain_graph=True)[0].double().norm()
-        for weighted in loss_B * weight_B
-    ]
-    return PlainPairs(
-        completions=[each for pair in zip(chosen, rejected, strict=True) for each in pair],
-        reference_logps_B2=reference_logps_S.view(2, -1).T,
-        loss_B=loss_B * weight_B.detach(),
-        slope_B=torch.stack(slopes),
-    )
-
-
-def _own_tokens(subject: Subject, b: int, side: str) -> OwnTokens:
-    pair, args = subject.pairs[b], subject.args
-    ids = pair["prompt_ids"] + pair[f"{side}_ids"]
-    length = min(len(ids), args.max_length or len(ids))
-    lost = len(ids) - length if args.truncation_mode == "keep_end" else 0
-    ids_L = torch.tensor(ids[lost : lost + length], device=args.device)
-    # a first token has nothing that predicts it
-    start = max(1, len(pair["prompt_ids"]) - lost)
-    with subject.autocast():
-        logits_LV = subject.policy(input_ids=ids_L[None], use_cache=False).logits[0]
-    logits_CV = logits_LV[start - 1 : -1].float()
-    labels_C = ids_L[start:].to(logits_CV.device)
-    logps_CV = logits_CV.log_softmax(-1)
-    logps_C = logps_CV.gather(1, labels_C[:, None]).squeeze(1)
-    if not (finite_C := logps_C.isfinite()).all():
-        t = int(finite_C.int().argmin())
-        raise ValueError(
-            f"{subject.place(b, side, t)}: want finite numbers from the model's own forward, got "
-            f"NaN or Inf, first in {_first_not_finite(subject, ids_L)}"
-        )
-    with torch.no_grad():
-        return OwnTokens(logps_C, logits_CV.var(-1), (2 * logps_CV).logsumexp(-1))
-
-
-@torch.no_grad()
-def _first_not_finite(subject: Subject, ids_L: Tensor) -> str:
-    with subject.autocast():
-        found = subject.policy(input_ids=ids_L[None], use_cache=False, output_hidden_states=True)
-    for layer, hidden in enumerate(found.hidden_states):
-        if not hidden.isfinite().all():
-            return f"the hidden states of layer {layer - 1}" if layer else "the embeddings"
-    return "the logits"
-
-
-def _take_gradients(subject: Subject) -> dict[str, Tensor | None]:
-    gradients = {name: parameter.grad for name, parameter in subject.trained.items()}
-    subject.policy.zero_grad()  # sets to None, so that these stay as they are
-    return gradients
-
-
-def engine_way(subject: Subject, layout: str, plain: Plain) -> Answer:
-    """As a training step has it, batches of per_device_train_batch_size pairs in `layout`.
-
-    CannotRun where a forward fails.
-    """
-    args, B = subject.args, len(subject.pairs)
-    pad_token_id = subject.tokenizer.pad_token_id
-    collate = make_collator(layout, pad_token_id=pad_token_id, **args.collator_settings)
-    token_logps, losses = [], []
-    subject.policy.zero_grad()
-    for chunk in torch.arange(B).split(args.per_device_train_batch_size):
-        inputs = collate([{name: subject.pairs[b][name] for name in ID_COLUMNS} for b in chunk])
-        batch = PairBatch.from_inputs(send_to_device(inputs, args.device))
-        with subject.autocast():
-            try:
-                scored = score(subject.policy, batch, stats=args.token_stats)
-            except torch.OutOfMemoryError:
-                raise
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise CannotRun(str(error)) from error
-        token_logps_C = scored.token_logps_C.detach()
-        # first: unlike a GPU's pair_loss it refuses lengths that do not fit the tokens
-        completions = token_logps_C.split(batch.cu_seqlens.diff().tolist())
-        loss_of = functools.partial(
-            pair_loss,
-            scored.token_logps_C,
-            batch.cu_seqlens,
-            log_sum_p2_C=scored.log_sum_p2_C,
-            **args.loss_settings,
-        )
-        loss_B = loss_of(plain.reference_logps_B2[chunk].T.flatten()).loss_B  # chosen, rejected
-        logps_S = reference.completion_sums(token_logps_C, batch.cu_seqlens, args.ld_alpha)
-        at_logratios = loss_of(logps_S - plain.logratios_B2[chunk].T.flatten().to(logps_S))
-        (at_logratios.loss_B.sum() / B).backward()
-        chosen, rejected = completions[: len(chunk)], completions[len(chunk) :]
-        token_logps += [side for both in zip(chosen, rejected, strict=True) for side in both]
-        losses.append(loss_B.detach())
-    return Answer(token_logps, torch.cat(losses), _take_gradients(subject))
-
-
 def describe(subject: Subject, plain: Plain) -> str:
     """What is compared, and how the tolerances come about, a line each."""
     dtype, policy = subject.compute_dtype, subject.policy
@@ -298,10 +87,14 @@ def describe(subject: Subject, plain: Plain) -> str:
     eps = torch.finfo(dtype).eps
     trained = sum(parameter.numel() for parameter in subject.trained.values())
     tokens = sum(map(len, plain.answer.token_logps))
+    batches = f"of {subject.args.per_device_train_batch_size} pairs"
+    if isinstance(max_tokens := subject.args.max_tokens_per_forward, int):
+        batches += f", in packs of at most {max_tokens:,} tokens"
     lines = (
         f"model      {type(causal_lm_of(policy)).__name__} in {policy.dtype}, {trained:,} trained",
         f"pairs      {len(subject.pairs)} of the first {subject.num_rows} rows, counted from 0, "
         f"with {tokens:,} completion tokens",
+        f"batches    {batches}",
         f"tolerance  layers compute in {dtype}: a rounding is {eps:.1e}",
         f"  token      {logp:.1e} nats rms, {LARGEST} times that for one: {LOGP_ROUNDINGS} "
         f"roundings, at least {LEAST_LOGP:g}, times the logits' standard deviation "

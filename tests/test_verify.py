@@ -10,9 +10,11 @@ import torch
 from datasets import Dataset, Features, Value
 from verifying import folder_with_models_and_rows, load, run, save, table, what_differs
 
-from fastdpo import cli, losses, verify
+from fastdpo import cli, engine_way, losses, plain_way, verify
+from fastdpo.batch_loss import pack_losses
 from fastdpo.collate import LAYOUTS
 from fastdpo.losses import pair_loss
+from fastdpo.model import score
 
 pytestmark = pytest.mark.usefixtures("offline")
 LORA = ("--use_peft", "--lora_target_modules", "all-linear")
@@ -41,7 +43,7 @@ def test_every_layout_agrees(here, model, more, capsys):
 
 def test_a_float32_engine_agrees_far_within_its_tolerance(here):
     subject = load(here)
-    for finding in verify.compare(subject, verify.plain_way(subject)):
+    for finding in verify.compare(subject, plain_way.plain_way(subject)):
         assert finding.worst < finding.allowed / 20, finding
 
 
@@ -105,7 +107,7 @@ def test_no_pairs_loss_is_flat(here, tmp_path, more):
     """Where a pair's loss does not move with its tokens, nothing of the engine's gradient shows."""
     rows = [row | {"chosen": 40 * row["chosen"]} for row in tiny.rows()]
     tiny.write_rows(tmp_path / "rows.jsonl", rows)
-    plain = verify.plain_way(load(here, *more, rows=tmp_path / "rows.jsonl"))
+    plain = plain_way.plain_way(load(here, *more, rows=tmp_path / "rows.jsonl"))
     assert plain.slope_B.min() > 0.05
 
 
@@ -114,11 +116,39 @@ def test_losses_of_a_batch_agree_and_a_wrong_mix_is_found(here, monkeypatch, los
     # at this beta the references lie far enough apart for other ranks than the policy's
     flags = ("--loss_type", *loss_type, "--per_device_train_batch_size", "3", "--beta", "0.01")
     assert run(here, *flags) == 0
-    alone = {"loss_type": ("sigmoid",), "loss_weights": None}
-    monkeypatch.setattr(
-        verify, "pair_loss", lambda *tensors, **settings: pair_loss(*tensors, **settings | alone)
-    )
+
+    def each_alone(*tensors, **settings):
+        alone = {"loss_type": ("sigmoid",), "loss_weights": None}
+        return pair_loss(*tensors, **settings | alone)
+
+    monkeypatch.setattr(engine_way, "pair_loss", each_alone)
     capsys.readouterr()
+    assert run(here, *flags) == 1
+    assert {what for _, what in what_differs(capsys)} == {"pair", "gradients"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--use_weighting", "True"), ("--loss_type", "aot", "sft", "--beta", "0.01")],
+    ids=["of-pairs", "of-a-batch"],
+)
+def test_packs_agree(here, monkeypatch, more, capsys):
+    forwards = []
+    monkeypatch.setattr(
+        engine_way, "score", lambda *args, **kw: forwards.append(None) or score(*args, **kw)
+    )
+    batches = ("--per_device_train_batch_size", "5", "--layout", "shared")
+    assert run(here, *more, *batches, "--max_tokens_per_forward", "30") == 0
+    assert "of 5 pairs, in packs of at most 30 tokens" in capsys.readouterr().out
+    assert len(forwards) > 4  # of 8 pairs
+
+
+def test_a_pack_that_does_not_see_its_batch_is_found(here, monkeypatch, capsys):
+    def each_alone(packs, **settings):
+        return [loss for pack in packs for loss in pack_losses([pack], **settings)]
+
+    monkeypatch.setattr(engine_way, "pack_losses", each_alone)
+    flags = ("--loss_type", "aot", "--beta", "0.01", "--max_tokens_per_forward", "30")
     assert run(here, *flags) == 1
     assert {what for _, what in what_differs(capsys)} == {"pair", "gradients"}
 
@@ -169,7 +199,7 @@ def test_layouts_that_a_model_cannot_run_are_said_not_run(here, tmp_path, capsys
 
 
 def test_adapters_all_have_a_gradient_to_compare(here):
-    gradients = verify.plain_way(load(here, *LORA, "--max_pairs", "2")).answer.gradients
+    gradients = plain_way.plain_way(load(here, *LORA, "--max_pairs", "2")).answer.gradients
     assert len(gradients) == 2 * 7 * 2  # two matrices on seven layers, in two blocks
     assert all(gradient.any() for gradient in gradients.values())
 
@@ -245,7 +275,7 @@ def test_memory_that_runs_out_is_no_layout_that_cannot_run(here, monkeypatch, ca
     def fail(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(verify, "score", fail)
+    monkeypatch.setattr(engine_way, "score", fail)
     assert run(here) == 3
     assert "out of memory" in capfd.readouterr().err
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 from verifying import folder_with_models_and_rows, run, table, what_differs
 
-from fastdpo import attention, head, ops, verify
+from fastdpo import attention, engine_way, head, ops, plain_way, verify
 from fastdpo.collate import LAYOUTS
 from fastdpo.columns import Cut
 from fastdpo.kernels import reference
@@ -114,13 +114,13 @@ def test_a_cut_that_takes_a_token_too_many_is_found(here, monkeypatch, capsys, m
 
 
 def test_a_token_scored_too_little_is_found(here, monkeypatch, capsys):
-    score = verify.score
+    score = engine_way.score
 
     def one_less(policy, batch, **settings):
         batch.cu_seqlens[1] -= 1
         return score(policy, batch, **settings)
 
-    monkeypatch.setattr(verify, "score", one_less)
+    monkeypatch.setattr(engine_way, "score", one_less)
     assert run(here, "--layout", "padded") == 1
     assert "pair 0, chosen: " in what_differs(capsys)["padded", "token"]
 
@@ -186,10 +186,10 @@ def test_roundings_of_next_to_nothing_agree():
     ours = (torch.ones(3), torch.tensor([-1e-9]), torch.zeros(2))
     loss_B, tolerance = torch.zeros(2), verify.Tolerance.of(torch.float32, 1.0)
     answer, plain = (
-        verify.Answer([], loss, dict(zip(names, gradients, strict=True)))
+        plain_way.Answer([], loss, dict(zip(names, gradients, strict=True)))
         for loss, gradients in ((loss_B + 1e-7, ours), (loss_B, theirs))
     )
-    plain = verify.Plain(plain, torch.zeros(2, 2), torch.zeros(2, 2), slope_B=loss_B, spread=1.0)
+    plain = plain_way.Plain(plain, torch.zeros(2, 2), torch.zeros(2, 2), slope_B=loss_B, spread=1.0)
     subject = SimpleNamespace(trained=dict.fromkeys(names))
     for compare in (verify._compare_losses, verify._compare_gradients):
         assert compare(subject, "padded", plain, answer, tolerance).agrees
