@@ -148,9 +148,9 @@ def pair_loss_cases():
     scalars = ("beta", "label_smoothing", "f_alpha_divergence_coef", "discopop_tau", "ld_alpha")
     types = {f"{name}_ptr": "*fp32" for name in floats} | dict.fromkeys(scalars, "fp32")
     types |= {"cu_seqlens_ptr": "*i32", "B": "i32"}
-    alone = [((name,), "reverse_kl") for name in pair_loss.LOSS_TYPES]
+    alone = [((name,), "reverse_kl") for name in pair_loss.LOSSES]
     divergences = [(("sigmoid",), name) for name in pair_loss.F_DIVERGENCES[1:]]
-    for losses, divergence in ((pair_loss.LOSS_TYPES, "reverse_kl"), *alone, *divergences):
+    for losses, divergence in ((pair_loss.LOSSES, "reverse_kl"), *alone, *divergences):
         weights = tuple(0.5 + i for i in range(len(losses)))
         constants = {"NAMES": losses, "WEIGHTS": weights, "F_DIVERGENCE": divergence}
         yield Case(

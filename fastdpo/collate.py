@@ -135,7 +135,7 @@ class PackedCollator:
         """At most this, for pairs of one prompt: what else their completions share is not known."""
         lengths = [n for pair in pairs for n in self.cut.lengths(pair)]
         longest, tokens = max(lengths), sum(lengths)
-        if self.share and not self.cut.may_split_prompt(longest):
+        if self.share and not self.cut.may_cut_start(longest):
             prompt = min(len(pairs[0]["prompt_ids"]), self.cut.max_length or sys.maxsize)
             tokens -= prompt * (len(lengths) - 1)
         return Size(len(lengths), longest, tokens)

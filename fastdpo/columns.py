@@ -39,6 +39,6 @@ class Cut:
             min(limit, prompt + len(pair["rejected_ids"])),
         )
 
-    def may_split_prompt(self, length: int) -> bool:
-        """Whether a sequence of this length may have lost some of its prompt."""
+    def may_cut_start(self, length: int) -> bool:
+        """Whether a sequence that is left with this length may have lost its beginning."""
         return self.truncation_mode == "keep_end" and length == self.max_length

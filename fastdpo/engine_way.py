@@ -98,10 +98,11 @@ def _score(subject: Subject, forward: Forward) -> ScoredOutput:
     return scored
 
 
-def _at_both(
+def _with_both_references(
     subject: Subject, plain: Plain, forward: Forward, token_logps_C: Tensor
 ) -> tuple[PackLogps, PackLogps]:
-    """With the plain way's reference, and with one that leads to the plain way's log-ratios."""
+    """The plain way's reference, for the losses; and one that leads to the plain way's log-ratios,
+    for the gradients."""
     cu_seqlens = forward.batch.cu_seqlens
     logps_S = reference.completion_sums(token_logps_C.detach(), cu_seqlens, subject.args.ld_alpha)
     reference_logps_S, logratios_S = (
@@ -119,25 +120,27 @@ def _losses(
     scored: ScoredOutput,
     share: tuple[PackLoss, PackLoss] | None,
 ) -> list[PairLoss]:
-    """The forward's losses at both; share: its part of those of a batch that mixes pairs."""
-    logps = _at_both(subject, plain, forward, scored.token_logps_C)
-    if share is None:
-        settings = subject.args.loss_settings
-        return [pair_loss(*at, log_sum_p2_C=scored.log_sum_p2_C, **settings) for at in logps]
-    return [
-        loss.with_gradient(at.token_logps_C, at.cu_seqlens)
-        for loss, at in zip(share, logps, strict=True)
-    ]
+    """The forward's losses with each of both references.
+
+    share: its part of a batch that mixes pairs, with each.
+    """
+    if share is not None:
+        cu_seqlens = forward.batch.cu_seqlens
+        return [loss.with_gradient(scored.token_logps_C, cu_seqlens) for loss in share]
+    settings = subject.args.loss_settings | {"log_sum_p2_C": scored.log_sum_p2_C}
+    both = _with_both_references(subject, plain, forward, scored.token_logps_C)
+    return [pair_loss(*logps, **settings) for logps in both]
 
 
 def _shares(
     subject: Subject, plain: Plain, forwards: list[Forward]
 ) -> list[tuple[PackLoss, PackLoss]]:
-    """Each forward's part of its batch's loss, at both."""
+    """Each forward's part of its batch's loss, with each of both references."""
     with inference(subject.policy):
-        logps = [
-            _at_both(subject, plain, forward, _score(subject, forward).token_logps_C)
-            for forward in forwards
+        of_forwards = [
+            _with_both_references(subject, plain, each, _score(subject, each).token_logps_C)
+            for each in forwards
         ]
-    both = [pack_losses(list(at), **subject.args.loss_settings) for at in zip(*logps, strict=True)]
+    settings = subject.args.loss_settings
+    both = [pack_losses(list(packs), **settings) for packs in zip(*of_forwards, strict=True)]
     return list(zip(*both, strict=True))

@@ -20,7 +20,6 @@ import functools
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
@@ -32,6 +31,7 @@ from transformers.utils import ModelOutput
 from fastdpo.batch import PairBatch
 from fastdpo.experts import ExpertCounts, balancing_loss, experts_per_token
 from fastdpo.head import check_head_module, head_logps
+from fastdpo.kernels.linear_logps import HEAD_CACHE_BYTES
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")  # what metrics are made of
 
@@ -73,15 +73,17 @@ def has_adapters(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def attach_scorer(model: nn.Module, **head_settings: Any) -> None:
+def attach_scorer(
+    model: nn.Module, *, head_cache_bytes: int = HEAD_CACHE_BYTES, skip_below: float = 0.0
+) -> None:
     """Let `model(..., scored_rows=..., scored_labels=..., stats=...)` answer with a ScoredOutput.
 
-    head_settings: head_cache_bytes and skip_below, as kernels.linear_logps has them; a second call
-    changes these alone. ValueError for a head that head.py does not know.
+    head_cache_bytes, skip_below: as kernels.linear_logps has them; a second call changes these
+    alone. ValueError for a head that head.py does not know.
     """
     causal_lm = causal_lm_of(model)
     check_head_module(causal_lm)
-    causal_lm._head_settings = head_settings
+    causal_lm._head_settings = {"head_cache_bytes": head_cache_bytes, "skip_below": skip_below}
     causal_lm._virtual_tokens = _virtual_tokens(model)
     if _is_scorer(causal_lm.forward):
         return

@@ -60,11 +60,11 @@ def pair_loss(
     """
     arguments = token_logps_C, cu_seqlens, reference_logps_S
     device = token_logps_C.device
-    batch_losses = reference.BATCH_LOSSES.keys() & set(settings.get("loss_type", ()))
-    in_triton = backend_for(device) == "triton" and not batch_losses
+    mixes_pairs = not reference.BATCH_LOSSES.keys().isdisjoint(settings.get("loss_type", ()))
+    in_triton = backend_for(device) == "triton" and not mixes_pairs
     if not in_triton:  # the kernel's function checks its arguments itself
         in_torch = {
-            "batch_losses": tuple(batch_losses),
+            "batch_losses": tuple(reference.BATCH_LOSSES),
             "float_dtypes": (torch.float32, torch.float64),
         }
         _pair_loss.check_pair_loss(*arguments, **settings, **in_torch)

@@ -36,7 +36,7 @@ from fastdpo.update_start import UpdateStart
 
 logger = logging.get_logger(__name__)
 
-Batch = dict[str, Any]
+Inputs = dict[str, Any]  # a collator's dictionary, of a batch or of a pack: batch.py
 DDP_TYPES = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -64,11 +64,11 @@ class PackTrainer(Trainer):
             args.ddp_broadcast_buffers = False
         super().__init__(args=args, **arguments)
         self.budget = self._choose_budget()  # None for whole batches
-        self._done_batches: list[Batch] = []  # of the current update
+        self._done_batches: list[Inputs] = []  # of the current update
         self._start: UpdateStart | None = None  # of it, before its first batch
         self._left_over = 0  # pairs that a stream's pass left to the next update, already run
 
-    def before_packs(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
+    def before_packs(self, model: nn.Module, packs: list[Inputs]) -> list[Inputs]:
         """Hook: a batch's packs as compute_loss is to see them, as many as came."""
         return packs
 
@@ -120,7 +120,7 @@ class PackTrainer(Trainer):
         finally:
             self.model.zero_grad()
 
-    def _run_once(self, inputs: Batch) -> None:
+    def _run_once(self, inputs: Inputs) -> None:
         """A training forward and backward, whose gradients stay beside those before."""
         self.model.train()
         with self.accelerator.autocast():  # the model is not wrapped yet
@@ -148,7 +148,7 @@ class PackTrainer(Trainer):
         finally:
             self.data_collator = own
 
-    def to_device(self, inputs: Batch) -> Batch:
+    def to_device(self, inputs: Inputs) -> Inputs:
         """`inputs` where a data loader would have put them."""
         return send_to_device(inputs, self.args.device, non_blocking=self.accelerator.non_blocking)
 
@@ -188,7 +188,7 @@ class PackTrainer(Trainer):
         is_ddp = isinstance(self.model_wrapped, DistributedDataParallel)
         return self.accelerator.num_processes > 1 and not is_ddp
 
-    def _equalise_counts(self, batches: list[Batch]) -> None:
+    def _equalise_counts(self, batches: list[Inputs]) -> None:
         """Give each batch as many packs as it has on the rank with the most."""
         counts = torch.tensor([len(inputs["packs"]) for inputs in batches], device=self.args.device)
         of_ranks = self.accelerator.gather(counts).view(-1, len(batches))
@@ -198,11 +198,11 @@ class PackTrainer(Trainer):
             filler = inputs["packs"][-1] | {"is_filler": True}
             inputs["packs"] += [filler] * (count - len(inputs["packs"]))
 
-    def _lay_out_again(self, inputs: Batch, at_least: int = 1) -> None:
+    def _lay_out_again(self, inputs: Inputs, at_least: int = 1) -> None:
         inputs |= self.to_device(self._pack_collator(inputs["pairs"].pairs, at_least))
 
     def training_step(
-        self, model: nn.Module, inputs: Batch, num_items_in_batch: int | None = None
+        self, model: nn.Module, inputs: Inputs, num_items_in_batch: int | None = None
     ) -> Tensor:
         """The batch's loss, after a forward and a backward of each of its packs."""
         if num_items_in_batch is None and self.loss_is_scaled_for_ga:
@@ -219,7 +219,7 @@ class PackTrainer(Trainer):
         return self._run_until_it_fits(run, model, inputs)
 
     def _run_until_it_fits(
-        self, run: Callable[[Batch], Tensor], model: nn.Module, inputs: Batch
+        self, run: Callable[[Inputs], Tensor], model: nn.Module, inputs: Inputs
     ) -> Tensor:
         """The batch's loss; while memory runs out, the update starts again from its first batch."""
         if not self._done_batches:
@@ -236,7 +236,7 @@ class PackTrainer(Trainer):
         return losses[-1]
 
     def _run_packs(
-        self, step: Callable[[Batch], Tensor], model: nn.Module, inputs: Batch
+        self, step: Callable[[Inputs], Tensor], model: nn.Module, inputs: Inputs
     ) -> Tensor:
         packs, losses = self.before_packs(model, inputs["packs"]), []
         for i, pack in enumerate(packs):
@@ -245,7 +245,9 @@ class PackTrainer(Trainer):
                 losses.append(step(pack))
         return torch.stack(losses).sum()
 
-    def _attempt(self, run: Callable[[Batch], Tensor], batches: list[Batch]) -> list[Tensor] | None:
+    def _attempt(
+        self, run: Callable[[Inputs], Tensor], batches: list[Inputs]
+    ) -> list[Tensor] | None:
         """Each batch's loss; None where memory ran out on a rank, and all have shrunk the budget.
 
         torch.OutOfMemoryError where it could not shrink.
@@ -272,7 +274,7 @@ class PackTrainer(Trainer):
         )
         return None
 
-    def floating_point_ops(self, inputs: Batch) -> int:
+    def floating_point_ops(self, inputs: Inputs) -> int:
         """As transformers.Trainer's, of all packs; it counts the parameters at every call."""
         packs = inputs.get("packs", [inputs])
         return 6 * self._num_parameters * sum(pack["input_ids"].numel() for pack in packs)

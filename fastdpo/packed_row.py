@@ -86,12 +86,12 @@ def _grouped(
     share: whether sequences of one prompt are one group.
     """
     groups: list[Group] = []
-    members, places = [], {}
+    members, numbers = [], {}
     for s, (prompt, completion) in enumerate(sequences):
-        place = places.setdefault(prompt.tobytes() if share else s, len(groups))
-        if place == len(groups):
+        g = numbers.setdefault(prompt.tobytes() if share else s, len(groups))
+        if g == len(groups):
             groups.append(Group(prompt))
-        members.append((place, groups[place].add(completion)))
+        members.append((g, groups[g].add(completion)))
     return groups, members
 
 
@@ -113,20 +113,20 @@ class PackedRow:
         self._uses: list[int] = []
         for g, group in enumerate(self.groups):
             shared, rest = np.split(group.completions[group.first], [group.shared_completion])
-            start = self._take(group.prompt, 0, sum(group.uses))
-            self._take(shared, len(group.prompt), sum(group.uses))
-            self.starts[g, group.first] = self._take(rest, group.shared, group.uses[group.first])
+            start = self._lay(group.prompt, 0, sum(group.uses))
+            self._lay(shared, len(group.prompt), sum(group.uses))
+            self.starts[g, group.first] = self._lay(rest, group.shared, group.uses[group.first])
             self.trunks.append(Trunk(start, self.size))
         for g, group in enumerate(self.groups):
             for c, completion in enumerate(group.completions):
                 if c != group.first:
                     rest = completion[group.shared_completion :]
-                    start = self.starts[g, c] = self._take(rest, group.shared, group.uses[c])
+                    start = self.starts[g, c] = self._lay(rest, group.shared, group.uses[c])
                     if len(rest):
                         branch = Branch(start, self.size, self.trunks[g].start, group.shared)
                         self.branches.append(branch)
 
-    def _take(self, tokens: ndarray, position: int, uses: int) -> int:
+    def _lay(self, tokens: ndarray, position: int, uses: int) -> int:
         """Lay a segment behind those before it; where its first token is."""
         start, self.size = self.size, self.size + len(tokens)
         self._tokens.append(tokens)
@@ -137,11 +137,11 @@ class PackedRow:
     def inputs(self) -> dict[str, Any]:
         """Token ids, positions, how many sequences each token belongs to, and the tree."""
         lengths = [len(tokens) for tokens in self._tokens]
-        counts_T = np.repeat(np.array(self._uses, np.int64), lengths)
+        uses_T = np.repeat(np.array(self._uses, np.int64), lengths)
         return {
             "input_ids": torch.from_numpy(np.concatenate(self._tokens))[None],
             "position_ids": torch.from_numpy(ranges(self._positions, lengths))[None],
-            "attention_mask": torch.from_numpy(counts_T)[None],
+            "attention_mask": torch.from_numpy(uses_T)[None],
             "tree": Tree.of(self.trunks, self.branches),
         }
 
@@ -153,8 +153,8 @@ class PackedRow:
         numbers: dict[Piece, int] = {}  # of each piece, in the order they are met
         row_ranges, labels = [], []  # of each, in that order
         pieces = []  # both of each completion, by their numbers
-        for group, place in self._members:
-            for piece in (Piece(group, None), Piece(group, place)):
+        for g, c in self._members:
+            for piece in (Piece(g, None), Piece(g, c)):
                 if piece not in numbers:
                     numbers[piece] = len(numbers)
                     its_ranges, its_labels = self._scored_piece(piece)

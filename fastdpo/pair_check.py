@@ -69,8 +69,8 @@ def _check_positions(
     multiple: int,
 ) -> None:
     with_tables = filter(_has_position_table, causal_lms)
-    found = [(_num_positions(m.config.get_text_config()), m) for m in with_tables]
-    P, model = min(found, default=(sys.maxsize, None), key=lambda each: each[0])
+    tables = [(_num_positions(m.config.get_text_config()), m) for m in with_tables]
+    P, model = min(tables, default=(sys.maxsize, None), key=lambda table: table[0])
     P -= P % multiple
     padded = f" padded to multiples of {multiple}" if multiple > 1 else ""
     if (max_length or sys.maxsize) <= P:
@@ -94,7 +94,7 @@ def _check_frequencies(
     datasets: Mapping[str, Dataset | IterableDataset], causal_lm: PreTrainedModel, args: DPOConfig
 ) -> None:
     """Of dynamic and longrope scaling: transformers picks it by a forward's longest sequence."""
-    L = _length_of_other_frequencies(causal_lm.config.get_text_config())
+    L = _length_of_fixed_frequencies(causal_lm.config.get_text_config())
     if (args.max_length or sys.maxsize) <= L:
         return
     if not (found := _longer_pair(datasets, L)):
@@ -112,15 +112,15 @@ def _check_frequencies(
     logger.warning(f"{what}: log-probabilities depend on the other pairs of a batch")
 
 
-def _length_of_other_frequencies(config: Any) -> int:
-    """The most tokens that have the frequencies of a short sequence."""
+def _length_of_fixed_frequencies(config: Any) -> int:
+    """The longest sequence whose rotary frequencies are those of any shorter one."""
     rope = getattr(config, "rope_parameters", None) or {}
-    each = [rope, *(kind for kind in rope.values() if isinstance(kind, Mapping))]  # by layer type
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, Mapping))]  # by layer type
     lengths = [
         kind.get("original_max_position_embeddings")
         or getattr(config, "original_max_position_embeddings", None)
         or config.max_position_embeddings
-        for kind in each
+        for kind in kinds
         if kind.get("rope_type") in ("dynamic", "longrope")
     ]
     return min(lengths, default=sys.maxsize)

@@ -178,13 +178,14 @@ def storable(row: dict[str, Any]) -> dict[str, Any]:
 
 def are_more_than_texts(value: Any) -> bool:
     """Whether these are messages of which some have more than a role and a text."""
-    messages = value if isinstance(value, list) else ()
-    return not all(
-        message.keys() == {"role", "content"} and all(isinstance(x, str) for x in message.values())
-        if isinstance(message, dict)
-        else not isinstance(message, str)  # JSON text already
-        for message in messages
-    )
+    return isinstance(value, list) and any(map(_is_more_than_a_text, value))
+
+
+def _is_more_than_a_text(message: Any) -> bool:
+    if not isinstance(message, dict):
+        return isinstance(message, str)  # JSON text already
+    is_plain = message.keys() == {"role", "content"}
+    return not (is_plain and all(isinstance(x, str) for x in message.values()))
 
 
 def as_json_texts(value: Any) -> Any:

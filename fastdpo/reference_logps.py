@@ -113,15 +113,15 @@ def _adapters_off(policy: PeftModel) -> Iterator[None]:
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     layers = [module for module in policy.modules() if isinstance(module, kinds)]
     before = [layer.disable_adapters for layer in layers]
-    _disable(layers, [True] * len(layers))
+    _set_disabled(layers, [True] * len(layers))
     try:
         yield
     finally:
-        _disable(layers, before)
+        _set_disabled(layers, before)
 
 
-def _disable(layers: list[nn.Module], wanted: list[bool]) -> None:
-    for layer, value in zip(layers, wanted, strict=True):
+def _set_disabled(layers: list[nn.Module], values: list[bool]) -> None:
+    for layer, value in zip(layers, values, strict=True):
         layer._disable_adapters = value
         assert layer.disable_adapters is value  # or PEFT has another flag by now
 

@@ -4,7 +4,7 @@
     batch --score--> token logps        batch --reference.logps--> reference logps
     token logps, reference logps --pair_loss--> losses
 
-Its classes, the first to override first; the others are in files of their names:
+The classes it is made of, each overriding those below it, in files of their names:
 
     DPOTrainer          models, reference and layout set up; the loss of a batch or pack
     LossAttributes      args' loss settings by TRL's names
@@ -267,7 +267,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         with self.accelerator.autocast():  # as the policy's forward has it
             return self.reference.logps(policy, batch, self.args.ld_alpha)
 
-    def _precompute_reference(self):
+    def _precompute_reference(self) -> None:
         """Score all data now; from here on the reference is a column of the rows."""
         args = self.args
         cache = self._reference_cache()
@@ -278,11 +278,11 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             accelerator=self.accelerator,
             cache=cache,
         )
-        batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
-        self.train_dataset = scored(self.train_dataset, batch_size=batch_size)
-        batch_size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
+        train_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
+        eval_size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
+        self.train_dataset = scored(self.train_dataset, batch_size=train_size)
         self.eval_dataset = map_datasets(
-            lambda pairs, _: scored(pairs, batch_size=batch_size), self.eval_dataset, "eval"
+            lambda pairs, _: scored(pairs, batch_size=eval_size), self.eval_dataset, "eval"
         )
         self.reference = after_precompute(
             self.reference, self.model, cache, is_sharded=self.is_sharded
@@ -356,7 +356,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         losses = self._pair_losses(batch, scored, reference_logps_S, pack_loss)
         aux_loss = scored.aux_loss
         if aux_loss is not None:
-            if experts:  # a pack's B pairs carry its part N times together, as N pairs do the whole
+            if experts:  # added to each of B pairs and divided by the batch's N, it counts once
                 aux_loss = aux_loss * experts.num_pairs / batch.num_pairs
             losses = losses._replace(loss_B=losses.loss_B + self.router_aux_loss_coef * aux_loss)
         num_pairs = num_items_in_batch if self.loss_is_scaled_for_ga else None

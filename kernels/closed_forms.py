@@ -29,9 +29,9 @@ def _expm1(x):
     # the same, the other way round: u - 1 belongs to log(u), which exp(x) was rounded from;
     # for x below 88: where exp(x) is inf, so is log_u, and inf * (x / inf) is NaN
     u = tl.exp(x)
-    is_one, is_none = u == 1.0, u - 1.0 == -1.0
-    log_u = tl.log(tl.where(is_one | is_none, 2.0, u))
-    return tl.where(is_one, x, tl.where(is_none, -1.0, (u - 1.0) * (x / log_u)))
+    is_one, is_negligible = u == 1.0, u - 1.0 == -1.0
+    log_u = tl.log(tl.where(is_one | is_negligible, 2.0, u))
+    return tl.where(is_one, x, tl.where(is_negligible, -1.0, (u - 1.0) * (x / log_u)))
 
 
 @triton.jit

@@ -40,18 +40,20 @@ class RunningSoftmax:
     exp_square_sum_N: Tensor | None  # sum of exp(z - peak)², for log_sum_p2
 
     @classmethod
-    def start(cls, N: int, dtype: torch.dtype, device: torch.device, stats=()) -> "RunningSoftmax":
-        """No column seen yet; the last three are summed for the statistics that need them."""
+    def start(
+        cls, N: int, dtype: torch.dtype, device: torch.device, with_sums: tuple[str, ...] = ()
+    ) -> "RunningSoftmax":
+        """No column seen yet. with_sums: the statistics whose sums, the last three, are kept."""
 
         def full(value):
             return torch.full((N,), value, dtype=dtype, device=device)
 
         optional = ("entropy", "mean_logit", "log_sum_p2")
-        sums = [full(0.0) if name in stats else None for name in optional]
+        sums = [full(0.0) if name in with_sums else None for name in optional]
         lowest = torch.finfo(dtype).min  # not -inf: a first tile may be all of it
         return cls(full(lowest), full(0.0), full(float("nan")), full(0.0), *sums)
 
-    def block(self, rows: slice) -> "RunningSoftmax":
+    def of_rows(self, rows: slice) -> "RunningSoftmax":
         """The state of some rows: views, so that a fold of them changes this one."""
         parts = (getattr(self, field.name) for field in fields(self))
         return RunningSoftmax(*(None if part is None else part[rows] for part in parts))

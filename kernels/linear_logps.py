@@ -6,12 +6,13 @@
 The vocabulary is walked once, a tile of columns at a time, with a running maximum
 (arXiv:1805.02867). The gradient depends on the loss only through one number a row, dlogp:
 
-    dlogp / dhidden = scale * (c[label] head[label] - sum_v p_v c_v head_v)   c = 1 - (z / softcap)²
+    dlogp / dhidden = scale * (c[label] (1 - p[label]) head[label] - sum_v p_v c_v head_v)
+                                                     v not the label, c = 1 - (z / softcap)²
 
-so the walk sums its second term as well (attention with the head as keys and values), and the
-backward of a frozen head is one row scale: two products in all. A trained head takes a third, and
-a fourth for the tiles of p that were not kept. An adapter on the head adds a term down_NR upᵀ to
-the products, as thin as its rank R. Derivation: README.md.
+so the walk sums its second term as well (attention with the head as keys and values, the label left
+out), and the backward of a frozen head is one row scale: two products in all. A trained head takes
+a third, and a fourth for the tiles of p that were not kept. An adapter on the head adds a term
+down_NR upᵀ to the products, as thin as its rank R. Derivation: README.md.
 """
 
 import torch

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdpo.kernels.closed_forms import pair_term, score
 
 BLOCK_C = 1024  # tokens read at a time: most completions in one
-LOSS_TYPES = (
+LOSSES = (
     "sigmoid",
     "sigmoid_norm",
     "robust",
@@ -260,8 +260,8 @@ def check_pair_loss(
             f"want token_logps and reference_logps in {float_dtypes}, cu_seqlens in torch.int32, "
             f"got {dtypes[0]}, {dtypes[2]}, {dtypes[1]}"
         )
-    if not loss_type or not set(loss_type) <= {*LOSS_TYPES, *batch_losses}:
-        raise ValueError(f"want loss_type of {(*LOSS_TYPES, *batch_losses)}, got {loss_type}")
+    if not loss_type or not set(loss_type) <= {*LOSSES, *batch_losses}:
+        raise ValueError(f"want loss_type of {(*LOSSES, *batch_losses)}, got {loss_type}")
     if loss_weights is not None and len(loss_weights) != len(loss_type):
         raise ValueError(f"want a weight for each of {loss_type}, got {loss_weights}")
     if f_divergence_type not in F_DIVERGENCES:

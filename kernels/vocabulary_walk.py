@@ -1,8 +1,9 @@
 """The loops of linear_logps over tiles of logits, a block of rows by some of the vocabulary.
 
-The forward folds each tile into its rows' online softmax and into u = sum_v p_v c_v w_v. The
-backward takes the p of a tile from where it was kept, or computes it again, for the gradient of the
-weights. README.md has the maths, and the letters.
+The forward folds each tile into its rows' online softmax and into u, the sum of
+exp(z_v - peak) c_v w_v over all v but the label. The backward takes the p of a tile from where it
+was kept, or computes it again, for the gradient of the weights. README.md has the maths, and the
+letters.
 """
 
 import torch
@@ -26,22 +27,22 @@ def walk(tiles: Tiles, softmax: RunningSoftmax, kept: KeptTiles) -> list[Tensor 
     u_of_terms = [
         new(term.x_NK.shape, **wide) if term.x_needs_grad else None for term in tiles.terms
     ]
-    is_p_read = any(u_NK is not None for u_NK in u_of_terms)
-    blocks = [(block, softmax.block(block)) for block in tiles.blocks]
+    scratch = tiles.p_scratch if any(u_NK is not None for u_NK in u_of_terms) else None
+    blocks = [(block, softmax.of_rows(block)) for block in tiles.blocks]
     for columns in tiles.columns:
-        for block, of_block in blocks:
+        for block, block_softmax in blocks:
             room = kept.take_room(block, columns)
-            scratch = tiles.p_scratch if is_p_read else None
-            p_NT = _fold_tile(tiles, block, columns, of_block, scratch if room is None else room)
+            memory = scratch if room is None else room
+            p_NT = _fold_tile(tiles, block, columns, block_softmax, memory)
             if room is not None:
-                kept.keep(block, columns, p_NT, of_block.peak_N)
+                kept.keep(block, columns, p_NT, block_softmax.peak_N)
             for term, u_NK in zip(tiles.terms, u_of_terms, strict=True):
                 if u_NK is not None:
                     w_TK = term.w_pieces[columns]
                     if columns.start == 0 and not settings.skip_below:
                         product(p_NT, w_TK, u_NK[block], accumulate=False)
                     else:
-                        second_product(p_NT, w_TK, u_NK[block], of_block, settings.skip_below)
+                        second_product(p_NT, w_TK, u_NK[block], block_softmax, settings.skip_below)
     return u_of_terms
 
 
@@ -120,8 +121,7 @@ class _WeightGradient:
         return self._sum_TK[: columns.stop - columns.start] if is_beside else self._dw_VK[columns]
 
     def add(self, dlogits_NT: Tensor, block: slice, columns: slice) -> None:
-        a, b, out = dlogits_NT.T, self._x[block], self._sum(columns)
-        product(a, b, out, accumulate=block.start > 0)
+        product(dlogits_NT.T, self._x[block], self._sum(columns), accumulate=block.start > 0)
 
     def finish(self, columns: slice) -> None:
         if self._sum_TK is not None:

@@ -11,7 +11,7 @@ from watches import Watch
 
 from fastdpo import ops
 from fastdpo.kernels import reference
-from fastdpo.kernels.pair_loss import BLOCK_C, F_DIVERGENCES, LOSS_TYPES, pair_loss
+from fastdpo.kernels.pair_loss import BLOCK_C, F_DIVERGENCES, LOSSES, pair_loss
 
 LENGTHS = {
     "one-token-each": [1, 1],
@@ -59,7 +59,7 @@ def assert_kernel_as_accurate(lengths, device, **changed):
 
 
 @pytest.mark.parametrize("f_divergence_type", F_DIVERGENCES)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss_is_as_accurate_as_pytorch(loss_type, f_divergence_type, device):
     assert_kernel_as_accurate(
         [3, 1, 7, 2],
@@ -77,13 +77,13 @@ def test_every_shape_is_as_accurate_as_pytorch(lengths, ld_alpha, device):
 
 
 def test_the_kernel_knows_the_losses_that_the_reference_knows():
-    assert tuple(reference.LOSSES) == LOSS_TYPES
+    assert tuple(reference.LOSSES) == LOSSES
     assert tuple(reference.SCORES) == F_DIVERGENCES
 
 
 @given(
     lengths=st.lists(st.tuples(*[st.integers(0, 5)] * 2), min_size=1, max_size=4),
-    loss_types=st.lists(st.sampled_from(LOSS_TYPES), min_size=1, max_size=3),
+    loss_types=st.lists(st.sampled_from(LOSSES), min_size=1, max_size=3),
     f_divergence_type=st.sampled_from(F_DIVERGENCES),
     alpha=st.sampled_from([-0.5, 0.0, 0.5, 1.0, 2.0]),
     ld_alpha=st.sampled_from([None, 0.0, 0.7, 1.0]),
@@ -121,7 +121,7 @@ def of_two_tokens(function, chosen, rejected, dtype, device, **changed):
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 @pytest.mark.parametrize("logratio", [0.0, 20.0, -20.0, 95.0, -95.0, 1e4, -1e4])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_extreme_margins_neither_overflow_nor_vanish(loss_type, logratio, function, device):
     for chosen, rejected in ((logratio, 0.0), (0.0, logratio)):
         pair = (chosen, rejected)
@@ -204,7 +204,7 @@ def test_where_policy_and_reference_agree_rewards_are_zero(ld_alpha, function, d
 
 
 @pytest.mark.parametrize("f_divergence_type", F_DIVERGENCES)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_nan_log_probabilities_make_nan_of_their_pair(
     loss_type, f_divergence_type, device, monkeypatch
 ):
@@ -232,7 +232,7 @@ def test_metrics_carry_no_gradient(device):
 
 
 @pytest.mark.parametrize("f_divergence_type", F_DIVERGENCES)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_gradcheck_of_the_specification(loss_type, f_divergence_type):
     token_logps_C, cu_seqlens, reference_logps_S = inputs([3, 1, 2, 4], "cpu", torch.float64)
     changed = {"loss_type": (loss_type,), "f_divergence_type": f_divergence_type, "ld_alpha": 0.4}
@@ -262,7 +262,7 @@ def test_nothing_waits_for_the_device(ld_alpha):
             [3, 0, 2, 4],
             "cpu",
             torch.float32,
-            loss_type=(*LOSS_TYPES, *reference.BATCH_LOSSES),
+            loss_type=(*LOSSES, *reference.BATCH_LOSSES),
             ld_alpha=ld_alpha,
         )
 
