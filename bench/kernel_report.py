@@ -116,13 +116,13 @@ def second_product_cases():
             constants = dict(zip(blocks, second_product.BLOCKS[operand_bytes], strict=True))
             pointers = {"p_ptr": dtype, "w_ptr": dtype, "u_ptr": "*fp32"}
             pointers |= {"order_ptr": "*i64", "counts_ptr": "*i64"}
-            strides = ("p_stride", "w_stride", "u_stride")
+            strides = ("p_stride", "w_stride_T", "u_stride")
             integers = dict.fromkeys(("N", "T", "K", "order_stride", *strides), "i32")
             yield Case(
                 name=f"reached product {head} {dtype[1:]}",
                 kernel=second_product._reached_product_kernel,
                 types=pointers | integers,
-                constants=constants | {"w_step": 1},
+                constants=constants | {"w_stride_K": 1},
                 divisible=(*width, "K", *strides),
                 has_product=True,
                 num_warps=second_product.NUM_WARPS,

@@ -1,4 +1,4 @@
-"""The flags of a run, which are those of `trl dpo`, and what a model's come to.
+"""The flags of a run, those of `trl dpo`, and what DPOTrainer takes for those of the model.
 
 ModelConfig --peft_config, quantization_config, init_kwargs--> what DPOTrainer takes
 """

@@ -3,7 +3,7 @@
 `attend_along_trees` puts it in place of a model's own attention. A forward that passes `tree=` then
 attends along it; any other attends as the model did before.
 
-    by segments     scaled_dot_product_attention for each trunk and each branch; any device
+    by segments     each trunk and each branch by itself; any device
     varlen          one launch of variable-length flash attention; CUDA, 16 bits or autocast to 16
 
 In both, a branch's queries see the keys of its trunk's beginning and then its own, aligned at the

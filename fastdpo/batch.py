@@ -7,7 +7,7 @@ it says which rows of the hidden states predict which completion tokens. What it
     attention_mask       as input_ids: how many sequences a token belongs to, 0 for padding. It
                          becomes PairBatch's token_uses; transformers counts tokens by this name
     scored_rows, completion_labels, cu_seqlens, completion_rows    as PairBatch has them
-    completion_mask      (S, L), 1 where a token is scored: of the padded layout, and of collators
+    completion_mask      (S, L), 1 on a completion's tokens: of the padded layout, and of collators
                          written for TRL, which give it in place of the line above
     position_ids, tree   packed
     ref_chosen_logps, ref_rejected_logps    (B,), where the pairs have them

@@ -1,8 +1,8 @@
 """DPOConfig: transformers.TrainingArguments plus DPO's own settings, checked (config_check.py).
 
 Names, meanings and defaults are those of TRL 1.16's DPOConfig, so that a script or a YAML file
-moves over unchanged. Two defaults differ, and both are written beside the field: `bf16` where
-there is no GPU, and `logging_nan_inf_filter`.
+moves over unchanged. Defaults that differ: `bf16` where there is no GPU, `logging_nan_inf_filter`,
+and in accelerator_config `non_blocking` and `dispatch_batches`; each place says why.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Preference rows -> tokenised pairs: prompt_ids, chosen_ids and rejected_ids of each row.
 
-A row's three texts (prompt, prompt + chosen, prompt + rejected) are tokenised once each, all of
-a batch of rows in one call. Tokens may merge across the end of a prompt, so the prompt's ids are
-those that the three begin with alike; what follows is the completion. Row numbers count from 0.
+A row's three texts (prompt, prompt + chosen, prompt + rejected) are tokenised, all of a batch of
+rows in one call. Tokens may merge across the end of a prompt, so the prompt's ids are those that
+the three begin with alike; what follows is the completion. Row numbers count from 0.
 """
 
 import dataclasses

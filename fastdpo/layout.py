@@ -1,11 +1,8 @@
 """How a batch is laid out for the forward, and whether the model computes the same in it.
 
-    shared      each prompt once, its completions as branches, no padding
-    packed      whole sequences end to end, no padding
-    padded      a sequence a row: what every model runs
-
-`auto` is shared where the model can run it, else padded. Whether a model does anything across
-tokens besides attention is tested in layout_check.py: one real pair is scored in both layouts.
+`auto` is shared where the model can run it, else padded, which every model can. Whether a model
+does anything across tokens besides attention is tested in layout_check.py: one real pair is scored
+in both layouts.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,8 +72,8 @@ def choose_layout(
 
     wanted: "auto" or one of collate.LAYOUTS. probe(model, layout): how the two layouts differ on a
     real pair, None for not at all; None where the weights are sharded. reason_to_pad: why the run
-    itself needs the padded layout. ValueError where a layout asked for by name cannot run,
-    or, when `strict`, where the probe finds a difference.
+    itself needs the padded layout. ValueError where a layout asked for by name cannot run, or, when
+    `strict`, where the probe finds a difference or there is none.
     """
     if wanted == "padded":
         return Layout("padded", DESCRIPTIONS["padded"])

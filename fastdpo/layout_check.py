@@ -19,10 +19,10 @@ ROUNDINGS, LEAST_TOLERANCE = 12, 1e-3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayoutCheck:
-    """One pair, the collator of each layout by its name, and the autocast that the run has."""
+    """One pair, what makes a layout's collator of its name, and the autocast that the run has."""
 
     pair: Pair
-    collator: Callable[[str], Callable[[list[Pair]], dict[str, Any]]]
+    make_collator: Callable[[str], Callable[[list[Pair]], dict[str, Any]]]
     device: torch.device
     autocast: Callable[[], AbstractContextManager]
 
@@ -54,7 +54,7 @@ class LayoutCheck:
         )
 
     def _batch(self, layout: str) -> PairBatch:
-        inputs = self.collator(layout)([self.pair])
+        inputs = self.make_collator(layout)([self.pair])
         return PairBatch.from_inputs(send_to_device(inputs, self.device))
 
     def _tolerance(self, model: nn.Module) -> float:

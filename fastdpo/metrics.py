@@ -13,6 +13,7 @@ from fastdpo.losses import PAIR_METRICS, PairLoss
 from fastdpo.model import ScoredOutput
 
 TOKEN_METRICS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+# names of M metrics -> their sums (M,), and their weights (M,), or one weight for all
 Sums = dict[tuple[str, ...], tuple[Tensor, Tensor | int]]
 
 
@@ -23,10 +24,7 @@ class MetricSums:
         self._sums: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, sums: Sums) -> None:
-        """Add `names: (sums_M, weights_M or one weight for all)`, a group of M metrics at a time.
-
-        Nothing here makes the CPU wait for the device.
-        """
+        """Add each group of metrics. Nothing here makes the CPU wait for the device."""
         for names, (sums_M, weights) in sums.items():
             sums_2M = sums_M.new_empty((2, len(names)), dtype=torch.float64)
             sums_2M[0], sums_2M[1] = sums_M, weights

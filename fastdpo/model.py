@@ -2,8 +2,9 @@
 
 All that scoring asks of a model:
 
-    body    `base_model`: model inputs -> last_hidden_state (S, L, D)
-    head    what head.py knows of its output embedding
+    body      `base_model`: model inputs -> last_hidden_state (S, L, D)
+    head      what head.py knows of its output embedding
+    experts   router_logits, for a load-balancing loss (experts.py)
 
 (layout.py asks which attention and layers it has, pair_check.py its positions, policy.py its
 dropout; layout_check.py runs the body to find a layer; scorer_check.py compares the scores with the

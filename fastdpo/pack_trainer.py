@@ -3,13 +3,13 @@
 A pack's loss is its share of the whole update's, so that the accumulated gradients are those of the
 whole batch; ranks reduce them once.
 
-With a budget of "auto", memory that runs out in a forward or a backward halves the budget, and the
-update runs again from its first batch. Under DDP all ranks must do so, and a rank that waits in a
-collective cannot be told. So packs run under no_sync; after each batch the ranks agree on a budget
-(one number, which the CPU waits for), and gradients are averaged once no rank has failed. The price
-is that wait, and a reduction that does not overlap with the last backward. Not recoverable: memory
-that runs out within these collectives, and a single pair that does not fit, which ends the run on
-all ranks.
+With a budget of "auto", memory that runs out in a forward or a backward makes it half of the
+largest pack that can be split, and the update runs again from its first batch. Under DDP all ranks
+must do so, and a rank that waits in a collective cannot be told. So packs run under no_sync; after
+each batch the ranks agree on a budget (one number, which the CPU waits for), and gradients are
+averaged once no rank has failed. The price is that wait, and a reduction that does not overlap with
+the last backward. Not recoverable: memory that runs out within these collectives, and a single pair
+that does not fit, which ends the run on all ranks.
 """
 
 import contextlib

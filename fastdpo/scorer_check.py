@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdpo.model import ScoredOutput, causal_lm_of, inference
 
+MOST_TOKENS = 32  # of a sequence
 LEAST_MOVE = 0.1  # nats: the length of a forward alone moves bitsandbytes' int8 layers by less
 
 
@@ -28,12 +29,13 @@ def check_scorer(
 ) -> None:
     """ValueError unless scoring `input_ids` agrees with the log-softmax of the model's own logits.
 
-    And unless they stay as they are without the tokens that follow. Three forwards. With aux_loss,
-    the load-balancing loss is compared with the model's own too. name: the model's, for the error.
-    autocast: the run's. It rounds, so it is left out unless weights of several dtypes need it.
+    And unless they stay as they are without the tokens that follow. Three forwards, of MOST_TOKENS
+    at most. With aux_loss, the load-balancing loss is compared with the model's own too. name: the
+    model's, for the error. autocast: the run's. It rounds, so it is left out unless weights of
+    several dtypes need it.
     """
     name = f"{name} ({type(causal_lm_of(model)).__name__})"
-    ids_L = torch.tensor(input_ids, device=model.device)
+    ids_L = torch.tensor(input_ids[:MOST_TOKENS], device=model.device)
     has_one_dtype = len({weight.dtype for weight in model.parameters()}) == 1
     with nullcontext() if has_one_dtype else autocast():
         _check_logps(model, ids_L, name)

@@ -203,7 +203,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         check_pairs(datasets, self.models().values(), self.args)
         if self.is_sharded:
             return
-        ids = (pair["prompt_ids"] + pair["chosen_ids"])[:32]
+        ids = pair["prompt_ids"] + pair["chosen_ids"]
         autocast = self.accelerator.autocast
         for name, model in self.models().items():
             is_balanced = name == "model" and self.aux_loss_enabled
@@ -242,7 +242,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         """Settle how pairs are laid out, once the models are where they will run."""
         check = LayoutCheck(
             pair=pair,
-            collator=self._make_collator,
+            make_collator=self._make_collator,
             device=self.args.device,
             autocast=self.accelerator.autocast,
         )

@@ -1,9 +1,9 @@
 """Every kernel in plain PyTorch, by the same name: what each must equal.
 
 Full logits, autograd, no tricks. Inputs are promoted to float32; float64 stays float64. Arguments
-are the kernel's own, except those that only control how it computes. linear_logps serves only as a
-specification. pair_loss is also what runs on a CPU, and on a GPU with BATCH_LOSSES; completion_sums
-has no kernel and runs everywhere.
+are the kernel's own, except those that control how it computes, or with skip_below how exactly.
+linear_logps serves only as a specification. pair_loss is also what runs on a CPU, and on a GPU with
+BATCH_LOSSES; completion_sums has no kernel and runs everywhere.
 """
 
 import math
@@ -98,15 +98,15 @@ def pair_loss(
         "label_smoothing": label_smoothing,
         "tau": discopop_tau,
     }
-    batch = {"token_logps_C": _wide(token_logps_C), "cu_seqlens": cu_seqlens}
-    losses_B = [
+    tokens = {"token_logps_C": _wide(token_logps_C), "cu_seqlens": cu_seqlens}
+    losses = [
         LOSSES[name](*scaled_scores, **settings)
         if name in LOSSES
-        else BATCH_LOSSES[name](logps_S, reference_logps_S, **batch, **settings)
+        else BATCH_LOSSES[name](logps_S, reference_logps_S, **tokens, **settings)
         for name in loss_type
     ]
-    weights = loss_weights or (1.0,) * len(losses_B)
-    loss_B = sum(weight * each_B for weight, each_B in zip(weights, losses_B, strict=True))
+    weights = loss_weights or (1.0,) * len(losses)
+    loss_B = sum(weight * each_B for weight, each_B in zip(weights, losses, strict=True))
     return loss_B, _metrics(logps_S.detach(), beta * logratios_S.detach())
 
 

@@ -77,8 +77,8 @@ def _reached_product_kernel(
     K,
     order_stride,
     p_stride,
-    w_stride,
-    w_step,
+    w_stride_T,
+    w_stride_K,
     u_stride,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -88,14 +88,14 @@ def _reached_product_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     p_ptrs = p_ptr + n.to(tl.int64)[:, None] * p_stride
-    w_ptrs = w_ptr + k.to(tl.int64)[None, :] * w_step
+    w_ptrs = w_ptr + k.to(tl.int64)[None, :] * w_stride_K
     order_ptr += tl.program_id(1) * order_stride
     sum_NK = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for i in range(0, tl.load(counts_ptr + tl.program_id(1))):
         t = tl.load(order_ptr + i).to(tl.int32) * BLOCK_T + tl.arange(0, BLOCK_T)
         is_p, is_w = (n < N)[:, None] & (t < T)[None, :], (t < T)[:, None] & (k < K)[None, :]
         p_NT = tl.load(p_ptrs + t[None, :], mask=is_p, other=0.0)
-        w_TK = tl.load(w_ptrs + t.to(tl.int64)[:, None] * w_stride, mask=is_w, other=0.0)
+        w_TK = tl.load(w_ptrs + t.to(tl.int64)[:, None] * w_stride_T, mask=is_w, other=0.0)
         sum_NK = tl.dot(p_NT, w_TK, sum_NK, input_precision="tf32x3")  # float32's, on tensor cores
     is_u = (n < N)[:, None] & (k < K)[None, :]
     u_ptrs = u_ptr + n.to(tl.int64)[:, None] * u_stride + k[None, :]

@@ -19,8 +19,8 @@ ROW = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 10, 11], "rejected_ids": [1
 
 
 def check(autocast=contextlib.nullcontext):
-    collator = partial(make_collator, cut=Cut(), pad_token_id=0, pad_to_multiple_of=None)
-    return LayoutCheck(pair=ROW, collator=collator, device=torch.device("cpu"), autocast=autocast)
+    make = partial(make_collator, cut=Cut(), pad_token_id=0, pad_to_multiple_of=None)
+    return LayoutCheck(pair=ROW, make_collator=make, device=torch.device("cpu"), autocast=autocast)
 
 
 def model():
