@@ -23,6 +23,8 @@ PYTHON="${PYTHON:-python3}"
 TOTAL_S="${TOTAL_S:-540}"
 KILL_S=15  # for an interrupted step to write down what it has
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1  # what a killed step had printed is in its file
+GPUS="${CUDA_VISIBLE_DEVICES-0}"
+export CUDA_VISIBLE_DEVICES="${GPUS%%,*}"  # of several the first: a trainer in one process refuses more
 if [[ -e "$OUT" && ( ! -d "$OUT" || -n "$(ls -A "$OUT")" ) ]]; then
     echo "want a new folder, or an empty one, $OUT is there" >&2
     exit 2

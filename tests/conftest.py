@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+# of several GPUs the first: a trainer in one process refuses more
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
 CACHE = tempfile.TemporaryDirectory(prefix="fastdpo-tests-")

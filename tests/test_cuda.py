@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import os
 
 import pytest
 import tiny
@@ -214,6 +215,10 @@ def test_a_step_makes_no_tensor_where_its_batch_is_not(layout, loss_type):
     with torch.device("meta"), contextlib.nullcontext() if layout == "padded" else Watch():
         step(model, batch, loss_type=loss_type).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_of_several_gpus_tests_see_one():
+    assert "," not in os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 # On a GPU

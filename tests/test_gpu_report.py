@@ -75,6 +75,14 @@ def test_without_a_gpu_there_is_no_report(tmp_path):
     assert code == 2 and summary.startswith("want a GPU that torch of ")
 
 
+@pytest.mark.parametrize("given, seen", [(None, "0"), ("3,5", "3"), ("", "")])
+def test_of_several_gpus_it_takes_the_first(tmp_path, monkeypatch, given, seen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    environment = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
+    report(tmp_path, f'echo "$CUDA_VISIBLE_DEVICES" > {tmp_path}/seen', "--dry", **environment)
+    assert (tmp_path / "seen").read_text() == f"{seen}\n"
+
+
 def test_the_limits_leave_no_step_out():
     script = (ROOT / "bench/gpu_report.sh").read_text("utf-8")
     limits = [int(found) for found in re.findall(r"^(?:step|bench) (\d+)", script, re.MULTILINE)]
