@@ -260,8 +260,8 @@ def _torch_varlen(query, key, value, *bounds, scale, window_size, softcap, dropo
     if "enable_gqa" in VARLEN_ARGUMENTS:  # else grouped heads pass unasked
         settings["enable_gqa"] = query.shape[1] != key.shape[1]
     # torch 2.15 would take cuDNN for the trunks: a plan of its own for each batch's lengths, and a
-    # backward that torch.use_deterministic_algorithms does not control. (Asking costs 10 us
-    # of CPU time, so older ones, which have flash attention alone, are not asked.)
+    # backward that torch.use_deterministic_algorithms does not control. (Asking costs 10 us of CPU
+    # time, so older ones, which take flash attention for causal windows, are not asked.)
     asked = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if CHOOSES_BACKEND else nullcontext()
     with asked:
         return varlen_attn(query, key, value, *bounds, **settings)
