@@ -48,21 +48,21 @@ def measured(lengths, mean_logit):
 
 def test_pairs_and_tokens_weigh_alike_however_they_are_batched():
     sums = MetricSums()
-    sums.add(measured([4, 2], mean_logit=1.0))  # one pair
+    sums.add(measured([4, 3], mean_logit=1.0))  # one pair
     sums.add(measured([1, 2, 3, 2], mean_logit=2.0))  # two pairs
     sums.add({("aux_loss",): (torch.tensor(3.0), 1)})
     metrics = sums.take_means(ONE_RANK)
     assert metrics == {
         "rewards/chosen": pytest.approx(-0.5 * (4 + 1 + 2) / 3),
-        "rewards/rejected": pytest.approx(-0.5 * (2 + 3 + 2) / 3),
-        "rewards/margins": pytest.approx(0.0),
-        "rewards/accuracies": pytest.approx(1 / 3),  # 4 against 2, 1 against 3, 2 against 2
+        "rewards/rejected": pytest.approx(-0.5 * (3 + 3 + 2) / 3),
+        "rewards/margins": pytest.approx(0.5 / 3),
+        "rewards/accuracies": pytest.approx(1 / 3),  # 4 against 3, 1 against 3, 2 against 2
         "logps/chosen": pytest.approx(-7 / 3),
-        "logps/rejected": pytest.approx(-7 / 3),
+        "logps/rejected": pytest.approx(-8 / 3),
         "entropy": 2.0,
         "mean_token_accuracy": pytest.approx((2 + 2) / 7),
         "logits/chosen": pytest.approx((4 * 1 + 3 * 2) / 7),
-        "logits/rejected": pytest.approx((2 * 1 + 5 * 2) / 7),
+        "logits/rejected": pytest.approx((3 * 1 + 5 * 2) / 8),
         "aux_loss": 3.0,
     }
     assert sums.take_means(ONE_RANK) == {}
