@@ -13,6 +13,8 @@ from datasets import Dataset, IterableDataset
 from processes import printed_json, run_ranks
 from trainers import logged, make_trainer
 
+from fastdpo.metrics import MetricSums
+
 
 def test_evaluation_measures_what_training_does(tmp_path, tokenizer):
     rows = Dataset.from_list(tiny.rows())
@@ -278,6 +280,15 @@ def test_experts_of_pairs_that_another_rank_had_too_are_not_counted(
     metrics = trainer.evaluate(Dataset.from_list(tiny.rows(6)))
     aux_loss = trainer.router_aux_loss_coef * metrics["eval_aux_loss"]
     assert metrics["eval_loss"] == pytest.approx(math.log(2) + aux_loss, abs=1e-6)
+
+
+def test_what_is_summed_for_a_log_holds_no_graph(tmp_path, tokenizer, monkeypatch):
+    added = []
+    monkeypatch.setattr(MetricSums, "add", lambda _, sums: added.extend(sums.items()))
+    model = tiny.model("mixtral", len(tokenizer))
+    make_trainer(tmp_path, tokenizer, model=model, max_steps=1).train()
+    assert ("aux_loss",) in dict(added)
+    assert not any(sums.requires_grad for _, (sums, _) in added)
 
 
 def test_an_evaluation_that_fails_leaves_nothing_to_the_next(tmp_path, tokenizer):
