@@ -64,6 +64,13 @@ def test_a_small_group_fills_the_first_pack_that_has_room_for_it():
     assert [[len(r["prompt_ids"]) for r in pack] for pack in packs] == [[6, 1], [5, 3]]
 
 
+def test_many_groups_fill_a_pack_to_its_last_token():
+    rows = [row(n, 1, 1) for n in (5, 4, 3, 2)]
+    for layout, tokens in (("shared", 7 + 6 + 5 + 4), ("packed", 2 * 18), ("padded", 8 * 6)):
+        assert packs_of(rows, tokens, layout) == [4]
+        assert packs_of(rows, tokens - 1, layout) == [3, 1]
+
+
 def test_a_padded_pack_is_as_large_as_its_longest_sequence_times_all():
     assert packs_of([row(3, 2, 1), row(2, 3, 3)], 20, "padded") == [2]
     assert packs_of([row(3, 2, 1), row(2, 4, 3)], 20, "padded") == [1, 1]
