@@ -37,11 +37,12 @@ def pretend_gpu(monkeypatch, *, start_over, allocated, peak, free):
 class PretendedGPU:
     """A GPU whose token of a forward costs `per_token` bytes, all else `on_top`, a first run 7000.
 
-    Each run leaves 40 bytes behind, and a cache, which is not free before it is emptied.
+    No run takes less than `least`. Each leaves 40 bytes behind, and a cache, which is not free
+    before it is emptied.
     """
 
-    def __init__(self, monkeypatch, *, free, per_token=10, on_top=1000):
-        self.free, self.per_token, self.on_top = free, per_token, on_top
+    def __init__(self, monkeypatch, *, free, per_token=10, on_top=1000, least=0):
+        self.free, self.per_token, self.on_top, self.least = free, per_token, on_top, least
         self.allocated, self.peak, self.cached, self.runs = 500, 90_000, 0, 0
         pretend_gpu(
             monkeypatch,
@@ -54,6 +55,7 @@ class PretendedGPU:
 
     def run(self, inputs):
         taken = self.on_top + self.per_token * inputs["tokens"].run + 7000 * (self.runs == 0)
+        taken = max(taken, self.least)
         if taken > self.free:
             raise torch.OutOfMemoryError("pretended")
         self.peak = max(self.peak, self.allocated + taken)
@@ -78,6 +80,11 @@ def test_a_budget_is_at_least_a_token_and_a_token_at_least_a_byte(monkeypatch):
 def test_tokens_that_cost_more_and_more_do_not_lend_memory(monkeypatch):
     gpu = PretendedGPU(monkeypatch, free=50_000, on_top=-800)
     assert gpu.fit() == int(SAFE_SHARE * 50_000 / 10)
+
+
+def test_a_forward_whose_peak_is_not_its_tokens_tells_nothing(monkeypatch):
+    gpu = PretendedGPU(monkeypatch, free=50_000, least=1_900)
+    assert gpu.fit(10, 100, 180) == int((SAFE_SHARE * 50_000 - 1000) / 10)
 
 
 def test_pairs_of_as_many_tokens_tell_nothing(monkeypatch):
