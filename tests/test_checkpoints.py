@@ -12,15 +12,19 @@ from fastdpo.checkpoints import checkpoints_in, last_checkpoint, why_torn
 
 def test_the_last_whole_checkpoint_is_found_and_each_later_one_named(tmp_path):
     whole = save_checkpoint(tmp_path, 5)
-    torn = save_checkpoint(tmp_path, 10, state=None)
+    torn = [save_checkpoint(tmp_path, step, state=None) for step in (15, 10)]
     checkpoint, notes = last_checkpoint(tmp_path)
     assert checkpoint == whole and why_torn(whole) is None
-    assert notes == (f"skipping {torn}: no trainer_state.json, it was not saved to the end",)
+    why = "no trainer_state.json, it was not saved to the end"
+    assert notes == tuple(f"skipping {each}: {why}" for each in torn)
+    (whole / "trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path) == (None, (*notes, f"skipping {whole}: {why}"))
 
 
-def test_deepspeeds_shards_are_an_optimizer(tmp_path):
+def test_deepspeeds_shards_are_weights_and_an_optimizer(tmp_path):
     checkpoint = save_checkpoint(tmp_path, 10, optimizer=False)
     (checkpoint / "global_step10").mkdir()
+    (checkpoint / "model.safetensors").unlink()
     assert last_checkpoint(tmp_path) == (checkpoint, ())
 
 
@@ -40,6 +44,7 @@ def test_a_file_cut_short_is_named(tmp_path, name, left):
 def test_weights_in_torchs_format_cut_short_are_named(tmp_path):
     file = save_checkpoint(tmp_path, 10) / "adapter_model.bin"
     torch.save({}, file)
+    (file.parent / "model.safetensors").unlink()
     assert why_torn(file.parent) is None
     file.write_bytes(file.read_bytes()[:-1])
     assert why_torn(file.parent) == "half a adapter_model.bin"
@@ -76,6 +81,15 @@ def test_a_shard_or_the_index_that_is_not_there_is_named(tmp_path):
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     assert why_torn(checkpoint) is None
     (checkpoint / shards[1]).unlink()
+    assert why_torn(checkpoint) == f"no {shards[1]}"
+
+
+def test_a_shard_in_torchs_format_that_is_not_there_is_named(tmp_path):
+    checkpoint = save_checkpoint(tmp_path, 10)
+    shards = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    torch.save({}, checkpoint / shards[0])
+    index = {"weight_map": {shard: shard for shard in shards}}
+    (checkpoint / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert why_torn(checkpoint) == f"no {shards[1]}"
 
 
