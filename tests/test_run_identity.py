@@ -1,6 +1,7 @@
 """run_identity: what decides a run's numbers is in its identity, and nothing else."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -109,6 +110,20 @@ def test_data_counts_by_content_and_not_by_place(tmp_path):
     first = identity(tmp_path / "a")
     (tmp_path / "a/rows.jsonl").rename(tmp_path / "a/train.jsonl")  # a split's name
     assert identity(tmp_path / "a") != first
+    (tmp_path / "a").rename(tmp_path / "train")  # another's
+    first = identity(tmp_path)
+    (tmp_path / "train").rename(tmp_path / "validation")
+    assert identity(tmp_path) != first
+
+
+def test_a_large_file_of_data_counts_to_its_end(tmp_path):
+    rows, content = tmp_path / "rows.jsonl", b" " * 2**21
+
+    def identity(last):
+        rows.write_bytes(content + last)
+        return identity_of(tmp_path / "out", script=ScriptArguments(dataset_name=str(rows)))
+
+    assert identity(b"1") != identity(b"2")
 
 
 def test_a_model_counts_by_its_folders_name_from_within_it_too(tmp_path, monkeypatch):
@@ -122,18 +137,29 @@ def test_a_model_counts_by_its_folders_name_from_within_it_too(tmp_path, monkeyp
     assert here == there
 
 
-def test_files_of_a_mixture_count_by_content(tmp_path):
+@pytest.mark.parametrize(
+    "where",
+    [
+        lambda folder: {"path": "json", "data_files": {"train": str(folder / "rows.jsonl")}},
+        lambda folder: {"path": "json", "data_dir": str(folder)},
+        lambda folder: {"path": str(folder)},
+    ],
+    ids=["data_files", "data_dir", "path"],
+)
+def test_files_of_a_mixture_count_by_content(tmp_path, where):
     rows = tmp_path / "rows.jsonl"
 
     def identity(text):
         rows.write_text(text)
-        part = DatasetConfig(path="json", data_files={"train": str(rows)})
-        return identity_of(tmp_path, mixture=DatasetMixtureConfig(datasets=[part]))
+        part = DatasetConfig(**where(tmp_path))
+        return identity_of(tmp_path / "out", mixture=DatasetMixtureConfig(datasets=[part]))
 
     assert identity("{}\n") == identity("{}\n") != identity("{}\n{}\n")
 
 
-@pytest.mark.parametrize("pattern", ["parts/*.jsonl", "~/parts", "~/parts/a.jsonl"])
+@pytest.mark.parametrize(
+    "pattern", ["parts/*.jsonl", "parts/**/*.jsonl", "~/parts", "~/parts/a.jsonl"]
+)
 def test_a_pattern_and_a_home_count_by_their_files(tmp_path, monkeypatch, pattern):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -147,7 +173,7 @@ def test_a_pattern_and_a_home_count_by_their_files(tmp_path, monkeypatch, patter
     assert identity("{}\n") == identity("{}\n") != identity("{}\n{}\n")
 
 
-def test_what_is_cached_beside_data_and_what_the_run_writes_are_no_data(tmp_path):
+def test_what_is_cached_beside_data_and_what_the_run_writes_are_no_data(tmp_path, monkeypatch):
     rows = tmp_path / "rows"
     Dataset.from_list(tiny.rows()).save_to_disk(rows)
     script = ScriptArguments(dataset_name=str(rows))
@@ -157,7 +183,9 @@ def test_what_is_cached_beside_data_and_what_the_run_writes_are_no_data(tmp_path
     (rows / "tmp1a2b3c4d").write_text("half a cache")
     mark_started(rows / "out", before)
     assert identity_of(rows / "out", script=script) == before
-    for name in ("cache-friendly.jsonl", "state.json"):  # the former is the user's
+    monkeypatch.chdir(rows)
+    assert identity_of(Path("out"), script=script) == before
+    for name in ("cache-friendly.jsonl", "tmp.jsonl", "state.json"):  # the user's, but for the last
         (rows / name).write_text("{}")
         after = identity_of(rows / "out", script=script)
         assert after != before
