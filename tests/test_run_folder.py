@@ -111,6 +111,9 @@ def test_a_torn_checkpoint_is_skipped_and_named_and_refused_by_name(started):
         ({"lora_r": 8}, "lora_r is 16 there, 8 here"),
         ({"use_peft": False}, "use_peft is True there, False here"),
         ({"lora_target_modules": ["q_proj"]}, "lora_target_modules"),
+        ({"lora_target_parameters": ["experts.down_proj"]}, "lora_target_parameters"),
+        ({"lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save"),
+        ({"use_dora": True}, "use_dora"),
         ({"model_name_or_path": "m (b1)"}, r"model is \(a0\) there, \(b1\) here"),
         ({"max_steps": 4}, "want max_steps from 5 to resume"),
     ],
@@ -163,18 +166,26 @@ def test_a_setting_that_one_side_lacks_is_a_difference(started):
     save_checkpoint(started, 5)
     with pytest.raises(ValueError, match="new is unset there, 1 here"):
         choose_run_folder(started, {**IDENTITY, "new": 1})
+    mark_started(started, {**IDENTITY, "datasets.1.path": "more.jsonl"})
+    with pytest.raises(ValueError, match=r"datasets.1.path is more.jsonl there, unset here"):
+        choose_run_folder(started, IDENTITY)
 
 
 def test_another_run_that_left_nothing_is_no_obstacle(started):
     assert choose_run_folder(started, {**IDENTITY, "beta": 0.2}).path == started
 
 
-def test_checkpoints_of_an_unknown_run_are_refused_unless_named(tmp_path):
+def test_checkpoints_of_an_unknown_run_are_refused_unless_named(tmp_path, monkeypatch):
     checkpoint = save_checkpoint(tmp_path, 5)
     with pytest.raises(ValueError, match=r"no run\.json.*--resume_from_checkpoint"):
         choose_run_folder(tmp_path, IDENTITY)
     assert choose_run_folder(tmp_path, IDENTITY, resume_from=str(checkpoint)).checkpoint
     assert choose_run_folder(tmp_path, IDENTITY, resume_from="True").checkpoint == checkpoint
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert choose_run_folder(".", IDENTITY, resume_from=str(checkpoint)).checkpoint == checkpoint
+    home = choose_run_folder(tmp_path, IDENTITY, resume_from="~/checkpoint-5")
+    assert home.checkpoint == checkpoint
     elsewhere = save_checkpoint(tmp_path / "other", 5)
     with pytest.raises(ValueError, match=r"no run\.json"):
         choose_run_folder(tmp_path, IDENTITY, resume_from=str(elsewhere))
