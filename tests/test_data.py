@@ -109,6 +109,15 @@ def test_a_row_that_alone_has_reference_logps_is_the_one_that_is_bad(tokenizer):
     assert (len(pairs), counts.bad) == (2, 1) and "ref_chosen_logps" not in pairs[0]
 
 
+def test_a_row_without_a_reference_among_rows_that_have_one_is_malformed(tokenizer):
+    rows = [row | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in tiny.rows(3)]
+    rows[1] |= {"ref_chosen_logps": None, "ref_rejected_logps": None}
+    with pytest.raises(RowError, match="row 1, field 'ref_chosen_logps': want a number, as other"):
+        pairs_of(rows, tokenizer)
+    pairs, counts = pairs_of(rows, tokenizer, on_bad_rows="skip")
+    assert counts.bad == 1 and [pair["ref_chosen_logps"] for pair in pairs] == [-1.0, -1.0]
+
+
 def test_reference_logps_count_in_the_rows_that_were_selected(tokenizer):
     rows = [row | {"ref_chosen_logps": None, "ref_rejected_logps": None} for row in tiny.rows(5)]
     rows[4] |= {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}

@@ -6,6 +6,7 @@ from datasets import Dataset
 from pairs import decoded, merging_tokenizer, pairs_of, with_ends
 
 from fastdpo.data import prepare_pairs
+from fastdpo.preferences import MALFORMED
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,15 @@ def test_what_is_dropped_and_what_is_odd_is_counted_and_reported_once(tokenizer,
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 3
     assert "1 malformed rows" in messages[0] and "row 4, field 'chosen'" in messages[0]
+
+
+def test_a_row_that_could_not_be_read_is_told_of_by_where_it_was(tokenizer, caplog):
+    unread = dict.fromkeys(("prompt", "chosen", "rejected")) | {MALFORMED: "a.jsonl, line 9: torn"}
+    _, counts = pairs_of(
+        [row | {MALFORMED: None} for row in tiny.rows(2)] + [unread], tokenizer, on_bad_rows="skip"
+    )
+    assert counts.bad == 1
+    assert caplog.records[0].getMessage().endswith("such as: train dataset, a.jsonl, line 9: torn")
 
 
 def test_a_stream_tells_of_the_first_row_that_it_drops(tokenizer, caplog):
