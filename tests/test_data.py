@@ -349,7 +349,7 @@ def test_options_that_cannot_be_rendered_name_the_row_or_are_skipped(tokenizer, 
 def test_what_the_template_cannot_add_up_names_the_row(tokenizer):
     adding = copy.deepcopy(tokenizer)
     adding.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
-    parts = chat(prompt=[user([{"type": "text", "text": "a question"}])])
+    parts = chat(prompt=[user([{"type": "text", "text": "a quéstion"}])])
     told = (
         "row 0, field 'prompt': want what the chat template takes, got TypeError: can only "
         r'concatenate str \(not "list"\) to str$'
@@ -374,10 +374,15 @@ def test_a_template_may_leave_out_reasoning_and_write_what_a_tool_says_as_json(t
     own = copy.deepcopy(tokenizer)
     own.chat_template = (
         "{% for m in messages %}{% if m.content is string %}{{ m.content }}"
-        "{% elif m.role == 'tool' %}{{ m.content | tojson }}{% endif %}{% endfor %}"
+        "{% elif m.role == 'tool' %}{{ m.content | tojson }}"
+        "{% elif m.role == 'user' %}{{ m.content[0].text | trim }}{% endif %}{% endfor %}"
     )
     parts = [{"type": "text", "text": "why"}]
-    turns = [user("a"), {"role": "assistant", "content": parts}, {"role": "tool", "content": parts}]
+    turns = [
+        user([{"type": "text", "text": " a\n"}]),
+        {"role": "assistant", "content": parts},
+        {"role": "tool", "content": parts},
+    ]
     (pair,) = prepare_pairs(as_dataset([chat(prompt=turns)]), own)[0]
     assert decoded(own, pair) == [f"a{json.dumps(parts)}", "Four.", "Five."]
 
