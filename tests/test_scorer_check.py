@@ -49,13 +49,14 @@ def test_a_loss_of_experts_may_be_off_by_what_its_dtype_rounds():
             check_scorer(model, [5, 6, 7, 8], aux_loss=True)
 
 
-def test_logits_made_in_an_unknown_way_are_detected():
+@pytest.mark.parametrize("times", [2, 1.003], ids=["far", "near"])
+def test_logits_made_in_an_unknown_way_are_detected(times):
     model = tiny.model("llama", tiny.VOCAB)
     attach_scorer(model)
     model.train()
     check_scorer(model, [5, 6, 7, 8])
     assert model.training
-    causal_lm_of(model).lm_head.register_forward_hook(lambda module, args, logits: logits * 2)
+    causal_lm_of(model).lm_head.register_forward_hook(lambda module, args, logits: logits * times)
     with pytest.raises(ValueError, match="want the model's own log-probabilities"):
         check_scorer(model, [5, 6, 7, 8])
 
