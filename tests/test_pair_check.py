@@ -48,9 +48,12 @@ def test_the_smaller_of_two_tables_of_positions_bounds_a_pair(tmp_path):
         )
         for positions in (64, 8)
     ]
-    pairs = Dataset.from_list([{"prompt_ids": [1] * 8, "chosen_ids": [2], "rejected_ids": [3]}])
-    with pytest.raises(ValueError, match="want at most 8 tokens"):
-        check_pairs({"train": pairs}, models, DPOConfig(output_dir=tmp_path, use_cpu=True))
+    args = DPOConfig(output_dir=tmp_path, use_cpu=True)
+    row = {"prompt_ids": [1] * 7, "chosen_ids": [2], "rejected_ids": [3]}
+    check_pairs({"train": Dataset.from_list([row])}, models, args)
+    longer = Dataset.from_list([row | {"chosen_ids": [2, 3]}])
+    with pytest.raises(ValueError, match="want at most 8 tokens, .* got 9"):
+        check_pairs({"train": longer}, models, args)
 
 
 def test_positions_by_whispers_name_bound_a_pair(tmp_path):
