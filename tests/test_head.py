@@ -135,6 +135,13 @@ def test_other_head_adapters_are_refused(settings):
         check_head_module(model.get_base_model())
 
 
+def test_another_head_adapter_beside_one_of_plain_lora_is_refused():
+    model = with_head_adapter()
+    model.add_adapter("other", LoraConfig(target_modules=["lm_head"], lora_bias=True))
+    with pytest.raises(ValueError, match="no adapter on the output embedding but LoRA"):
+        check_head_module(model.get_base_model())
+
+
 def test_an_adaptive_adapter_on_the_head_is_refused():
     settings = {"target_modules": ["lm_head"], "total_step": 10}
     model = get_peft_model(tiny.model("llama", tiny.VOCAB), AdaLoraConfig(**settings))
@@ -146,12 +153,13 @@ class Config(dict):
     __getattr__ = dict.get
 
 
-def test_a_text_config_within_a_models_says_how_logits_are_scaled(monkeypatch):
+def test_a_text_config_within_a_models_says_how_logits_are_scaled_and_capped(monkeypatch):
     model = tiny.model("llama", tiny.VOCAB)
-    text = Config(model_type="granite", logits_scaling=8.0)
+    text = Config(model_type="granite", logits_scaling=8.0, final_logit_softcapping=0.5)
     monkeypatch.setattr(type(model.config), "get_text_config", lambda self, **_: text)
     hidden_ND, labels_N = torch.randn(20, model.lm_head.in_features), torch.arange(20)
-    expected_NV = (model.lm_head(hidden_ND) / 8).log_softmax(1)
+    logits_NV = model.lm_head(hidden_ND) / 8
+    expected_NV = (0.5 * (logits_NV / 0.5).tanh()).log_softmax(1)
     logps_N, _ = head_logps(model, hidden_ND, labels_N)
     torch.testing.assert_close(logps_N, expected_NV[labels_N, labels_N])
 
