@@ -9,13 +9,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from trainers import LORA, logged, make_trainer, trained_before
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import fastdpo
 from fastdpo import precompute
 from fastdpo.collate import PaddedCollator
 from fastdpo.columns import REFERENCE_COLUMNS, Cut
-from fastdpo.reference_cache import PROBE, RECORD, ReferenceCache, probe_pairs
+from fastdpo.reference_cache import PROBE, RECORD, ReferenceCache, open_cache, probe_pairs
 from fastdpo.reference_logps import AdaptersOff, FrozenModel
 
 COLUMNS = [*REFERENCE_COLUMNS]
@@ -62,9 +62,12 @@ def test_another_run_with_other_hyperparameters_scores_nothing(tmp_path, tokeniz
     assert sum(scored) == len(first.train_dataset) == 8
     assert "cache" not in first.summary()
     scored.clear()
+    model = tiny.model("llama", len(tokenizer))
+    model.config.name_or_path = "moved/elsewhere"
     second = start(
         tmp_path,
         tokenizer,
+        model=model,
         learning_rate=1e-2,
         beta=0.3,
         loss_type="ipo",
@@ -283,6 +286,16 @@ def test_the_probe_keeps_to_a_models_positions_and_tokens():
         assert len(pair["prompt_ids"]) + len(pair["chosen_ids"]) == min(32, 1 + length)
         assert len(pair["rejected_ids"]) == len(pair["chosen_ids"])
         assert max(map(max, pair.values())) < 7
+    unbounded = BloomForCausalLM(BloomConfig(vocab_size=7, hidden_size=8, n_layer=1, n_head=2))
+    assert [len(pair["chosen_ids"]) for pair in probe_pairs(unbounded)] == [3, 15, 63, 254]
+
+
+def test_weights_that_are_not_at_hand_have_no_cache():
+    model = tiny.model("llama", tiny.VOCAB)
+    settings = {"cut": Cut(), "probe_logps_S": torch.zeros(8), "adapters_off": False}
+    assert open_cache(model, **settings) is not None
+    model.lm_head.to("meta")  # as accelerate offloads it
+    assert open_cache(model, **settings) is None
 
 
 def test_a_nan_score_is_computed_again_and_never_cached(tmp_path, tokenizer, scored, cache):
