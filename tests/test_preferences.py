@@ -5,7 +5,8 @@ import tiny
 from pairs import assistant, chat, decoded, merging_tokenizer, pairs_of, user
 
 from fastdpo.columns import ID_COLUMNS
-from fastdpo.row_errors import RowError
+from fastdpo.preferences import checked_row
+from fastdpo.row_errors import FieldError, RowError
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +166,31 @@ def test_texts_go_before_token_ids_which_may_be_another_tokenizers(tokenizer):
     rows = tiny.rows(2)
     with_ids = [row | {name: [5, 6] for name in ID_COLUMNS} for row in rows]
     assert pairs_of(with_ids, tokenizer) == pairs_of(rows, tokenizer)
+
+
+def test_token_ids_count_from_0_to_what_int64_holds():
+    row = {"prompt_ids": [0], "chosen_ids": [0, 1], "rejected_ids": [2**63 - 1]}
+    assert checked_row(row) == row
+    for wrong in (-1, 2**63, True):
+        with pytest.raises(FieldError, match=f"want token ids, whole numbers from 0, got {wrong}"):
+            checked_row(row | {"rejected_ids": [wrong]})
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (chat(prompt="Two and two?"), "'prompt': want a list, as chosen is, got 'Two and two"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, "'rejected': want a text or .*, got 3"),
+    ],
+    ids=["prompt", "rejected"],
+)
+def test_a_field_of_another_kind_is_shown(row, told):
+    with pytest.raises(FieldError, match=told):
+        checked_row(row)
+
+
+def test_a_completion_may_begin_as_the_user_where_the_prompt_does_not_end_so():
+    turns = {"chosen": [user("c"), assistant("d")], "rejected": [assistant("e")]}
+    assert checked_row(chat(prompt=[user("a"), assistant("b")], **turns))
+    with pytest.raises(FieldError, match="'chosen': want a first message of another role"):
+        checked_row(chat(prompt=[assistant("a"), user("b")], **turns))
