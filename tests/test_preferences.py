@@ -194,3 +194,9 @@ def test_a_completion_may_begin_as_the_user_where_the_prompt_does_not_end_so():
     assert checked_row(chat(prompt=[user("a"), assistant("b")], **turns))
     with pytest.raises(FieldError, match="'chosen': want a first message of another role"):
         checked_row(chat(prompt=[assistant("a"), user("b")], **turns))
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
+def test_messages_of_every_field_are_looked_at(field):
+    with pytest.raises(FieldError, match=rf"'{field}\[1\]': want a message with 'role'"):
+        checked_row(chat(**{field: [assistant("a"), {"content": "b"}]}))
