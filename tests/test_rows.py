@@ -278,7 +278,7 @@ def test_a_file_that_cannot_be_read_is_named(streaming, name, content, tmp_path)
         list(load_rows(str(tmp_path / name), streaming=streaming))
 
 
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/nowhere/rows"])
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/nowhere/rows", "~/nowhere"])
 def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name):
     with pytest.raises(ValueError, match="is not there"):
         load_rows(name)
