@@ -111,3 +111,14 @@ def test_where_no_row_is_left_it_is_explained(tokenizer):
         pairs_of(rows, tokenizer, max_length=40)
     with pytest.raises(ValueError, match="at least one row"):
         prepare_pairs(Dataset.from_dict({"prompt": []}), tokenizer)
+
+
+def test_a_stream_tells_of_lost_ends_and_of_dropped_rows_once_each(caplog):
+    tokenizer = tiny.tokenizer(["hello world"] * 9)
+    lost = {"prompt": "say hel", "chosen": "lo world", "rejected": "lo"}
+    long = {"prompt": "a b " * 50, "chosen": " c", "rejected": " d"}
+    rows = Dataset.from_list([lost, long, lost, long]).to_iterable_dataset()
+    stream, _ = prepare_pairs(rows, tokenizer, max_length=40)
+    assert len(list(stream)) == 2
+    first, second = [record.getMessage() for record in caplog.records]
+    assert "row 0: 'hel'" in first and "row 1: its prompt alone fills max_length" in second
