@@ -11,6 +11,7 @@ from fastdpo.data import prepare_pairs
 from fastdpo.mixture import load_datasets
 from fastdpo.parser import TrainParser
 from fastdpo.row_errors import RowError
+from fastdpo.rows import in_one_schema
 
 
 def load(mixture, *, with_eval=False, on_bad_rows="raise"):
@@ -217,3 +218,9 @@ def test_a_dataset_is_asked_for_as_flags_or_yaml_say(monkeypatch):
     flags = ScriptArguments("some/pairs", dataset_config="fr", dataset_train_split="t")
     load_datasets(flags, DatasetMixtureConfig(), with_eval=False, on_bad_rows="raise", seed=0)
     assert (asked["config_name"], asked["split"]) == ("fr", "t")
+
+
+def test_a_bad_row_of_rows_in_memory_is_named_by_its_number_from_0():
+    rows = Dataset.from_list([*tiny.rows(1), tiny.rows(1)[0] | {"rejected": None}])
+    with pytest.raises(RowError, match="^a.jsonl, row 1, field 'rejected'"):
+        in_one_schema(rows, "a.jsonl", skip_bad=False)
