@@ -137,8 +137,7 @@ def _check_named(checkpoint: Path, identity: dict[str, Any]) -> None:
 
 def _check_same_weights(checkpoint: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
     of_weights = [
-        {name: value for name, value in each.items() if name.partition(".")[0] in OF_WEIGHTS}
-        for each in (there, now)
+        {name: value for name, value in each.items() if name in OF_WEIGHTS} for each in (there, now)
     ]
     hashes = [str(each.get("model_name_or_path")).rpartition(" ")[2] for each in (there, now)]
     if all(each.endswith(")") for each in hashes):  # of folders, whatever their names
