@@ -21,7 +21,7 @@ if [[ "${1:-}" == --dry ]]; then DRY=1; shift; fi
 OUT="${1:-gpu_report}"
 PYTHON="${PYTHON:-python3}"
 TOTAL_S="${TOTAL_S:-540}"
-KILL_S=15  # for an interrupted step to write down what it has
+KILL_S="${KILL_S:-15}"  # for an interrupted step to write down what it has
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1  # what a killed step had printed is in its file
 GPUS="${CUDA_VISIBLE_DEVICES-0}"
 export CUDA_VISIBLE_DEVICES="${GPUS%%,*}"  # of several the first: a trainer in one process refuses more

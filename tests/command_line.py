@@ -39,6 +39,13 @@ def train(here, output_dir, *more, **changes):
     return cli.main(["train", *flags(settings(here, output_dir, **changes)), *more])
 
 
+def last_line(capsys):
+    """What stderr ends with, which must be an error."""
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("fastdpo: error: "), line
+    return line
+
+
 def one_line(capsys):
     """What stderr says, which must be a single error."""
     lines = capsys.readouterr().err.splitlines()

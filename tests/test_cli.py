@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +20,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastdpo import cli
-from fastdpo.launch import ACCELERATE_CONFIGS, launch_flags
+from fastdpo import DPOConfig, cli
+from fastdpo.arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from fastdpo.trainer import DPOTrainer
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -208,20 +210,6 @@ def test_launch_flags_go_through_accelerate(here, tmp_path, capfd):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ACCELERATE_CONFIGS)
-def test_accelerate_knows_the_flags_of_every_named_config(name):
-    assert launch_flags(["--accelerate_config", name]) == ACCELERATE_CONFIGS[name].split()
-
-
-def test_launch_flags_may_be_written_with_an_equals_sign_or_be_off():
-    zero2 = ACCELERATE_CONFIGS["zero2"].split()
-    assert launch_flags(["--accelerate_config=zero2"]) == zero2
-    assert launch_flags(["--multi_gpu=false", "--num_processes", "2"]) == [
-        "--num_processes",
-        "2",
-    ]
-
-
 @pytest.mark.parametrize(
     "more, is_refused",
     [((), True), (("--cpu",), True), (("--multi_gpu",), False), (("--use_fsdp",), False)],
@@ -273,6 +261,37 @@ def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch)
     assert launched == [([], argv)]
 
 
+def test_the_environment_is_set_before_torch_reads_it(tmp_path):
+    (tmp_path / "run.yaml").write_text("env: {OMP_NUM_THREADS: 1, ABOVE: 3}\n")
+    code = (
+        "import os, sys; from fastdpo import cli\n"
+        "def command(*_, **__): print(os.environ.pop('ABOVE'), 'torch' in sys.modules)\n"
+        "cli.train = cli.verify = command\n"
+        "for name in ('train', 'dpo', 'verify'): cli.main([name, '--config', sys.argv[1]])\n"
+        "import torch; print(torch.get_num_threads())"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run.yaml")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
+    assert process.stdout == 3 * "3 False\n" + "1\n", process.stderr
+
+
+def test_a_pushed_model_names_the_dataset_of_the_hub_that_it_was_trained_on(tmp_path):
+    pushed = []
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(push_to_hub=True),
+        hub_model_id="org/model",
+        save_model=lambda path: None,
+        push_to_hub=lambda **kwargs: pushed.append(kwargs),
+    )
+    for name in ("org/pairs", str(tmp_path), None):
+        cli._save(trainer, tmp_path, name, print)
+    assert pushed == [{"dataset_name": "org/pairs"}, *[{"dataset_name": None}] * 2]
+
+
 # Help
 
 
@@ -287,40 +306,11 @@ def test_help_and_version_do_not_wait_for_torch():
     assert "train" in process.stdout and "demo" in process.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "dpo", "verify"])
-def test_the_environment_is_set_before_torch_reads_it(tmp_path, command):
-    (tmp_path / "run.yaml").write_text("env: {OMP_NUM_THREADS: 1, ABOVE: 3}\nbeta: much\n")
-    code = (
-        "import os, sys; from fastdpo import cli; "
-        "code = cli.main(sys.argv[1:]); import torch; "
-        "print(code, torch.get_num_threads(), os.environ['ABOVE'])"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code, command, "--config", str(tmp_path / "run.yaml")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
-    )
-    assert process.stdout == "2 1 3\n", process.stderr
-
-
 def test_train_help_lists_every_flag(capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(["train", "--help"])
     assert exit.value.code == 0
-    out = capsys.readouterr().out
-    for flag in ("--lora_target_modules", "--beta", "--datasets", "--config", "--fresh"):
-        assert flag in out
-
-
-def test_a_pushed_model_names_the_dataset_of_the_hub_that_it_was_trained_on(tmp_path):
-    pushed = []
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(push_to_hub=True),
-        hub_model_id="org/model",
-        save_model=lambda path: None,
-        push_to_hub=lambda **kwargs: pushed.append(kwargs),
-    )
-    for name in ("org/pairs", str(tmp_path), None):
-        cli._save(trainer, tmp_path, name, print)
-    assert pushed == [{"dataset_name": "org/pairs"}, *[{"dataset_name": None}] * 2]
+    listed = set(re.findall(r"--\w+", capsys.readouterr().out))
+    kinds = (ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig)
+    settings = [field.name for kind in kinds for field in fields(kind) if field.init]
+    assert {f"--{name}" for name in (*settings, "config", "fresh")} <= listed

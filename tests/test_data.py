@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 
 import datasets
 import pytest
@@ -14,13 +13,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from bench.cases import no_real_pairs
+from bench.length_profiles import REAL_PAIRS
 from fastdpo.columns import ID_COLUMNS
 from fastdpo.data import prepare_pairs
 from fastdpo.preferences import MALFORMED, ORIGIN
 from fastdpo.row_errors import RowError
 from fastdpo.rows import as_dataset, in_one_schema
-
-REAL_PAIRS = Path(__file__).parents[2] / "shared/data/preferences_en.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +144,7 @@ def test_tokens_merged_across_the_prompts_end_belong_to_the_completions():
         assert pair["prompt_ids"] + pair[side] == tokenizer(text)["input_ids"]
 
 
-@pytest.mark.skipif(not REAL_PAIRS.exists(), reason=f"no {REAL_PAIRS.name} beside us")
+@no_real_pairs
 def test_real_rows_are_tokenised_as_trl_does(tokenizer):
     rows = [json.loads(line) for line in REAL_PAIRS.read_text("utf-8").splitlines()[:40]]
     pairs, counts = pairs_of(rows, tokenizer, max_length=None)

@@ -144,7 +144,7 @@ def build(*arguments):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """The tracked part of the tree, apart: building writes beside what it builds."""
+    """A copy of what is installed: building writes beside what it builds."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "README.md", "LICENSE", "fastdpo", "kernels"):
         subprocess.run(["cp", "-RP", str(ROOT / name), str(folder)], check=True)

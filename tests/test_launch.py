@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdpo.launch import is_launched, launch, launch_flags
+from fastdpo.launch import ACCELERATE_CONFIGS, is_launched, launch, launch_flags
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"])
@@ -13,6 +13,20 @@ def test_a_process_that_was_launched_launches_no_others(monkeypatch, name):
     assert not is_launched()
     monkeypatch.setenv(name, "0")  # a single process of accelerate's has the latter alone
     assert is_launched()
+
+
+@pytest.mark.parametrize("name", ACCELERATE_CONFIGS)
+def test_accelerate_knows_the_flags_of_every_named_config(name):
+    assert launch_flags(["--accelerate_config", name]) == ACCELERATE_CONFIGS[name].split()
+
+
+def test_launch_flags_may_be_written_with_an_equals_sign_or_be_off():
+    zero2 = ACCELERATE_CONFIGS["zero2"].split()
+    assert launch_flags(["--accelerate_config=zero2"]) == zero2
+    assert launch_flags(["--multi_gpu=false", "--num_processes", "2"]) == [
+        "--num_processes",
+        "2",
+    ]
 
 
 def test_a_flag_overrides_that_of_a_named_config():

@@ -236,7 +236,7 @@ def test_skipping_what_no_token_is_changes_nothing(backend, device):
 
 @pytest.mark.parametrize("skip_below", [0.0, 2**-12])
 def test_the_same_inputs_give_the_same_bits(backend, skip_below, device):
-    args = inputs(SHAPES["ragged-last-tile-and-rows"], torch.float32, device, bias=True)
+    args = inputs((5, 16, 2 * BLOCK_T + 7), torch.float32, device, bias=True)
     settings = {"backend": backend, "skip_below": skip_below}
     torch.use_deterministic_algorithms(False)  # which would hide an operator that is not
     first, second = (run(linear_logps, *args, torch.float32, **settings) for _ in range(2))

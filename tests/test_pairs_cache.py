@@ -23,8 +23,9 @@ import tiny
 from fastdpo.data import prepare_pairs
 from fastdpo.rows import load_rows
 
-pairs, _ = prepare_pairs(load_rows(sys.argv[1]), tiny.tokenizer())
-print(pairs.cache_files[0]["filename"])
+for path in sys.argv[1:]:
+    pairs, _ = prepare_pairs(load_rows(path), tiny.tokenizer())
+    print(pairs.cache_files[0]["filename"])
 """
 
 
@@ -89,15 +90,15 @@ def files(pairs):
     return [file["filename"] for file in pairs.cache_files]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_pairs_of_a_file_are_found_at_the_next_start(tmp_path, suffix):
-    path = str(tmp_path / f"rows.{suffix}")
-    write = Dataset.to_json if suffix == "jsonl" else Dataset.to_csv
-    write(Dataset.from_list(tiny.rows()), path)
-    tokenizer = tiny.tokenizer()
-    tokenizer("used before")
-    pairs, _ = prepare_pairs(load_rows(path), tokenizer)
-    assert run_ranks(tmp_path, NEXT_START, path, world_size=1).split() == files(pairs)
+def test_pairs_of_files_are_found_at_the_next_start(tmp_path):
+    paths, kept, tokenizer = [], [], tiny.tokenizer()
+    for write, name, count in ((Dataset.to_json, "a.jsonl", 8), (Dataset.to_csv, "b.csv", 5)):
+        paths.append(str(tmp_path / name))
+        write(Dataset.from_list(tiny.rows(count)), paths[-1])
+        tokenizer("used before")
+        kept += files(prepare_pairs(load_rows(paths[-1]), tokenizer)[0])
+    assert run_ranks(tmp_path, NEXT_START, *paths, world_size=1).split() == kept
+    assert len({*kept}) == 2
 
 
 CUTS = {  # settings, and whether a row is then too long, and one of equal sides

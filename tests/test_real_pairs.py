@@ -2,8 +2,8 @@
 
 import copy
 import json
-from pathlib import Path
 
+import datasets
 import naive
 import pytest
 import tiny
@@ -11,11 +11,21 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trainers import LORA, make_trainer
 
-REAL_PAIRS = Path(__file__).parents[2] / "shared/data/preferences_en.jsonl"
-pytestmark = pytest.mark.skipif(not REAL_PAIRS.exists(), reason=f"no {REAL_PAIRS.name} beside us")
+from bench.cases import no_real_pairs
+from bench.length_profiles import REAL_PAIRS
+
+pytestmark = no_real_pairs
 
 # a float32 sum of logps is good to 1 in 2**24: sequences this short keep rewards good to 1e-5
 STEPS, BATCH, MAX_LENGTH, BETA, LR = 30, 2, 64, 0.1, 2e-4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One for all tests here: the rows, most of which are too long, are tokenised once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
 
 
 @pytest.fixture(scope="module")

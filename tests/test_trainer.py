@@ -226,7 +226,7 @@ def test_the_summary_says_what_will_run(tmp_path, tokenizer):
 def test_a_second_trainer_on_the_same_model_starts_where_the_first_ended(tmp_path, tokenizer):
     first = make_trainer(tmp_path, tokenizer)
     first.train()
-    second = make_trainer(tmp_path, tokenizer, model=copy.deepcopy(first.model))
+    second = make_trainer(tmp_path, tokenizer, model=first.model)
     second.train()
     assert logged(second)[0] == pytest.approx(math.log(2), abs=1e-6)
 

@@ -1,6 +1,10 @@
 """The same script under TRL and under fastdpo; needs the `bench` extra, where TRL is a peer."""
 
+import dataclasses
+
 import pytest
+import test_config
+import test_parser
 import tiny
 from datasets import Dataset
 from hypothesis import HealthCheck, given
@@ -201,6 +205,14 @@ def test_every_flag_of_trl_dpo_is_one_here():
         for parser in (trl.TrlParser(kinds), TrainParser(prog="fastdpo train"))
     )
     assert theirs <= ours
+
+
+def test_the_defaults_that_other_tests_hold_are_those_of_trl(tmp_path):
+    made = trl.DPOConfig(output_dir=tmp_path, bf16=False, use_cpu=True, report_to="none")
+    for name, default in test_config.TRL_DEFAULTS.items():
+        assert getattr(made, name) == default, name
+    for kind, defaults in test_parser.TRL_DEFAULTS.items():
+        assert dataclasses.asdict(getattr(trl, kind.__name__)()) == defaults
 
 
 def test_trls_collator_trains_alike(model, tmp_path):

@@ -7,6 +7,7 @@ import families
 import pytest
 import tiny
 import torch
+from command_line import last_line
 from datasets import Dataset, Features, Value
 from verifying import folder_with_models_and_rows, load, run, save, table, what_differs
 
@@ -207,11 +208,6 @@ def test_adapters_all_have_a_gradient_to_compare(here):
 # Bad input
 
 
-def error(capsys):
-    err = capsys.readouterr().err
-    return next(line for line in err.splitlines() if line.startswith("fastdpo: error: "))
-
-
 @pytest.mark.parametrize(
     "more, told",
     [
@@ -229,7 +225,7 @@ def error(capsys):
 )
 def test_bad_input_ends_with_one_line(here, more, told, capsys):
     assert run(here, *more) == 2
-    assert told in error(capsys)
+    assert told in last_line(capsys)
 
 
 def test_a_nan_weight_is_named(here, tmp_path, capsys):
@@ -237,7 +233,7 @@ def test_a_nan_weight_is_named(here, tmp_path, capsys):
     model.model.layers[1].mlp.up_proj.weight.data[3, 4:6] = float("nan")
     save(model, tmp_path / "model")
     assert run(here, model=tmp_path / "model") == 2
-    assert "2 NaN or Inf in model.layers.1.mlp.up_proj.weight" in error(capsys)
+    assert "2 NaN or Inf in model.layers.1.mlp.up_proj.weight" in last_line(capsys)
 
 
 def test_hidden_states_that_overflow_are_named(here, tmp_path, capsys):
@@ -245,7 +241,7 @@ def test_hidden_states_that_overflow_are_named(here, tmp_path, capsys):
     model.model.layers[1].mlp.down_proj.weight.data.fill_(3e38)
     save(model, tmp_path / "model")
     assert run(here, model=tmp_path / "model") == 2
-    told = error(capsys)
+    told = last_line(capsys)
     assert "pair 0, chosen, token " in told and "hidden states of layer 1" in told
 
 
@@ -254,7 +250,7 @@ def test_a_token_outside_the_vocabulary_is_named(here, tmp_path, capsys):
     tiny.write_rows(tmp_path / "rows.jsonl", [tokens, {**tokens, "rejected_ids": [9, 290]}])
     save(tiny.model("llama", 280), tmp_path / "model")  # fewer than its tokenizer's
     assert run(here, model=tmp_path / "model", rows=tmp_path / "rows.jsonl") == 2
-    assert "train dataset, pair 1, rejected_ids: want token ids in [0, 280)" in error(capsys)
+    assert "train dataset, pair 1, rejected_ids: want token ids in [0, 280)" in last_line(capsys)
 
 
 # The command
