@@ -133,17 +133,19 @@ def build(tokenizer, settings=None, **arguments):
             ValueError,
             "want optimizers of what trains, got model as a name",
         ),
-        (
-            {"optimizers": (SGD(tiny.model("llama", 300).parameters()), None)},  # of another one
-            ValueError,
-            "want optimizers of what trains, got one that holds no parameter of model",
-        ),
     ],
     ids=lambda value: None if isinstance(value, type) else str(value)[:30],
 )
 def test_arguments_that_do_not_fit_are_refused(tokenizer, nothing_spent, wrong, error, message):
     with pytest.raises(error, match=message):
         build(tokenizer, **wrong)
+
+
+def test_an_optimizer_made_before_the_adapters_is_refused(tokenizer, nothing_spent):
+    model = tiny.model("llama", len(tokenizer))
+    optimizer = SGD(model.parameters())
+    with pytest.raises(ValueError, match="trains, got one that holds no parameter of model with"):
+        build(tokenizer, model=get_peft_model(model, LORA), optimizers=(optimizer, None))
 
 
 @pytest.mark.parametrize("kwargs", [{"every_n_layers": 0}, {"offload": True}], ids=str)
