@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from fastdpo import ranks
-from fastdpo.ranks import average_gradients, from_main_process, least_of_ranks, one_rank_first
+from fastdpo.ranks import (
+    average_gradients,
+    from_main_process,
+    least_of_ranks,
+    one_rank_first,
+    pairs_not_repeated,
+)
 
 
 class OfTwo(SimpleNamespace):
@@ -81,6 +87,16 @@ def test_every_process_has_the_main_ones_answer_or_its_error(monkeypatch):
 def test_the_least_of_two_ranks_counts(here, there):
     assert least_of_ranks(here, OfTwo(others_count=there)) == 3
     assert least_of_ranks(here, SimpleNamespace(num_processes=1)) == here
+
+
+@pytest.mark.parametrize(
+    "at_end, remainder, new",
+    [(False, 3, [4, 4]), (True, 3, [3, 0]), (True, 6, [4, 2]), (True, 0, [4, 4])],
+)
+def test_pairs_that_fill_up_the_last_batches_are_not_counted(at_end, remainder, new):
+    state = SimpleNamespace(end_of_dataloader=at_end, remainder=remainder)
+    both = [SimpleNamespace(gradient_state=state, process_index=rank) for rank in (0, 1)]
+    assert [pairs_not_repeated(4, each) for each in both] == new
 
 
 def test_gradients_are_averaged_however_they_are_cut_into_lots(reduced, monkeypatch):
