@@ -102,7 +102,8 @@ def test_a_pad_token_beyond_the_model_is_refused():
     model = families.model("llama", torch.float32)
     V = model.config.vocab_size
     settings = {"without_dropout": True, "reentrant_checkpoints": False}
-    for policy, ref_model in ((model, None), (families.model("llama", torch.float32), model)):
+    larger = families.model("llama", torch.float32, vocab_size=V + 1)
+    for policy, ref_model in ((model, None), (larger, model)):
         with pytest.raises(ValueError, match=rf"want a pad token in \[0, {V}\), .*got {V}"):
             make_ready(policy, ref_model, pad_token_id=V, **settings)
 
@@ -225,7 +226,7 @@ def test_bofts_own_dropout_is_off():
 
 
 def test_both_configs_learn_the_pad_token_and_a_reference_drops_nothing():
-    models = [families.model("gpt2", torch.float32, attn_pdrop=0.3) for _ in range(2)]
+    models = [families.model("llama", torch.float32, attention_dropout=0.3) for _ in range(2)]
     make_ready(*models, pad_token_id=7, without_dropout=True, reentrant_checkpoints=False)
     assert models[0].config.pad_token_id == models[0].generation_config.pad_token_id == 7
     assert not any(rates(module) for model in models for module in model.modules())
