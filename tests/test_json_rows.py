@@ -121,6 +121,14 @@ def test_an_array_is_one_array_of_json_and_nothing_more(between, behind, tmp_pat
             load_rows(str(tmp_path / "rows.json"), on_bad_rows=on_bad_rows)
 
 
+def test_blank_lines_are_no_rows_and_count_as_lines(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [b"", *tiny.rows(1), b" \t", *tiny.rows(1), b""])
+    assert texts(load_rows(path)) == 2 * tiny.rows(1)
+    write_lines(tmp_path / "rows.jsonl", [*tiny.rows(1), b"", b"{"])
+    with pytest.raises(RowError, match="rows.jsonl, line 3"):
+        load_rows(path)
+
+
 def test_an_array_may_follow_blank_lines_and_has_to_be_in_utf8(tmp_path):
     text = "\n \n" + json.dumps(tiny.rows(2), indent=0)
     (tmp_path / "rows.json").write_text(text)
