@@ -146,6 +146,8 @@ def test_a_model_and_its_tokenizer_may_be_in_a_subfolder(tmp_path, tokenizer):
 def test_soft_capped_attention_is_loaded_as_one_that_caps(tmp_path):
     families.model("gemma2", torch.float32).save_pretrained(tmp_path)
     assert why_padded(load_policy(str(tmp_path), attn_implementation=None)) is None
+    asked = load_policy(str(tmp_path), attn_implementation="flex_attention")
+    assert asked.config._attn_implementation == "flex_attention"
 
 
 @pytest.mark.parametrize(
