@@ -146,11 +146,13 @@ def test_the_same_rows_of_a_mixture_are_held_out_every_time(parts):
     assert without[:] == train_rows[:] and none is None
 
 
-def test_columns_are_those_of_the_file_whose_prompts_are_implicit(tmp_path):
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_columns_are_those_of_the_file_whose_prompts_are_implicit(kind, tmp_path):
     rows = [{"chosen": "it is red", "rejected": "it is blue", "score": 1, "images": ["cat"]}] * 2
     tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
     for columns in (["chosen", "rejected"], ["chosen", "rejected", "score"]):
-        dataset = DatasetConfig(str(tmp_path / "rows.jsonl"), columns=columns)
+        dataset = DatasetConfig(str(tmp_path / f"rows.{kind}"), columns=columns)
         for streaming in (False, True):
             mixture = DatasetMixtureConfig(datasets=[dataset], streaming=streaming)
             pairs, _ = prepare_pairs(load(mixture)[0], tiny.tokenizer())
