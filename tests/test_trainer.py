@@ -343,7 +343,7 @@ def test_a_loss_setting_may_change_between_steps_by_the_name_that_trl_has(tmp_pa
 
 def test_each_loss_setting_may_be_set_by_the_name_that_trl_has(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, loss_weights=[2.0])
-    callers, before = trainer.args, trainer.args.to_dict()
+    callers, before = trainer.args, copy.deepcopy(trainer.args.to_dict())
     changed = {
         "label_smoothing": 0.1,
         "ld_alpha": 0.5,
