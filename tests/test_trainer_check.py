@@ -314,7 +314,11 @@ def test_a_service_that_transformers_does_not_list_is_allowed(monkeypatch, servi
             "lr_scheduler_type=linear can take, got .'cycles'",
         ),
         (
-            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "two"}},
+            {
+                "lr_scheduler_type": "polynomial",
+                "lr_scheduler_kwargs": {"power": "two"},
+                "warmup_steps": 5,  # of which none reads it
+            },
             "lr_scheduler_type=polynomial can take, got {'power': 'two'}: TypeError",
         ),
     ],
