@@ -59,7 +59,7 @@ def _sequences(pairs: Sequence[Pair], cut: Cut) -> list[tuple[ndarray, ndarray]]
 
 def _reference(pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
     return {
-        name: torch.tensor([float(pair[name]) for pair in pairs])
+        name: torch.tensor([float(pair[name]) for pair in pairs], device="cpu")
         for name in REFERENCE_COLUMNS
         if name in pairs[0]
     }

@@ -56,6 +56,15 @@ def test_each_completion_token_is_scored_by_the_token_before_it():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_is_made_on_the_cpu_whatever_torchs_default(layout):
+    rows = [row | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in ROWS]
+    with torch.device("meta"):
+        inputs = collate(rows, layout)
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_batch_moves_value_by_value(layout):
     inputs = collate(layout=layout)
     moved = {name: value.to("meta") for name, value in inputs.items()}
