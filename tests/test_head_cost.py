@@ -256,6 +256,8 @@ def test_a_gpus_forward_alone_has_memory_for_logits_and_none_for_probabilities(N
         (5000, 896, 0, (2500, 8192)),
         (4096, 8192, 0, (4096, 4096)),  # no more of a head's elements than of logits
         (1024, 896, 0, (1024, 32768)),  # few rows: fewer launches
+        (8192, 1024, 1023, (4096, 8192)),
+        (8192, 1024, 1024, (1024, 32768)),  # just enough rows of a trained head
         (8192, 4096, 4096, (4096, 8192)),
         (8192, 4096, 8192, (8192, 4096)),  # all of a trained head's p may stay
     ],
