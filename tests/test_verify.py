@@ -92,6 +92,10 @@ def test_cut_pairs_agree(here, mode, capsys):
     assert run(here, *flags, "--max_pairs", "3") == 0
 
 
+def test_pairs_of_unlike_lengths_agree_where_what_is_longer_weighs_less(here):
+    assert run(here, "--ld_alpha", "0.2", "--beta", "1.0", "--max_pairs", "3") == 0
+
+
 def test_weighted_pairs_agree_and_a_wrong_weight_is_found(here, monkeypatch, capsys):
     for dtype in ("bfloat16", "float32"):
         assert run(here, "--use_weighting", "True", "--loss_type", "ipo", "--dtype", dtype) == 0
