@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastdpo import ops
+from fastdpo.kernels import products, tiles
 from fastdpo.policy import make_ready
 from fastdpo.quantised import forbid_repacking, quantised_rows
 
@@ -58,7 +59,9 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_a_quantised_head_answers_as_its_dequantised_self(make):
+def test_a_quantised_head_answers_as_its_dequantised_self(make, monkeypatch):
+    monkeypatch.setitem(tiles.TILE_COLUMNS, "cpu", 16)  # three tiles, the last one ragged
+    monkeypatch.setitem(products.MADE_AT_ONCE, "cpu", 5 * D)  # a few rows of each at a time
     torch.manual_seed(0)
     layer, head_VD = make(torch.randn(V, D))
     rows = quantised_rows(layer, torch.float32)
