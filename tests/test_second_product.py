@@ -34,7 +34,7 @@ def inputs(shape, device, seed=0):
     w_TK, u_NK = torch.randn(T, K, generator=random), torch.randn(N, K, generator=random)
     softmax = RunningSoftmax.start(N, torch.float32, torch.device(device))
     rescale_N = torch.where(torch.arange(N) % 2 == 0, 1.0, torch.rand(N, generator=random))
-    total_N = 1 + torch.rand(N, generator=random)
+    total_N = 1000 * (1 + torch.rand(N, generator=random))  # some likely p are below its share
     softmax = dataclasses.replace(
         softmax, total_N=total_N.to(device), rescale_N=rescale_N.to(device)
     )
