@@ -40,9 +40,10 @@ lengths = st.integers(1, 12)
         st.sampled_from([None, 8]),
         st.sampled_from(["keep_start", "keep_end"]),
     ),
+    multiple=st.sampled_from([None, 8]),
 )
-def test_packs_hold_every_pair_once_and_keep_to_the_budget(rows, max_tokens, layout, cut):
-    collator = make_collator(layout, cut, pad_token_id=0, pad_to_multiple_of=None)
+def test_packs_hold_every_pair_once_and_keep_to_the_budget(rows, max_tokens, layout, cut, multiple):
+    collator = make_collator(layout, cut, pad_token_id=0, pad_to_multiple_of=multiple)
     packs = into_packs(rows, max_tokens, collator)
     assert sorted(map(str, rows)) == sorted(str(r) for pack in packs for r in pack)
     for pack in packs:
