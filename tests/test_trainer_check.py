@@ -380,7 +380,9 @@ def test_ranks_that_share_a_batch_need_rows_for_one(monkeypatch):
         trainer_check.check_enough_rows(rebalanced, 8)
     evaluates = args(eval_strategy="epoch", **settings)
     with pytest.raises(ValueError, match="at least one batch of 16 rows"):
-        trainer_check.check_evaluation(evaluates, Dataset.from_list(tiny.rows(8)), None, has_own_loop=False)
+        trainer_check.check_evaluation(
+            evaluates, Dataset.from_list(tiny.rows(8)), None, has_own_loop=False
+        )
 
 
 def test_the_best_metric_is_one_that_every_evaluation_has(tokenizer, tmp_path):
