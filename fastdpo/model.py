@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -111,11 +111,10 @@ def _is_scorer(forward: Callable | None) -> bool:
 
 
 def _virtual_tokens(model: nn.Module) -> int:
-    """How many tokens of its own the model puts before each row; 0 for those it keeps as keys."""
+    """How many tokens of its own the model puts before each row, or before each layer's keys."""
     if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
         return 0
-    config = model.active_peft_config
-    return 0 if config.peft_type == PeftType.PREFIX_TUNING else config.num_virtual_tokens
+    return model.active_peft_config.num_virtual_tokens
 
 
 def score(
@@ -175,7 +174,7 @@ def _score(
     """The forward with `scored_rows`: token_uses ask for aux_loss, and weigh its tokens."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
     outputs = causal_lm.base_model(**inputs)
-    # with tokens of its own before each row, PEFT calls it with embeddings
+    # with tokens of its own before each row, PEFT calls it with embeddings; not with keys
     num_virtual = causal_lm._virtual_tokens if "inputs_embeds" in inputs else 0
     hidden_SLD = outputs.last_hidden_state[:, num_virtual:]
     device = scored_rows_N.device
