@@ -125,12 +125,14 @@ def test_pairs_are_tokenised_once_however_they_are_cut(
     assert pairs_of(rows, tokenizer, **settings) == (found, counts) and tokenized
 
 
-def test_other_rows_tokenizers_and_columns_make_other_pairs(cache, tokenizer):
+def test_other_rows_tokenizers_and_columns_make_other_pairs(cache, tokenizer, monkeypatch):
+    monkeypatch.setattr("fastdpo.pairs_cache.HASHED_AT_ONCE", 2)
     rows = tiny.rows(3)
     long_texts = Features(dict.fromkeys(rows[0], Value("large_string")))
     for dataset, its_tokenizer, settings in [
         (Dataset.from_list(rows), tokenizer, {}),
         (Dataset.from_list([*rows[:2], rows[2] | {"chosen": " c c"}]), tokenizer, {}),
+        (Dataset.from_list([rows[0] | {"chosen": " c c"}, *rows[1:]]), tokenizer, {}),
         (Dataset.from_list(rows).select([1, 0]), tokenizer, {}),
         (Dataset.from_list(rows, features=long_texts), tokenizer, {}),
         (Dataset.from_list(rows), tiny.tokenizer(["a b"] * 9), {}),
