@@ -117,6 +117,13 @@ def test_keep_end_cuts_the_beginning_of_each_sequence():
     assert scored_pairs(inputs)[3] == [(10, 11), (11, 12)]
     shorter = collate(max_length=2, truncation_mode="keep_end")
     assert shorter["input_ids"].tolist() == [[4, 5], [8, 9], [3, 6], [11, 12]]
+    longer = collate(max_length=4, truncation_mode="keep_end")  # two are shorter, and stay whole
+    assert longer["input_ids"].tolist() == [
+        [2, 3, 4, 5],
+        [7, 8, 9, PAD],
+        [1, 2, 3, 6],
+        [8, 10, 11, 12],
+    ]
 
 
 def test_padding_reaches_the_multiple_asked_for():
