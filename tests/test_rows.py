@@ -110,6 +110,14 @@ def test_files_that_are_elsewhere_are_read_by_datasets(monkeypatch):
     assert read[0]["data_files"] == url
 
 
+def test_columns_are_taken_from_a_stream_that_does_not_say_which_it_has(monkeypatch):
+    stream = IterableDataset.from_generator(lambda: iter(tiny.rows(2)))
+    assert stream.column_names is None
+    monkeypatch.setattr("datasets.load_dataset", lambda **_: stream)
+    rows = load_rows("some/pairs", streaming=True, columns=["chosen", "rejected"])
+    assert [list(row) for row in rows] == [["chosen", "rejected"]] * 2
+
+
 def test_a_file_gives_parts_of_its_rows(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", tiny.rows(4))
     assert texts(load_rows(path, split="train[50%:]")) == tiny.rows(4)[2:]
@@ -274,8 +282,9 @@ def test_tool_calls_keep_each_their_own_arguments(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_file_that_cannot_be_read_is_named(streaming, name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=name) as error:
         list(load_rows(str(tmp_path / name), streaming=streaming))
+    assert str(error.value).count(name) == 1
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/nowhere/rows", "~/nowhere"])
