@@ -101,6 +101,9 @@ def test_bad_flags_end_with_one_line(argv, told, capsys):
         ("beta: \xe9\n", "run.yaml is not YAML: 'utf-8'"),
         ("env: {A=B: 1}\n", "run.yaml: want names and values of variables as env, got 'A=B'"),
         ('env: {A: "b\\0"}\n', "run.yaml: want names and values of variables as env, got 'A'"),
+        ('env: {"": b}\n', "run.yaml: want names and values of variables as env, got ''"),
+        ('env: {"A\\0": b}\n', "run.yaml: want names and values of variables as env, got 'A"),
+        pytest.param(999 * "[", "run.yaml is not YAML: ", id="too deep"),
         ("help: true\n", "want --help on the command line"),
     ],
 )

@@ -54,6 +54,7 @@ def config(tmp_path, **settings):
 def test_defaults_are_trls(tmp_path):
     made = config(tmp_path)
     assert {name: getattr(made, name) for name in TRL_DEFAULTS} == TRL_DEFAULTS
+    assert made.loss_type is not config(tmp_path).loss_type
 
 
 def test_ranks_have_a_batch_each_or_share_one(tmp_path, monkeypatch):
