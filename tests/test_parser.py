@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from fastdpo.arguments import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
+    init_kwargs,
     peft_config,
     quantization_config,
 )
@@ -113,6 +115,48 @@ def test_peft_and_quantisation_are_off_unless_asked_for():
     assert quantization_config(ModelConfig()) is None
     adapters = peft_config(ModelConfig(use_peft=True, lora_r=8, use_rslora=True))
     assert (adapters.r, adapters.lora_alpha, adapters.use_rslora) == (8, 32, True)
+
+
+def test_every_flag_of_the_adapters_reaches_peft():
+    lora = {"r": 3, "alpha": 5, "dropout": 0.25, "task_type": "TOKEN_CLS"}
+    lora |= {"target_modules": ["k_proj", "q_proj"], "target_parameters": ["experts.up"]}
+    flags = {f"lora_{name}": value for name, value in lora.items()}
+    flags |= {"lora_modules_to_save": ["lm_head"], "use_rslora": True, "use_dora": True}
+    adapters = peft_config(ModelConfig(use_peft=True, **flags))
+    for name, value in flags.items():
+        kept = getattr(adapters, name if hasattr(adapters, name) else name.removeprefix("lora_"))
+        assert (sorted(kept) if name == "lora_target_modules" else kept) == value, name
+
+
+def test_a_model_is_loaded_as_its_flags_and_those_of_training_say(tmp_path):
+    (_, training, model, _), *_ = parse(
+        *("--use_cpu", "--output_dir", str(tmp_path), "--trust_remote_code", "--model_revision"),
+        *("v1", "--dtype", "bfloat16", "--attn_implementation", "eager"),
+    )
+    wanted = {"revision": "v1", "trust_remote_code": True}
+    wanted |= {"attn_implementation": "eager", "dtype": "bfloat16"}
+    assert init_kwargs(training, model) == wanted
+    training.model_init_kwargs = {"dtype": "float16", "use_cache": False}
+    assert init_kwargs(training, model) == wanted | training.model_init_kwargs
+
+
+def test_a_model_is_quantised_as_its_flags_say(monkeypatch):
+    def quantised(**flags):
+        return vars(quantization_config(ModelConfig(**flags)))
+
+    monkeypatch.setattr("fastdpo.arguments.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        quantised(load_in_8bit=True)
+    monkeypatch.setattr("fastdpo.arguments.is_bitsandbytes_available", lambda: True)
+    monkeypatch.setattr("fastdpo.arguments.BitsAndBytesConfig", SimpleNamespace)
+    assert quantised(load_in_8bit=True) == {"load_in_8bit": True}
+    in_4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "uint8"}
+    assert quantised(**in_4, dtype="bfloat16", use_bnb_nested_quant=True) == in_4 | {
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_use_double_quant": True,
+    }
+    with pytest.raises(ValueError, match="a dtype other than auto with load_in_4bit"):
+        quantised(load_in_4bit=True, dtype="auto")
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
