@@ -62,7 +62,8 @@ def parse(*argv):
 def test_flags_are_written_as_trl_takes_them():
     (_, training, model, _), fresh, unknown = parse(
         *("--lora-r", "8", "--use_peft", "--lora_target_modules", "all-linear"),
-        *("--max_length", "none", "--no_gradient_checkpointing", "--bf16", "false"),
+        *("--max_length", "none", "--save_total_limit", "NULL"),
+        *("--no_gradient_checkpointing", "--bf16", "false"),
         *("--loss_type", "sigmoid", "--model_init_kwargs", '{"use_cache": false}'),
     )
     assert (model.lora_r, model.use_peft, model.lora_target_modules) == (8, True, "all-linear")
@@ -173,7 +174,9 @@ def test_numbers_in_a_list_are_read_as_one_is(tmp_path):
 
 
 def test_values_that_transformers_parser_would_refuse_are_read(tmp_path):
-    (tmp_path / "run.yaml").write_text("include_num_input_tokens_seen: all\nuse_cpu: true\n")
+    (tmp_path / "run.yaml").write_text(
+        "include_num_input_tokens_seen: all\nuse_cpu: true\nfsdp: false\n"
+    )
     (_, training, *_), *_ = parse("--config", str(tmp_path / "run.yaml"))
     assert training.include_num_input_tokens_seen == "all"
     (_, training, *_), *_ = parse(
