@@ -8,7 +8,7 @@ from statistics import median
 import pytest
 
 from fastdpo import cli, demo, demo_race
-from fastdpo.demo_task import build_tokenizer, make_questions, preference_rows
+from fastdpo.demo_task import Question, build_tokenizer, make_questions, preference_rows
 
 
 def test_the_program_tells_right_from_wrong():
@@ -16,6 +16,12 @@ def test_the_program_tells_right_from_wrong():
     assert question.is_right(question.answer(+1))
     assert not question.is_right(question.answer(-1))
     assert not question.is_right(question.answer(+1).rsplit(" ", 1)[0])  # one number short
+
+
+def test_counting_up_is_chosen():
+    up, down = " up : 318 319 320 321 322", " down : 316 315 314 313 312"
+    rows = preference_rows([Question("Count from 317 .", 317)])
+    assert rows == [{"prompt": "Count from 317 .", "chosen": up, "rejected": down}]
 
 
 def test_held_out_questions_are_in_no_training_pair():
