@@ -10,13 +10,14 @@ from fastdpo.arguments import DatasetConfig, DatasetMixtureConfig, ScriptArgumen
 from fastdpo.data import prepare_pairs
 from fastdpo.mixture import load_datasets
 from fastdpo.parser import TrainParser
+from fastdpo.preferences import ORIGIN
 from fastdpo.row_errors import RowError
 from fastdpo.rows import in_one_schema
 
 
-def load(mixture, *, with_eval=False, on_bad_rows="raise"):
+def load(mixture, *, with_eval=False, on_bad_rows="raise", seed=0):
     return load_datasets(
-        ScriptArguments(), mixture, with_eval=with_eval, on_bad_rows=on_bad_rows, seed=0
+        ScriptArguments(), mixture, with_eval=with_eval, on_bad_rows=on_bad_rows, seed=seed
     )
 
 
@@ -33,6 +34,15 @@ def test_a_mixture_is_its_datasets_one_after_the_other(parts):
         row["prompt"] for count in (8, 4) for row in tiny.rows(count)
     ]
     assert held_out is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_a_mixture_say_where_they_are_from(parts, streaming):
+    datasets = [DatasetConfig(path) for path in parts]
+    rows, _ = load(DatasetMixtureConfig(datasets=datasets, streaming=streaming))
+    counts = zip(parts, (8, 4), strict=True)
+    told = [f"{path}, row {i}" for path, count in counts for i in range(count)]
+    assert [row[ORIGIN] for row in rows] == told
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -144,6 +154,8 @@ def test_the_same_rows_of_a_mixture_are_held_out_every_time(parts):
     assert held_out[:] == again[:]
     without, none = load(mixture)
     assert without[:] == train_rows[:] and none is None
+    _, others = load(mixture, with_eval=True, seed=1)
+    assert others[:] != held_out[:]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -184,6 +196,7 @@ def test_a_count_of_rows_to_hold_out_comes_from_yaml_and_the_command_line(parts,
         ({"streaming": True, "test_split_size": 0.5}, "stream"),
         ({"streaming": True, "fractions": (1, 1)}, "stream"),
         ({"fractions": (1, None)}, "every dataset or for none"),
+        ({"fractions": (2, -1)}, "every dataset or for none"),
         ({"fractions": (0, 0)}, "every dataset or for none"),
         ({"fractions": ("half", "half")}, "every dataset or for none"),
         ({"fractions": (1, math.nan)}, "every dataset or for none"),
@@ -218,8 +231,13 @@ def test_a_dataset_is_asked_for_as_flags_or_yaml_say(monkeypatch):
     load(DatasetMixtureConfig(datasets=[DatasetConfig("some/pairs", name="en", **part)]))
     assert asked | part | {"config_name": "en"} == asked
     flags = ScriptArguments("some/pairs", dataset_config="fr", dataset_train_split="t")
-    load_datasets(flags, DatasetMixtureConfig(), with_eval=False, on_bad_rows="raise", seed=0)
-    assert (asked["config_name"], asked["split"]) == ("fr", "t")
+    flags.dataset_test_split, flags.dataset_streaming = "e", True
+    for with_eval, split in ((False, "t"), (True, "e")):
+        load_datasets(
+            flags, DatasetMixtureConfig(), with_eval=with_eval, on_bad_rows="skip", seed=0
+        )
+        assert (asked["config_name"], asked["split"]) == ("fr", split)
+        assert (asked["streaming"], asked["on_bad_rows"]) == (True, "skip")
 
 
 def test_a_bad_row_of_rows_in_memory_is_named_by_its_number_from_0():
