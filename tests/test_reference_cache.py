@@ -95,6 +95,15 @@ def test_the_reference_scores_as_many_pairs_at_a_time_as_asked(
     assert scored == [4, 1, 2, 1, 3, 2, 3]
 
 
+def test_rows_have_their_own_scores_however_many_are_kept_at_once(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("fastdpo.trainer.is_caching_enabled", lambda: False)
+    together = logps_of(start(tmp_path, tokenizer))
+    monkeypatch.setattr("fastdpo.precompute.BATCHES_AT_ONCE", 1)
+    apart = logps_of(start(tmp_path, tokenizer, precompute_ref_batch_size=3))
+    for column, values in apart.items():
+        assert values == pytest.approx(together[column], abs=1e-4)
+
+
 def test_rows_that_were_scored_are_found_among_others(tmp_path, tokenizer, scored):
     rows = tiny.rows()
     first = start(tmp_path, tokenizer, rows=rows[:5], eval_dataset=Dataset.from_list(rows[5:7]))
