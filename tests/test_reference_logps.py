@@ -75,11 +75,12 @@ def test_every_set_of_rows_is_scored_before_training(tmp_path, tokenizer):
 
 
 def test_an_explicit_reference_is_used_and_not_trained(tmp_path, tokenizer):
-    other = tiny.model("llama", len(tokenizer), seed=1)
+    other = tiny.model("llama", len(tokenizer), seed=1).train()
     start = weights(other)
     trainer = make_trainer(tmp_path, tokenizer, ref_model=other)
     trainer.train()
     assert abs(logged(trainer)[0] - math.log(2)) > 1e-3
+    assert not other.training  # its dropout would be on
     for name, parameter in other.named_parameters():
         assert torch.equal(parameter, start[name]), name
 
