@@ -108,6 +108,7 @@ def test_keep_start_cuts_the_end_of_each_sequence():
         [7, 8, 10, 11],
     ]
     assert scored_pairs(inputs)[0] == [(3, 4)]
+    assert Cut(max_length=2)([1, 2, 3], [4, 5, 6]) == ([1, 2], [])
 
 
 def test_keep_end_cuts_the_beginning_of_each_sequence():
