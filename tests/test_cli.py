@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import DPOConfig, cli
 from fastdpo.arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments
+from fastdpo.parser import TrainParser
 from fastdpo.trainer import DPOTrainer
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -259,6 +260,16 @@ def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch)
     argv = flags(settings(here, tmp_path / "out"))
     assert cli.main(["train", *argv]) == 0
     assert launched == [([], argv)]
+
+
+@pytest.mark.parametrize("more, ignored", [((), None), (("--ignore_bias_buffers",), ["mask"])])
+def test_ddp_ignores_boolean_buffers_where_asked(here, tmp_path, monkeypatch, more, ignored):
+    model = tiny.model("llama", 300)
+    model.register_buffer("mask", torch.ones(2, 2, dtype=torch.bool))
+    monkeypatch.setattr("fastdpo.trainer.DPOTrainer", lambda **_: SimpleNamespace(model=model))
+    argv = [*flags(settings(here, tmp_path / "out")), *more]
+    cli._build_trainer(TrainParser(prog="fastdpo train").parse(argv)[0])
+    assert getattr(model, "_ddp_params_and_buffers_to_ignore", None) == ignored
 
 
 def test_the_environment_is_set_before_torch_reads_it(tmp_path):
