@@ -6,6 +6,7 @@ import families
 import pytest
 import tiny
 import torch
+from trainers import logged, make_trainer
 
 from fastdpo.attention import attend_along_trees
 from fastdpo.batch import PairBatch
@@ -100,6 +101,13 @@ def test_a_dense_model_of_a_family_with_experts_has_no_loss_of_them():
     model = families.model("granitemoehybrid", torch.float32, vocab_size=tiny.VOCAB)
     assert model.config.router_aux_loss_coef > 0
     assert aux_loss_weight(model, None) == 0.0
+
+
+def test_a_reference_needs_no_experts(tmp_path, tokenizer):
+    policy, reference = (tiny.model(family, len(tokenizer)) for family in ("mixtral", "llama"))
+    trainer = make_trainer(tmp_path, tokenizer, policy, ref_model=reference, max_steps=1)
+    trainer.train()
+    assert len(logged(trainer, "aux_loss")) == 1
 
 
 def test_experts_of_a_text_config_are_found():
