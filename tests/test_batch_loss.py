@@ -146,6 +146,15 @@ def test_a_mix_in_packs_trains_as_whole_batches_do(tmp_path, tokenizer, loss, la
         torch.testing.assert_close(weights(packed.model)[name], weight, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "aot"])
+def test_a_batch_of_one_pack_is_run_once(tmp_path, tokenizer, loss_type):
+    settings = {"loss_type": loss_type, "max_steps": 1, "max_tokens_per_forward": 4000}
+    trainer = make_trainer(tmp_path, tokenizer, **settings)
+    memory = RunsOutOfMemory(trainer.model, 4000, in_backward=False)
+    trainer.train()
+    assert len(memory.tokens) == 1
+
+
 @pytest.mark.parametrize("in_backward", [False, True], ids=["forward", "backward"])
 def test_an_update_that_runs_out_of_memory_has_the_same_mix_again(tmp_path, tokenizer, in_backward):
     plain = make_trainer(tmp_path, tokenizer, max_steps=2, **MIX)
