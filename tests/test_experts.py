@@ -110,6 +110,20 @@ def test_a_reference_needs_no_experts(tmp_path, tokenizer):
     assert len(logged(trainer, "aux_loss")) == 1
 
 
+def test_a_batchs_experts_are_counted_without_dropout(tmp_path, tokenizer):
+    model = tiny.model("mixtral", len(tokenizer))
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    settings = {"max_tokens_per_forward": 100, "disable_dropout": False}
+    trainer = make_trainer(tmp_path, tokenizer, model, **settings)
+    packs = next(iter(trainer.get_train_dataloader()))["packs"]
+    counted = [
+        trainer.before_packs(model.train(is_training), packs)[0]["experts"].counts.chosen_E.tolist()
+        for is_training in (False, True)
+    ]
+    assert model.training and counted[0] == counted[1]
+
+
 def test_experts_of_a_text_config_are_found():
     """Where a vision-language model has them."""
     text = types.SimpleNamespace(num_experts=8, num_experts_per_tok=2)
