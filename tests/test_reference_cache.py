@@ -289,6 +289,21 @@ def test_a_pair_is_known_by_what_is_left_of_it_once_it_is_cut(tmp_path):
     assert whole != short == cut == same
 
 
+def test_a_pair_that_is_cut_behind_the_probes_length_is_scored_again(tmp_path, tokenizer, scored):
+    rows = tiny.rows(2)
+    rows[1]["chosen"] *= 60
+    start(tmp_path, tokenizer, rows=rows, max_length=280)
+    scored.clear()
+    start(tmp_path, tokenizer, rows=rows, max_length=300)
+    assert scored == [1]
+
+
+def test_the_probe_has_the_references_tokens_where_the_policy_has_more(tmp_path, tokenizer):
+    policy, reference = (tiny.model("llama", len(tokenizer) + more) for more in (100, 0))
+    trainer = start(tmp_path, tokenizer, model=policy, ref_model=reference)
+    assert np.isfinite(logps_of(trainer)[COLUMNS[0]]).all()
+
+
 def test_the_probe_keeps_to_a_models_positions_and_tokens():
     model = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=8, n_head=2, n_layer=1, vocab_size=7))
     for pair, length in zip(probe_pairs(model), PROBE, strict=True):
