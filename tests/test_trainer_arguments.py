@@ -180,6 +180,19 @@ def test_a_tokenizer_is_loaded_of_the_models_revision(tmp_path, monkeypatch):
     assert (asked["revision"], asked["trust_remote_code"]) == ("v1", True)
 
 
+def test_a_run_without_args_has_a_folder_named_after_the_model(monkeypatch):
+    made = []
+
+    def check_arguments(args, *_):
+        made.append(args.output_dir)
+        raise InterruptedError
+
+    monkeypatch.setattr("fastdpo.trainer.check_arguments", check_arguments)
+    with pytest.raises(InterruptedError):
+        DPOTrainer("some/model", train_dataset=Dataset.from_list(tiny.rows()))
+    assert made == ["model-DPO"]
+
+
 def test_a_model_card_names_the_dataset_that_trls_scripts_push_with(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer)
     trainer.create_model_card("a model", dataset_name="some/pairs", tags="mine")
