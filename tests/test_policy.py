@@ -158,6 +158,7 @@ def test_soft_capped_attention_is_loaded_as_one_that_caps(tmp_path):
         ({"dtype": "auto"}, torch.bfloat16),  # as the file has it
         ({"dtype": "float16"}, torch.float16),
         ({"torch_dtype": "float16"}, torch.float16),  # its name before transformers 5
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, torch.float16),
         ({"dtype": torch.float16}, torch.float16),
     ],
     ids=str,
