@@ -143,6 +143,17 @@ def test_a_model_and_its_tokenizer_may_be_in_a_subfolder(tmp_path, tokenizer):
         load_policy(str(tmp_path), subfolder="sub")
 
 
+def test_adapters_that_show_once_a_repository_is_loaded_are_refused(tmp_path, monkeypatch):
+    """As of one on the Hub, where no folder tells of them before."""
+    model = families.model("llama", torch.float32)
+    model.save_pretrained(tmp_path)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    found = model, {"missing_keys": []}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **_: found)
+    with pytest.raises(ValueError, match=f"want a model by its name, got {tmp_path}, which has ad"):
+        load_policy(str(tmp_path))
+
+
 def test_soft_capped_attention_is_loaded_as_one_that_caps(tmp_path):
     families.model("gemma2", torch.float32).save_pretrained(tmp_path)
     assert why_padded(load_policy(str(tmp_path), attn_implementation=None)) is None
