@@ -9,10 +9,11 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from trainers import LORA, TRL_ARGUMENTS, logged, make_trainer, weights
-from transformers import BitsAndBytesConfig, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 
 from fastdpo import DPOConfig, DPOTrainer, policy
 from fastdpo.collate import PackedCollator
+from fastdpo.trainer_check import check_arguments
 
 
 def test_the_constructor_takes_trls_arguments():
@@ -178,6 +179,23 @@ def test_a_tokenizer_is_loaded_of_the_models_revision(tmp_path, monkeypatch):
             trust_remote_code=True,
         )
     assert (asked["revision"], asked["trust_remote_code"]) == ("v1", True)
+
+
+@pytest.mark.skipif(
+    not hasattr(PreTrainedModel, "activation_checkpointing_enable"), reason="transformers is older"
+)
+def test_activations_may_be_offloaded_from_a_gpu_alone(tmp_path, monkeypatch):
+    args = DPOConfig(
+        output_dir=tmp_path,
+        report_to="none",
+        use_cpu=True,
+        gradient_checkpointing_kwargs={"offload": True},
+    )
+    rows = Dataset.from_list(tiny.rows())
+    with pytest.raises(ValueError, match="want offload=False .* on a CPU"):
+        check_arguments(args, "some/model", rows, None)
+    monkeypatch.setattr(DPOConfig, "device", torch.device("cuda"))
+    check_arguments(args, "some/model", rows, None)
 
 
 def test_a_run_without_args_has_a_folder_named_after_the_model(monkeypatch):
