@@ -6,6 +6,7 @@ import families
 import pytest
 import tiny
 import torch
+from trainers import make_trainer
 
 from fastdpo.model import attach_scorer, causal_lm_of
 from fastdpo.scorer_check import check_scorer
@@ -112,3 +113,9 @@ def test_rounded_logits_are_no_unknown_way_and_nan_is_no_agreement():
     model.lm_head.weight.data[3, 3] = torch.nan
     with pytest.raises(ValueError, match="want finite log-probabilities, got nan"):
         check_scorer(model, [5, 6, 7, 8])
+
+
+def test_a_completion_of_an_end_alone_is_checked_behind_its_prompt(tmp_path, tokenizer):
+    rows = [row | {"chosen": ""} for row in tiny.rows()]
+    trainer = make_trainer(tmp_path, tokenizer, rows=rows)
+    assert trainer.train_dataset[0]["chosen_ids"] == [tokenizer.eos_token_id]
