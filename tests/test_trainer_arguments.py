@@ -162,6 +162,13 @@ def test_rows_of_an_evaluation_that_would_all_be_dropped_are_refused(tmp_path, t
         make_trainer(tmp_path, tokenizer, eval_strategy="epoch", **settings)
 
 
+def test_an_evaluation_set_may_have_any_name(tmp_path, tokenizer):
+    rows = Dataset.from_list(tiny.rows(3))
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset={"train": rows})
+    counted = {name: counts.pairs for name, counts in trainer.pair_counts.items()}
+    assert counted == {"train": 8, "eval_train": 3}
+
+
 def test_a_tokenizer_is_loaded_of_the_models_revision(tmp_path, monkeypatch):
     asked = {}
 
