@@ -152,6 +152,12 @@ def test_logging_may_be_set_by_args_own_method(tmp_path, tokenizer, report_to):
     assert len(logged(trainer)) == 2
 
 
+def test_a_run_may_report_to_all_that_is_installed(tmp_path):
+    args = DPOConfig(output_dir=tmp_path, use_cpu=True)
+    args.set_logging(report_to="all")
+    check_arguments(args, "some/model", Dataset.from_list(tiny.rows()), None)
+
+
 def test_rows_of_an_evaluation_that_would_all_be_dropped_are_refused(tmp_path, tokenizer):
     settings = {"dataloader_drop_last": True, "per_device_eval_batch_size": 4}
     whole = Dataset.from_list(tiny.rows(4))
