@@ -169,6 +169,15 @@ def test_fresh_leaves_no_folder_of_a_run_that_never_was(here, whole_run, tmp_pat
     assert sorted(here.iterdir()) == before
 
 
+@pytest.mark.parametrize("was_there", [True, False])
+def test_a_run_that_never_was_leaves_its_folder_as_it_found_it(here, tmp_path, was_there):
+    tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}])
+    if was_there:
+        (tmp_path / "out").mkdir()
+    assert train(here, tmp_path / "out", dataset_name=tmp_path / "rows.jsonl") == 2
+    assert (tmp_path / "out").exists() == was_there
+
+
 def test_an_eval_split_is_scored(here, tmp_path, capsys):
     mixture = tmp_path / "run.yaml"
     values = settings(here, tmp_path / "out", max_steps=1, test_split_size=0.25)
