@@ -327,6 +327,11 @@ def test_a_custom_evaluation_may_add_the_best_metric(tmp_path, tokenizer):
     assert trainer.evaluate()["eval_wins"] == 0.5
 
 
+def test_a_custom_evaluation_may_have_less_than_a_batch(tmp_path, tokenizer):
+    few = {"eval_dataset": Dataset.from_list(tiny.rows(3)), "dataloader_drop_last": True}
+    build(Evaluating, tmp_path, tokenizer, eval_strategy="epoch", **few)
+
+
 class Preparing(DPOTrainer):
     def _prepare_dataset(self, dataset, *arguments):
         return dataset
