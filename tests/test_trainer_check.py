@@ -141,11 +141,14 @@ def test_arguments_that_do_not_fit_are_refused(tokenizer, nothing_spent, wrong, 
         build(tokenizer, **wrong)
 
 
-def test_an_optimizer_made_before_the_adapters_is_refused(tokenizer, nothing_spent):
+@pytest.mark.parametrize("is_anothers", [False, True])
+def test_an_optimizer_of_what_does_not_train_is_refused(tokenizer, nothing_spent, is_anothers):
+    """Made before the adapters, or of another model."""
     model = tiny.model("llama", len(tokenizer))
-    optimizer = SGD(model.parameters())
+    optimizer = SGD((tiny.model("llama", 300) if is_anothers else model).parameters())
+    model = model if is_anothers else get_peft_model(model, LORA)
     with pytest.raises(ValueError, match="trains, got one that holds no parameter of model with"):
-        build(tokenizer, model=get_peft_model(model, LORA), optimizers=(optimizer, None))
+        build(tokenizer, model=model, optimizers=(optimizer, None))
 
 
 @pytest.mark.parametrize("kwargs", [{"every_n_layers": 0}, {"offload": True}], ids=str)
