@@ -268,7 +268,10 @@ def _torch_varlen(query, key, value, *bounds, scale, window_size, softcap, dropo
 
 
 def _flash_attn(query, key, value, *bounds, scale, window_size, softcap, dropout) -> Tensor:
-    """The flash-attn package's: it has soft-capping and dropout."""
+    """The flash-attn package's: it has soft-capping and dropout.
+
+    Its backward adds in one order only where it is asked to, torch's where torch is.
+    """
     return flash_attn_varlen_func(
         query,
         key,
@@ -279,6 +282,7 @@ def _flash_attn(query, key, value, *bounds, scale, window_size, softcap, dropout
         causal=True,
         window_size=window_size,
         softcap=softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 

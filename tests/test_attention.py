@@ -59,8 +59,20 @@ def torch_2_12(query, key, value, *bounds, scale=None, window_size=(-1, -1), ena
     return flash(query, key, value, *bounds, scale, window_size)
 
 
-def flash_attn(query, key, value, *bounds, dropout_p, softmax_scale, causal, window_size, softcap):
+def flash_attn(
+    query,
+    key,
+    value,
+    *bounds,
+    dropout_p,
+    softmax_scale,
+    causal,
+    window_size,
+    softcap,
+    deterministic,
+):
     assert dropout_p == 0.0
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     assert isinstance(softcap, float)  # its operator takes no None
     return flash(query, key, value, *bounds, softmax_scale, window_size, causal, softcap)
 
