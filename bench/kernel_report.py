@@ -1,7 +1,7 @@
 """What do the Triton kernels cost on GPUs that are not here: registers, spills, shared memory?
 
     python -m bench.kernel_report               every kernel, for sm_80, sm_90 and sm_100
-    python -m bench.kernel_report --chips 90    for one chip
+    python -m bench.kernel_report --chips 89    for others: SHARED_BYTES has those it knows
 
 Compiles each kernel as it would be launched for real models' heads, and exits with 1 where one
 spills, asks for more shared memory than the chip has, or has a product without tensor cores.
@@ -24,7 +24,9 @@ from triton.compiler import ASTSource
 from fastdpo.kernels import dlogits, fold, pair_loss, second_product
 from fastdpo.kernels.tiles import TILE_COLUMNS, tile_shape
 
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # a block's, at most
+CHIPS = (80, 90, 100)  # A100; H100 and H200; B200
+SHARED_BYTES = {80: 163 << 10} | dict.fromkeys((90, 100, 103), 227 << 10)  # a block's, at most
+SHARED_BYTES |= dict.fromkeys((86, 89, 120), 99 << 10)  # RTX 30, 40 and 50
 TENSOR_CORES = re.compile(r"\b(?:wgmma|tcgen05|mma)\.\S*(?:mma|sync)")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 HEADS = {  # vocabulary V, hidden size D, whether the logits are capped
@@ -211,8 +213,8 @@ def faults(case: Case, chip: int, used: dict[str, int]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    chips = [*SHARED_BYTES]
-    parser.add_argument("--chips", type=int, nargs="+", choices=chips, default=chips)
+    known = sorted(SHARED_BYTES)
+    parser.add_argument("--chips", type=int, nargs="+", choices=known, default=CHIPS)
     failed = 0
     print("| kernel | chip | registers | stack | local | shared | tensor cores |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
