@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from fastdpo.attention import attend_along_trees
 from fastdpo.batch import PairBatch
 from fastdpo.experts import ExpertCounts, balancing_loss, experts_per_token
 from fastdpo.head import check_head_module, head_logps
@@ -173,6 +174,8 @@ def _score(
 ) -> ScoredOutput:
     """The forward with `scored_rows`: token_uses ask for aux_loss, and weigh its tokens."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
+    if "tree" in inputs:  # set_attn_implementation may have been called since the last forward
+        attend_along_trees(causal_lm)
     outputs = causal_lm.base_model(**inputs)
     # with tokens of its own before each row, PEFT calls it with embeddings; not with keys
     num_virtual = causal_lm._virtual_tokens if "inputs_embeds" in inputs else 0

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 from trainers import LORA, logged, make_trainer
+from transformers import TrainerCallback
 
 from fastdpo import attention
 from fastdpo.batch import PairBatch
@@ -194,6 +195,19 @@ def test_every_layout_logs_the_same_numbers(tmp_path, tokenizer, adapters):
     for ours in (shared, packed):
         for entry, theirs in zip(ours, padded, strict=True):
             assert entry == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_may_be_set_between_steps(tmp_path, tokenizer, implementation):
+    class Sets(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            model.set_attn_implementation(implementation)
+
+    plain = make_trainer(tmp_path, tokenizer)
+    plain.train()
+    changed = make_trainer(tmp_path, tokenizer, callbacks=[Sets()])
+    changed.train()
+    assert changed.layout.name == "shared" and logged(changed) == logged(plain)
 
 
 def test_a_run_reports_the_tokens_it_ran_and_those_it_did_not(tmp_path, tokenizer):
