@@ -129,8 +129,10 @@ def _check_checkpointing_kwargs(settings: dict[str, Any], device: torch.device) 
             f"want gradient_checkpointing_kwargs that torch can take, got {detail}"
         ) from error
     every = settings.get("every_n_layers", 1)
-    if every < 1:
-        raise ValueError(f"want every_n_layers >= 1 in gradient_checkpointing_kwargs, got {every}")
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(
+            f"want every_n_layers >= 1 in gradient_checkpointing_kwargs, got {every!r}"
+        )
     if settings.get("offload") and device.type == "cpu":
         raise ValueError(
             "want offload=False in gradient_checkpointing_kwargs on a CPU, where activations are "

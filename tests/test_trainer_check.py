@@ -151,7 +151,9 @@ def test_an_optimizer_of_what_does_not_train_is_refused(tokenizer, nothing_spent
         build(tokenizer, model=model, optimizers=(optimizer, None))
 
 
-@pytest.mark.parametrize("kwargs", [{"every_n_layers": 0}, {"offload": True}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{"every_n_layers": 0}, {"every_n_layers": None}, {"offload": True}], ids=str
+)
 def test_checkpoints_that_cannot_run_are_refused(tokenizer, nothing_spent, kwargs):
     # by name, or where transformers does not know them, as torch's
     with pytest.raises(ValueError, match=f"{next(iter(kwargs))}.* in gradient_checkp|that torch"):
