@@ -96,8 +96,14 @@ class PairBatch:
         in such a forward, to see that no row holds several sequences.) A collator written for TRL
         gives input_ids, attention_mask and completion_mask: the mask is then passed on, with all
         else that it gives, and the scored rows are looked up on the device, which makes the CPU
-        wait.
+        wait. ValueError for a batch in packs, which is no one forward.
         """
+        if "packs" in inputs:
+            raise ValueError(
+                "want the inputs of one forward, got a batch in packs (max_tokens_per_forward): "
+                "each of its 'packs' is one, and their losses, with the batch's pairs as "
+                "num_items_in_batch, add up to its own"
+            )
         input_ids = inputs["input_ids"]
         if "scored_rows" not in inputs:  # of a collator written for TRL
             model_inputs = {name: x for name, x in inputs.items() if name not in NOT_FOR_THE_MODEL}

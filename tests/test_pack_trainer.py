@@ -1,5 +1,7 @@
 """Packs train as whole batches do: with experts, and short of memory."""
 
+import math
+
 import pytest
 import tiny
 import torch
@@ -34,6 +36,19 @@ def test_packs_train_as_whole_batches_do(tmp_path, tokenizer, layout, loss_type)
         assert logged(packed, name) == pytest.approx(logged(whole, name), rel=1e-5, abs=1e-6), name
     for name, weight in weights(whole.model).items():
         torch.testing.assert_close(weights(packed.model)[name], weight, rtol=0, atol=1e-6)
+
+
+def test_a_batch_in_packs_is_no_one_forward(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_tokens_per_forward=120)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(ValueError, match="want the inputs of one forward, got a batch in packs"):
+        trainer.compute_loss(trainer.model, inputs)
+    num_pairs = count_pairs(inputs)
+    losses = [
+        trainer.compute_loss(trainer.model, pack, num_items_in_batch=num_pairs)
+        for pack in inputs["packs"]
+    ]
+    assert sum(losses).item() == pytest.approx(math.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
