@@ -3,11 +3,12 @@
 Then every log-ratio is 0 and the sigmoid loss is ln 2; other losses start elsewhere.
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from fastdpo.config import DPOConfig
 from fastdpo.losses import PairLoss
+from fastdpo.model import causal_lm_of
 from fastdpo.reference_logps import AdaptersOff, Reference, scorer_of
 
 logger = logging.get_logger(__name__)
@@ -18,7 +19,11 @@ TOLERANCE = 1e-2  # nats, of a completion's log-probability
 
 
 def check_start(
-    losses: PairLoss, reference_logps_S: Tensor, reference: Reference, args: DPOConfig
+    policy: nn.Module,
+    losses: PairLoss,
+    reference_logps_S: Tensor,
+    reference: Reference,
+    args: DPOConfig,
 ) -> None:
     """Warn, and say why, if the policy's first log-probabilities are not the reference's.
 
@@ -29,11 +34,11 @@ def check_start(
         logger.warning(
             "the policy does not start at its reference: a completion's log-probability under the "
             f"policy and under the reference ({reference.source}) differ by up to "
-            f"{difference:.3g} nats before the first step. {_why(reference, args)}"
+            f"{difference:.3g} nats before the first step. {_why(policy, reference, args)}"
         )
 
 
-def _why(reference: Reference, args: DPOConfig) -> str:
+def _why(policy: nn.Module, reference: Reference, args: DPOConfig) -> str:
     if not args.disable_dropout:
         return (
             "The policy may run with dropout and the reference runs without: set "
@@ -43,6 +48,12 @@ def _why(reference: Reference, args: DPOConfig) -> str:
         return (
             "NEFTune adds noise to the policy's embeddings and none to the reference's "
             "(neftune_noise_alpha): expect a noisy start."
+        )
+    config = vars(causal_lm_of(policy).config.get_text_config())
+    if jitter := [name for name, value in config.items() if "jitter" in name and value]:
+        return (
+            "The policy's experts run with random noise and the reference's without "
+            f"({', '.join(jitter)}): expect a noisy start."
         )
     if isinstance(scorer_of(reference), AdaptersOff):
         return "The adapters change the model from the start: they are not initialised to zero."

@@ -365,7 +365,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             return 0.0 * loss
         if model.training:
             if not self._start_checked and self.state.global_step == 0:
-                check_start(losses, reference_logps_S, self.reference, self.args)
+                check_start(self.model, losses, reference_logps_S, self.reference, self.args)
             self._start_checked = True
             tokens = inputs.get("tokens", TokensRun(batch.token_uses.numel()))
             self.count_training(batch, scored, losses, tokens, aux_loss)

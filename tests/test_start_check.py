@@ -3,22 +3,25 @@
 import logging
 from types import SimpleNamespace
 
+import families
 import pytest
+import tiny
 import torch
 
 from fastdpo.reference_logps import AdaptersOff, FrozenModel, RowLogps
 from fastdpo.start_check import check_start
 
 COPY, WITHOUT = FrozenModel(None, "a frozen copy"), AdaptersOff(None, ())
+POLICY = tiny.model("llama", tiny.VOCAB)
 REFERENCE_S = torch.tensor([-10.0, -20.0, -30.0, -40.0])
 PLAIN = {"disable_dropout": True, "neftune_noise_alpha": None, "fp16": False, "bf16": False}
 
 
-def warning(caplog, off_by_S, reference=COPY, **settings):
+def warning(caplog, off_by_S, reference=COPY, policy=None, **settings):
     losses = SimpleNamespace(logps_S=REFERENCE_S + torch.tensor(off_by_S))
     args = SimpleNamespace(**(PLAIN | settings))
     with caplog.at_level(logging.WARNING):
-        check_start(losses, REFERENCE_S, reference, args)
+        check_start(policy or POLICY, losses, REFERENCE_S, reference, args)
     return caplog.text
 
 
@@ -45,6 +48,13 @@ def test_one_completion_that_is_off_is_enough(caplog, off_by):
 )
 def test_the_likeliest_cause_is_named(caplog, settings, why):
     assert why in warning(caplog, [1.0] * 4, **settings)
+
+
+@pytest.mark.parametrize("reference", [COPY, WITHOUT])
+def test_experts_that_a_router_draws_are_named(caplog, reference):
+    policy = families.model("phimoe", torch.float32, num_local_experts=4, **families.EXPERTS)
+    text = warning(caplog, [1.0] * 4, reference, policy)
+    assert "experts run with random noise" in text and "(router_jitter_noise)" in text
 
 
 @pytest.mark.parametrize("reference", [WITHOUT, RowLogps("scored before", WITHOUT)])
