@@ -91,9 +91,8 @@ def _kernels_line(model: nn.Module, device: torch.device) -> str:
 
 def _updates_line(args: DPOConfig) -> str:
     per_update = args.over_ranks(args.train_batch_size) * args.gradient_accumulation_steps
-    length = (
-        f"{args.max_steps:,} updates" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    )
+    is_counted = args.max_steps >= 0  # 0 trains none
+    length = f"{args.max_steps:,} updates" if is_counted else f"{args.num_train_epochs:g} epochs"
     return (
         f"{length} of {per_update} pairs, learning rate {args.learning_rate:g}, beta {args.beta:g}"
     )

@@ -40,6 +40,12 @@ def test_what_trains_is_told_with_its_precision(trainer, tmp_path, tokenizer):
     assert lines(adapted)["kernels"] == "torch on cpu, frozen head, two products"
 
 
+def test_no_update_is_told_as_none(tmp_path, tokenizer):
+    idle = make_trainer(tmp_path, tokenizer, max_steps=0)
+    assert lines(idle)["updates"].startswith("0 updates of 4 pairs")
+    assert idle.train().global_step == 0
+
+
 def test_an_updates_pairs_are_those_of_all_batches_of_all_ranks(trainer, monkeypatch):
     told = lines(trainer)["updates"]
     assert told == "1.5 epochs of 8 pairs, learning rate 0.001, beta 0.1"
