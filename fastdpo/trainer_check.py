@@ -178,22 +178,24 @@ def check_optimizer_and_schedule(args: DPOConfig) -> None:
     """ValueError where transformers can make no optimizer or schedule of `args`.
 
     For a run without optimizers of its own; train() would find it, with the reference scored. Tried
-    on one parameter, but for optimizers that look at the model, and DeepSpeed's own.
+    on one parameter, but for DeepSpeed's own; of optimizers that look at the model, only whether
+    their package is there.
     """
     if args.deepspeed:
         return
     parameters = [torch.zeros(1, device=args.device, requires_grad=True)]
     optimizer = torch.optim.SGD(parameters)
     try:
-        if not any(name in args.optim for name in OPTIMIZERS_OF_MODELS):
-            kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-            if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
-                optimizer = kind(parameters, **settings)
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            optimizer = kind(parameters, **settings)
     except Exception as error:
-        detail = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"want settings that optim={args.optim.value} can take, got {detail}"
-        ) from error
+        wants_model = any(name in args.optim for name in OPTIMIZERS_OF_MODELS)
+        if isinstance(error, ImportError) or not wants_model:
+            detail = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"want settings that optim={args.optim.value} can take, got {detail}"
+            ) from error
     name, num_updates = args.lr_scheduler_type.value, max(args.max_steps, 1000)
     try:
         schedule = get_scheduler(

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
     TrainingArguments,
 )
 
@@ -334,7 +335,20 @@ def test_updates_that_transformers_cannot_make_are_refused(settings, message):
         trainer_check.check_optimizer_and_schedule(args(**settings))
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "lomo"])
+@pytest.mark.parametrize("optim", ["galore_adamw", "apollo_adamw", "lomo"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_optimizer_that_looks_at_the_model_wants_its_package(monkeypatch, optim, is_there):
+    def of_no_model(args, model=None):
+        raise ValueError("want a model") if is_there else ImportError(f"want {optim}'s package")
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", of_no_model)
+    settings = {"optim": optim, "lr_scheduler_type": "cosine_with_min_lr"}
+    told = "lr_scheduler_type=cosine_with_min_lr.*min" if is_there else f"want {optim}'s package"
+    with pytest.raises(ValueError, match=told):
+        trainer_check.check_optimizer_and_schedule(args(**settings))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"])
 @pytest.mark.parametrize(
     "kind", ["linear", "cosine", "constant", "inverse_sqrt", "cosine_with_restarts"]
 )
