@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from accelerate.utils import is_compiled_module
 from peft import PeftConfig, PeftModel, PeftType, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
@@ -14,6 +15,12 @@ FORWARD_REPLACERS = (PeftType.ADAPTION_PROMPT, PeftType.XLORA)
 
 def check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
     """TypeError or ValueError unless these are models and adapters that go together."""
+    for name, each in {"model": model, "ref_model": ref_model}.items():
+        if is_compiled_module(each):
+            raise TypeError(
+                f"want {name} as a loaded model, got one of torch.compile({name}): "
+                f"{name}.compile() compiles it in place, torch_compile=True the policy"
+            )
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise TypeError(f"want model as a name or a loaded model, got {type(model).__name__}")
     if not isinstance(ref_model, PreTrainedModel | PeftModel | None):

@@ -221,6 +221,13 @@ def test_an_encoder_decoder_is_refused(tokenizer, nothing_spent, name):
 
 
 @pytest.mark.parametrize("name", ["model", "ref_model"])
+def test_a_compiled_copy_is_refused(tokenizer, nothing_spent, name):
+    compiled = torch.compile(tiny.model("llama", len(tokenizer)))
+    with pytest.raises(TypeError, match=rf"{name} as .*, got one of torch.compile.*{name}.compile"):
+        build(tokenizer, **{name: compiled})
+
+
+@pytest.mark.parametrize("name", ["model", "ref_model"])
 def test_a_model_that_predicts_no_token_is_refused(tokenizer, nothing_spent, name):
     with pytest.raises(ValueError, match=f"want {name} with a head .*, got LlamaModel"):
         build(tokenizer, **{name: tiny.model("llama", len(tokenizer)).model})
