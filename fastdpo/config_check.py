@@ -8,7 +8,7 @@ import math
 from dataclasses import fields
 from typing import Any, get_args
 
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments
 
 from fastdpo.losses import BATCH_LOSSES, LOSS_TYPES, SMOOTHED, WITH_F_DIVERGENCE
 
@@ -82,7 +82,7 @@ def _check_loop(args: TrainingArguments) -> None:
             value,
         )
     if args.save_strategy == "best":  # after an evaluation alone, transformers looks for the best
-        evaluates = args.eval_strategy.value
+        evaluates = IntervalStrategy(args.eval_strategy).value
         want(evaluates != "no", "eval_strategy steps or epoch with save_strategy best", evaluates)
         metric = args.metric_for_best_model
         want(metric is not None, "metric_for_best_model with save_strategy best", metric)

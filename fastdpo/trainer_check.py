@@ -13,6 +13,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from fastdpo.collate import PackedCollator
 from fastdpo.config import DPOConfig
+from fastdpo.config_check import check_settings
 from fastdpo.data import check_dataset
 from fastdpo.experts import aux_loss_weight
 from fastdpo.losses import PAIR_METRICS
@@ -47,6 +48,7 @@ def check_arguments(
         kind = type(args)
         got = f"{kind.__module__}.{kind.__qualname__}"
         raise TypeError(f"want a fastdpo.DPOConfig as args, got {got}")
+    check_settings(args)  # one may have been set since
     _check_machine(args, model)
     _check_report_to(args.report_to)
     _check_train_dataset(args, train_dataset)

@@ -152,6 +152,23 @@ def test_logging_may_be_set_by_args_own_method(tmp_path, tokenizer, report_to):
     assert len(logged(trainer)) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("loss_type", "ipo"), ("beta", 0.0), ("learning_rate", -1.0)]
+)
+def test_a_setting_changed_since_is_checked_again(tmp_path, name, value):
+    args = DPOConfig(output_dir=tmp_path, use_cpu=True, report_to="none")
+    setattr(args, name, value)
+    with pytest.raises(ValueError, match=rf"DPOConfig: want {name} .*, got {value!r}"):
+        check_arguments(args, "some/model", Dataset.from_list(tiny.rows()), None)
+
+
+def test_a_choice_changed_since_may_be_its_text(tmp_path):
+    args = DPOConfig(output_dir=tmp_path, use_cpu=True, report_to="none")
+    args.eval_strategy = "steps"
+    args.save_strategy, args.metric_for_best_model = "best", "eval_loss"
+    check_arguments(args, "some/model", Dataset.from_list(tiny.rows()), None)
+
+
 def test_a_run_may_report_to_all_that_is_installed(tmp_path):
     args = DPOConfig(output_dir=tmp_path, use_cpu=True)
     args.set_logging(report_to="all")
