@@ -124,7 +124,8 @@ class MeasuringTrainer(PackTrainer):
             if "tree" in batch.model_inputs:
                 raise ValueError(
                     "want batches that are padded where logits are asked for, as the trainer's own "
-                    f"get_eval_dataloader makes them, got layout={self.args.layout!r}'s"
+                    "get_test_dataloader makes them, and get_eval_dataloader with compute_metrics "
+                    f"or layout='padded', got layout={self.args.layout!r}'s"
                 )
             logits = model(**batch.model_inputs, use_cache=False).logits
         ids_SL = inputs["input_ids"]
