@@ -6,6 +6,7 @@ gradient checkpointing, and not the thin products of adapters.
 
     passes         with LoRA   all weights
     body             1 + 2        1 + 3       the reference's forward, the policy's both ways
+    attention        1 + 3        1 + 3       of whose products both factors get a gradient
     head             1 + 2        1 + 3
     head in TRL      1 + 3        1 + 4       which makes its tiles of logits twice
 """
@@ -61,15 +62,15 @@ WAYS = {  # results/peers.md says where each is to be seen
 
 def work_bound(task: Task, way: Way = WAYS["TRL"]) -> float:
     """How many times the multiply-adds that its pairs need the timed steps have this way."""
-    products = Products.of(MODELS[task.model])
-    passes = 3 if task.adapters else 4
+    once, passes = Products.of(MODELS[task.model]), 3 if task.adapters else 4
+    step = Products(token=passes * once.token, key=4 * once.key, row=passes * once.row)
+    row_run = step.row if way.has_all_logits else step.row + once.row
     ran = needed = 0
     for pairs in task.timed_batches:
         completions = sum(len(pair[side]) + 1 for pair in pairs for side in SIDES)
-        head_passes = passes if way.has_all_logits else passes + 1
         rows = sum(lengths_run(pairs, way)) if way.has_all_logits else completions
-        ran += passes * body(products, lengths_run(pairs, way)) + head_passes * products.row * rows
-        needed += passes * (needed_body(products, pairs) + products.row * completions)
+        ran += body(step, lengths_run(pairs, way)) + row_run * rows
+        needed += needed_body(step, pairs) + step.row * completions
     return ran / needed
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from watches import counting_flops
 
 from bench.naive_loop import padded
@@ -70,15 +71,33 @@ def test_attention_counts_the_keys_that_a_token_sees():
     assert body(products, lengths_run([pair], WAYS["TRL"])) == 2 * (1 + 2 + 3 + 4 + 5)
 
 
+def test_attention_gets_two_gradients_a_product_with_frozen_weights_too():
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    model = get_peft_model(random_model("tiny"), lora)
+    model.set_attn_implementation("eager")  # all keys, without a mask's savings
+    L, products = 40, Products.of(MODELS["tiny"])
+
+    def of_attention(run):
+        with counting_flops() as counter:
+            run()
+        return counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+
+    ids = torch.randint(2, 900, (1, L))
+    forward = of_attention(lambda: model(input_ids=ids, use_cache=False))
+    both = of_attention(lambda: model(input_ids=ids, use_cache=False).logits.sum().backward())
+    assert both - forward == 2 * 2 * products.key * L * L
+
+
 def test_the_bound_is_of_all_timed_batches():
     pair = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}
     task = Task(model="tiny", pairs=[pair] * 14, batch=2, adapters=True)
     products = Products.of(MODELS["tiny"])
-    padded_ops, needed = body(products, [5, 5]), needed_body(products, [pair])
+    step = replace(products, token=3 * products.token, key=4 * products.key)
+    padded_ops, needed = body(step, [5, 5]), needed_body(step, [pair])
     head = 5 * products.row
-    wanted = (3 * padded_ops + 4 * head) / (3 * needed + 3 * head)
+    wanted = (padded_ops + 4 * head) / (needed + 3 * head)
     assert work_bound(task) == pytest.approx(wanted)
-    all_logits = (3 * padded_ops + 3 * 2 * head) / (3 * needed + 3 * head)
+    all_logits = (padded_ops + 3 * 2 * head) / (needed + 3 * head)
     way = WAYS["LLaMA-Factory, OpenRLHF, NeMo-RL"]
     assert work_bound(task, way) == pytest.approx(all_logits)
 
