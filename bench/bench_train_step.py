@@ -8,7 +8,7 @@ And: does a DPO step with a precomputed reference cost more than a supervised st
 sequences? Whole steps of the public trainers, from one `on_step_begin` to the next. Contenders
 take turns, step by step, on the same batches; a run whose losses differ is not timed. A row is 4
 timed steps after the warm-up; the table's title says of how many pairs. Below it: how many times
-the multiply-adds that the pairs need TRL's padded batches have (work_bound.py).
+the multiply-adds that the pairs need TRL's steps have (work_bound.py).
 """
 
 import pytest

@@ -2,7 +2,9 @@
 
     CONTENDERS[name](task) -> an object with step(), log and close()
 
-TRL runs as it comes, at its fastest, and on a GPU with Liger's layers too. What makes it faster is
+TRL runs as it comes, at its fastest, and on a GPU with Liger's layers too. On a CPU its head is not
+the one a GPU has: plain torch in place of Triton, and every position scored, prompts and padding
+too, where a GPU scores the completions alone; no setting changes that. What makes it faster is
 gradient_checkpointing=False and, on a GPU, use_liger_kernel. Its other candidates: padding_free is
 ignored by 1.16, its head is always the chunked one, model_init_kwargs={"use_kernels": True} is for
 models loaded by name and fetches its kernels over the network, and precompute_ref_log_probs takes

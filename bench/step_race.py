@@ -10,7 +10,7 @@ from bench.measure import CUDA, Seconds, cpu_time_counts, free_memory, in_turns
 from bench.peak_memory import peaks_mib
 from bench.tables import environment, table
 from bench.tasks import WARMUP_STEPS, Task
-from bench.work_bound import work_bound
+from bench.work_bound import WAYS, work_bound
 
 # bfloat16 logits round a completion's sum by 0.7 nats
 LOSS_TOLERANCE, MOVES_PER_ERROR = (5e-2, 5) if CUDA else (1e-4, 10)
@@ -116,10 +116,9 @@ def report(
         f"{timed * task.batch} pairs"
     )
     if PEERS.keys() & taken.keys():
-        found.notes["work"] = (
-            f"TRL's padded batches have {work_bound(task):.2f} times the multiply-adds that the "
-            "pairs need"
-        )
+        way = "TRL" if CUDA else "TRL on a CPU"
+        bound = work_bound(task, WAYS[way])
+        found.notes["work"] = f"{way} has {bound:.2f} times the multiply-adds that the pairs need"
     if cpu_time_counts():
         found.notes["brackets"] = "in brackets: without system time"
     rows = {}

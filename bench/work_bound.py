@@ -50,27 +50,27 @@ class Way(NamedTuple):
     """How a trainer lays out the sequences of pairs, each with its prompt, and runs the head."""
 
     is_padded: bool  # to the longest, or end to end
-    has_all_logits: bool  # of every position, once; or of the completions, in tiles made twice
+    has_all_logits: bool  # at once; or in tiles made twice
+    scores_all: bool  # prompts and padding too; or the completions alone
 
 
 WAYS = {  # results/peers.md says where each is to be seen
-    "TRL": Way(is_padded=True, has_all_logits=False),
-    "LLaMA-Factory, OpenRLHF, NeMo-RL": Way(is_padded=True, has_all_logits=True),
-    "OpenRLHF, packing_samples": Way(is_padded=False, has_all_logits=True),
+    "TRL": Way(is_padded=True, has_all_logits=False, scores_all=False),
+    "TRL on a CPU": Way(is_padded=True, has_all_logits=False, scores_all=True),
+    "LLaMA-Factory, OpenRLHF, NeMo-RL": Way(is_padded=True, has_all_logits=True, scores_all=True),
+    "OpenRLHF, packing_samples": Way(is_padded=False, has_all_logits=True, scores_all=True),
 }
 
 
-def work_bound(task: Task, way: Way = WAYS["TRL"]) -> float:
+def work_bound(task: Task, way: Way) -> float:
     """How many times the multiply-adds that its pairs need the timed steps have this way."""
     once, passes = Products.of(MODELS[task.model]), 3 if task.adapters else 4
     step = Products(token=passes * once.token, key=4 * once.key, row=passes * once.row)
     row_run = step.row if way.has_all_logits else step.row + once.row
     ran = needed = 0
     for pairs in task.timed_batches:
-        completions = sum(len(pair[side]) + 1 for pair in pairs for side in SIDES)
-        rows = sum(lengths_run(pairs, way)) if way.has_all_logits else completions
-        ran += body(step, lengths_run(pairs, way)) + row_run * rows
-        needed += needed_body(step, pairs) + step.row * completions
+        ran += body(step, lengths_run(pairs, way)) + row_run * rows_run(pairs, way)
+        needed += needed_body(step, pairs) + step.row * needed_rows(pairs)
     return ran / needed
 
 
@@ -78,6 +78,18 @@ def lengths_run(pairs: list[Pair], way: Way) -> list[int]:
     """Of 2B sequences, each with its prompt and the token that ends it."""
     lengths = [len(pair["prompt_ids"]) + len(pair[side]) + 1 for pair in pairs for side in SIDES]
     return [max(lengths)] * len(lengths) if way.is_padded else lengths
+
+
+def rows_run(pairs: list[Pair], way: Way) -> int:
+    """Of the head: a sequence's last position, which has no label, is in all logits alone."""
+    lengths = lengths_run(pairs, way)
+    if not way.scores_all:
+        return needed_rows(pairs)
+    return sum(lengths) if way.has_all_logits else sum(lengths) - len(lengths)
+
+
+def needed_rows(pairs: list[Pair]) -> int:
+    return sum(len(pair[side]) + 1 for pair in pairs for side in SIDES)
 
 
 def body(products: Products, lengths: list[int]) -> int:

@@ -9,7 +9,16 @@ from watches import counting_flops
 
 from bench.naive_loop import padded
 from bench.tasks import MODELS, Task, random_model, task_of
-from bench.work_bound import WAYS, Products, body, lengths_run, needed_body, report, work_bound
+from bench.work_bound import (
+    WAYS,
+    Products,
+    body,
+    lengths_run,
+    needed_body,
+    report,
+    rows_run,
+    work_bound,
+)
 from fastdpo.attention import attend_along_trees
 from fastdpo.batch import PairBatch
 from fastdpo.collate import make_collator
@@ -56,6 +65,21 @@ def test_padded_work_is_what_a_padded_forward_does():
     assert ran == 2 * (body(products, lengths) + products.row * sum(lengths))
 
 
+def test_trl_scores_every_position_on_a_cpu():
+    trl = pytest.importorskip("trl.trainer.utils")
+    pairs, way = task_of("tiny", adapters=True).timed_batches[0], WAYS["TRL on a CPU"]
+    model = random_model("tiny")
+    trl.add_fused_lm_head(model)
+    batch = padded(pairs, 0, 1)
+    is_completion = batch.pop("completion_mask").bool()
+    batch["labels"] = batch["input_ids"].masked_fill(~is_completion, -100)
+    products = replace(Products.of(model.config), key=0)
+    with torch.no_grad():
+        ran = flops_of_weights(lambda: model(**batch, fused_lm_head=True))
+    wanted = body(products, lengths_run(pairs, way)) + products.row * rows_run(pairs, way)
+    assert ran == 2 * wanted
+
+
 def test_packed_work_is_that_of_each_sequence_by_itself():
     pair = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}
     lengths = lengths_run([pair], WAYS["OpenRLHF, packing_samples"])
@@ -96,7 +120,9 @@ def test_the_bound_is_of_all_timed_batches():
     padded_ops, needed = body(step, [5, 5]), needed_body(step, [pair])
     head = 5 * products.row
     wanted = (padded_ops + 4 * head) / (needed + 3 * head)
-    assert work_bound(task) == pytest.approx(wanted)
+    assert work_bound(task, WAYS["TRL"]) == pytest.approx(wanted)
+    on_a_cpu = (padded_ops + 4 * 2 * 4 * products.row) / (needed + 3 * head)
+    assert work_bound(task, WAYS["TRL on a CPU"]) == pytest.approx(on_a_cpu)
     all_logits = (padded_ops + 3 * 2 * head) / (needed + 3 * head)
     way = WAYS["LLaMA-Factory, OpenRLHF, NeMo-RL"]
     assert work_bound(task, way) == pytest.approx(all_logits)
