@@ -101,14 +101,15 @@ def report(
     """Fill a table, a contender a row, and hand its numbers to `benchmark`.
 
     A ratio is the median, over the steps, of another's cost of a step over the contender's own
-    cost of the same step. Tokens are those of the 2B sequences, padding aside, for everyone. System
-    time is mostly page faults on new large tensors, which cost differently on every machine: where
-    CPU time is what counts, every ratio has another in brackets without it.
+    cost of the same step. Tokens are those of the 2B sequences of a timed step, padding aside, for
+    everyone. System time is mostly page faults on new large tensors, which cost differently on
+    every machine: where CPU time is what counts, every ratio has another in brackets without it.
     """
-    tokens = sum(
+    tokens = statistics.mean(
         2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) + 2
-        for pair in task.pairs
-    ) / len(task.pairs)
+        for pairs in task.timed_batches
+        for pair in pairs
+    )
     against = [name for name in ("naive", *PEERS, "supervised") if name in taken]
     timed = len(next(iter(taken.values())))
     found = table(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -132,6 +133,23 @@ def test_a_bfloat16_race_is_judged_at_its_end(monkeypatch, errors, passes):
     else:
         with pytest.raises(AssertionError, match="losses move by"):
             step_race.assert_same_losses(logs)
+
+
+def test_tokens_a_second_are_those_of_the_timed_pairs(monkeypatch):
+    from bench import step_race, tables
+    from bench.measure import Seconds
+    from bench.tasks import Task
+
+    monkeypatch.setattr(tables, "TABLES", {})
+    short, long = (
+        {"prompt_ids": [5] * length, "chosen_ids": [6], "rejected_ids": [7]} for length in (1, 50)
+    )
+    # two steps of warm-up, a timed one, and the last, which is not
+    task = Task(model="tiny", pairs=[long, long, short, long], batch=1, adapters=True)
+    benchmark = SimpleNamespace(extra_info={})
+    taken = {"naive": [Seconds(cpu=2.0, system=0.0, wall=2.0)]}
+    step_race.report("a race", task, taken, {}, benchmark)
+    assert benchmark.extra_info["rows"]["naive"]["tokens/s"] == 3.0
 
 
 def test_a_race_that_went_wrong_keeps_its_times_under_that_title_and_fails(monkeypatch):
