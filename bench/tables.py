@@ -1,6 +1,7 @@
 """The tables of a run, in Markdown to be pasted: benchmarks fill them, its end prints them."""
 
 import math
+import platform
 import re
 import subprocess
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from bench.measure import CUDA
 
 LIBRARIES = ("torch", "triton", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy")
+CPU_INFO = Path("/proc/cpuinfo")
 TABLES: dict[str, "Table"] = {}  # by title; bench/conftest.py prints them
 
 
@@ -66,7 +68,8 @@ def _is_installed(name: str) -> bool:
 
 
 def _cpu_name() -> str:
-    return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    found = re.search(r"model name\s*: (.*)", CPU_INFO.read_text())
+    return found[1] if found else platform.machine()  # ARM's have none
 
 
 def _commit() -> str:
