@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from bench.cases import cases
-from bench.contenders import PEERS
+from bench.contenders import CONTENDERS, PEERS
 from bench.length_profiles import TYPICAL
 from bench.measure import CUDA
-from bench.step_race import LOSS_TOLERANCE, losses, race_and_report
-from bench.tasks import LARGE_MODEL, task_of
+from bench.step_race import LOSS_TOLERANCE, assert_same_losses, losses, race_and_report
+from bench.tasks import LARGE_MODEL, WARMUP_STEPS, task_of
 
 PROFILES = cases(["tiny", *TYPICAL, "real pairs"])
 has_room = not CUDA or torch.cuda.mem_get_info()[1] > 120 << 30
@@ -58,17 +58,23 @@ def test_precomputed_reference_step(benchmark, profile, adapters):
     first = task.pairs[: task.batch]
     tokens = sum(len(pair[side]) + 1 for pair in first for side in ("chosen_ids", "rejected_ids"))
 
-    def same_sequences(logs):
-        """The supervised loss of the first step, from the log-probabilities that DPO logged."""
+    def trained_alike(logs):
+        """The supervised loss of the first step, from the log-probabilities that DPO logged; and
+        at the end DPO's losses, by the plain loop, which is not timed here."""
         supervised, dpo = logs.values()
         logps = dpo[0]["logps/chosen"] + dpo[0]["logps/rejected"]  # means over B pairs
         assert losses(supervised)[0] == pytest.approx(
             -logps * task.batch / tokens, abs=LOSS_TOLERANCE
         )
+        if len(losses(dpo)) > WARMUP_STEPS:
+            naive = CONTENDERS["naive"](task)
+            for _ in losses(dpo):
+                naive.step()
+            assert_same_losses({"naive": naive.log, names[1]: dpo})
 
     title = f"Reference scored before, {profile}, {_trained(adapters)}"
     measured = [] if profile == "tiny" else names
-    race_and_report(title, task, names, benchmark, measured=measured, check=same_sequences)
+    race_and_report(title, task, names, benchmark, measured=measured, check=trained_alike)
 
 
 def _trained(adapters):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import step_race, tables
+from bench import bench_train_step, contenders, step_race, tables
 from bench.measure import Seconds
 from bench.tasks import Task
 
@@ -52,3 +52,22 @@ def test_a_race_that_went_wrong_keeps_its_times_under_that_title_and_fails(monke
     with pytest.raises(AssertionError, match="losses move by 1"):
         step_race.race_and_report("chat", None, [], None, measured=["naive"])
     assert reported == ["NOT ALIKE, losses move by 1: chat"]
+
+
+def test_a_race_with_a_scored_reference_fails_where_it_trains_nothing(monkeypatch):
+    reported, name = [], "fastdpo, reference precomputed"
+    of_a_trainer, own = contenders._arguments, contenders.CONTENDERS[name]
+
+    def without_steps(task):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                contenders, "_arguments", lambda t: of_a_trainer(t) | {"learning_rate": 0}
+            )
+            return own(task)
+
+    monkeypatch.setitem(contenders.CONTENDERS, name, without_steps)
+    monkeypatch.setattr(step_race, "report", lambda title, *_: reported.append(title))
+    benchmark = SimpleNamespace(pedantic=lambda turn, rounds: [turn() for _ in range(rounds)])
+    with pytest.raises(AssertionError):
+        bench_train_step.test_precomputed_reference_step(benchmark, "tiny", True)
+    assert len(reported) == 1 and reported[0].startswith("NOT ALIKE, ")
