@@ -2,9 +2,9 @@
 
     CONTENDERS[name](task) -> an object with step(), log and close()
 
-TRL runs as it comes, at its fastest, and on a GPU with Liger's layers too. On a CPU its head is not
-the one a GPU has: plain torch in place of Triton, and every position scored, prompts and padding
-too, where a GPU scores the completions alone; no setting changes that. What makes it faster is
+TRL runs as it comes, at its fastest, and on a GPU with Liger's layers too. On a CPU its head scores
+every position, prompts and padding too, where a GPU's scores the completions alone; no setting
+changes that, so there it runs a third time, with that decision replaced. What makes it faster is
 gradient_checkpointing=False and, on a GPU, use_liger_kernel. Its other candidates: padding_free is
 ignored by 1.16, its head is always the chunked one, model_init_kwargs={"use_kernels": True} is for
 models loaded by name and fetches its kernels over the network, precompute_ref_log_probs takes work
@@ -122,30 +122,42 @@ def trl(task: Task, **settings) -> SteppedTrainer:
     return _dpo(DPOTrainer, DPOConfig, ref_model, task, **settings)
 
 
-class LigerTRL:
-    """TRL at its fastest with Liger's layers, which no other contender gets to see.
+class Replacing:
+    """A trainer during whose steps a module has others of its functions and classes.
 
-    Liger replaces functions and classes in the module of the model's family, for all models of the
-    process: they are in place during this contender's steps, and the module's own between them.
+    Between them it has its own: other contenders never see the others.
     """
 
-    def __init__(self, task: Task):
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(MODELS[task.model])]
-        self._module = vars(sys.modules[model_class.__module__])
-        before = dict(self._module)
-        self._stepped = trl(task, **FASTEST, use_liger_kernel=True)
-        self._ligers = {n: x for n, x in self._module.items() if x is not before.get(n)}
-        self._own = {name: before[name] for name in self._ligers}
-        self._module.update(self._own)
-        self.log = self._stepped.log
+    def __init__(self, stepped: SteppedTrainer, module: dict, others: dict):
+        self._stepped, self._module, self._others = stepped, module, others
+        self._own = {name: module[name] for name in others}
+        self.log = stepped.log
 
     def step(self) -> None:
-        self._module.update(self._ligers)
+        self._module.update(self._others)
         self._stepped.step()
         self._module.update(self._own)
 
     def close(self) -> None:
         self._stepped.close()
+
+
+def trl_with_liger(task: Task) -> Replacing:
+    """TRL at its fastest with Liger's layers, which Liger puts in place for all models at once."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(MODELS[task.model])]
+    module = vars(sys.modules[model_class.__module__])
+    before = dict(module)
+    stepped = trl(task, **FASTEST, use_liger_kernel=True)
+    ligers = {name: x for name, x in module.items() if x is not before.get(name)}
+    module.update({name: before[name] for name in ligers})
+    return Replacing(stepped, module, ligers)
+
+
+def trl_of_completions(task: Task) -> Replacing:
+    """TRL at its fastest on a CPU, its head told to leave out what is no completion."""
+    from trl.trainer import utils
+
+    return Replacing(trl(task, **FASTEST), vars(utils), {"_use_triton": lambda device: True})
 
 
 def supervised(task: Task) -> SteppedTrainer:
@@ -182,6 +194,8 @@ CONTENDERS: dict[str, Callable] = {
 PEERS: dict[str, Callable] = {}
 if find_spec("trl"):
     PEERS |= {"TRL": trl, "TRL, fastest": _with(trl, **FASTEST)}
-    if CUDA and find_spec("liger_kernel"):
-        PEERS["TRL, fastest, Liger's layers"] = LigerTRL
+    if not CUDA:
+        PEERS["TRL, fastest, completions alone"] = trl_of_completions
+    elif find_spec("liger_kernel"):
+        PEERS["TRL, fastest, Liger's layers"] = trl_with_liger
 CONTENDERS |= PEERS
