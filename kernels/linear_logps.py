@@ -65,22 +65,21 @@ class _LinearLogps(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: a checkpoint hands them out no more often
         dlogp_dx_of_terms, for_weights = saved[:num_terms], saved[num_terms:]
         dfactors, dbias_V = [None] * 2 * num_terms, None
-        with torch.autocast(dlogps_N.device.type, enabled=False):
-            for k, dlogp_dx_NK in enumerate(dlogp_dx_of_terms):
-                if dlogp_dx_NK is not None:
-                    dx_NK = torch.empty_like(dlogp_dx_NK, dtype=ctx.x_dtypes[k])
-                    dfactors[2 * k] = torch.mul(dlogp_dx_NK, dlogps_N[:, None], out=dx_NK)
-            if settings.any_weight_needs_grad:
-                labels_N, bias_V, peak_N, log_total_N, dlogp_dlabel_N, *factors = for_weights
-                if ctx.head_rows is not None:
-                    factors[1] = ctx.head_rows
-                tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
-                # where a row's answer is NaN, so are all gradients
-                p_coefficient_N = dlogps_N.to(settings.wide) * -settings.scale + 0 * dlogp_dlabel_N
-                # dbias_V is float32: autograd casts it to the bias's dtype
-                dfactors[1::2], dbias_V = weight_gradients(
-                    tiles, p_coefficient_N, peak_N, log_total_N, dlogp_dlabel_N, ctx.kept
-                )
+        for k, dlogp_dx_NK in enumerate(dlogp_dx_of_terms):
+            if dlogp_dx_NK is not None:
+                dx_NK = torch.empty_like(dlogp_dx_NK, dtype=ctx.x_dtypes[k])
+                dfactors[2 * k] = torch.mul(dlogp_dx_NK, dlogps_N[:, None], out=dx_NK)
+        if settings.any_weight_needs_grad:
+            labels_N, bias_V, peak_N, log_total_N, dlogp_dlabel_N, *factors = for_weights
+            if ctx.head_rows is not None:
+                factors[1] = ctx.head_rows
+            tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
+            # where a row's answer is NaN, so are all gradients
+            p_coefficient_N = dlogps_N.to(settings.wide) * -settings.scale + 0 * dlogp_dlabel_N
+            # dbias_V is float32: autograd casts it to the bias's dtype
+            dfactors[1::2], dbias_V = weight_gradients(
+                tiles, p_coefficient_N, peak_N, log_total_N, dlogp_dlabel_N, ctx.kept
+            )
         return None, None, dbias_V, *dfactors
 
 
