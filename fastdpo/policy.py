@@ -129,10 +129,9 @@ def make_ready(
     *,
     pad_token_id: int,
     without_dropout: bool,
-    reentrant_checkpoints: bool,
 ) -> None:
-    """Before the models are moved to a device: pad token, dropout off, reentrant checkpoints, 4-bit
-    layers as they are, and no traces of an earlier trainer.
+    """Before the models are moved to a device: pad token, dropout off, 4-bit layers as they are,
+    and no traces of an earlier trainer.
 
     ValueError for a pad token beyond a model's vocabulary.
     """
@@ -152,8 +151,6 @@ def make_ready(
             config.pad_token_id = pad_token_id
     for model in models if without_dropout else ():
         disable_dropout(model)
-    if isinstance(policy, PeftModel) and reentrant_checkpoints:
-        policy.enable_input_require_grads()  # or reentrant checkpoints have nothing to train
 
 
 def forget_trainer(model: nn.Module) -> None:

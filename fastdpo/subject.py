@@ -103,7 +103,6 @@ def load_subject(run: RunArguments, max_pairs: int) -> Subject:
         None,
         pad_token_id=tokenizer.pad_token_id,
         without_dropout=True,  # two forwards would drop different things
-        reentrant_checkpoints=False,
     )
     if getattr(policy, "hf_device_map", None) is None:
         policy.to(args.device)

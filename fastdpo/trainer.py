@@ -145,7 +145,6 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             ref_model,
             pad_token_id=tokenizer.pad_token_id,
             without_dropout=args.disable_dropout,
-            reentrant_checkpoints=args.reentrant_checkpoints,
         )
         super().__init__(
             model=model,

@@ -101,11 +101,10 @@ def test_adapters_beside_a_model_or_alone_are_refused(tmp_path):
 def test_a_pad_token_beyond_the_model_is_refused():
     model = families.model("llama", torch.float32)
     V = model.config.vocab_size
-    settings = {"without_dropout": True, "reentrant_checkpoints": False}
     larger = families.model("llama", torch.float32, vocab_size=V + 1)
     for policy, ref_model in ((model, None), (larger, model)):
         with pytest.raises(ValueError, match=rf"want a pad token in \[0, {V}\), .*got {V}"):
-            make_ready(policy, ref_model, pad_token_id=V, **settings)
+            make_ready(policy, ref_model, pad_token_id=V, without_dropout=True)
 
 
 def test_arguments_that_no_model_takes_are_refused(tmp_path):
@@ -241,7 +240,7 @@ def test_bofts_own_dropout_is_off():
 
 def test_both_configs_learn_the_pad_token_and_a_reference_drops_nothing():
     models = [families.model("llama", torch.float32, attention_dropout=0.3) for _ in range(2)]
-    make_ready(*models, pad_token_id=7, without_dropout=True, reentrant_checkpoints=False)
+    make_ready(*models, pad_token_id=7, without_dropout=True)
     assert models[0].config.pad_token_id == models[0].generation_config.pad_token_id == 7
     assert not any(rates(module) for model in models for module in model.modules())
 
@@ -249,7 +248,7 @@ def test_both_configs_learn_the_pad_token_and_a_reference_drops_nothing():
 def test_a_model_that_does_not_generate_needs_no_settings_for_it():
     model = tiny.model("llama", 300)
     del model.generation_config  # as a class of one's own without GenerationMixin
-    make_ready(model, None, pad_token_id=7, without_dropout=True, reentrant_checkpoints=False)
+    make_ready(model, None, pad_token_id=7, without_dropout=True)
     assert model.config.pad_token_id == 7
 
 
@@ -261,10 +260,3 @@ def test_adapters_on_a_quantised_model_train_in_bfloat16_but_for_doras_magnitude
         if parameter.requires_grad:
             is_magnitude = "lora_magnitude_vector" in name
             assert parameter.dtype == (torch.float32 if is_magnitude else torch.bfloat16), name
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_reentrant_checkpoints_get_a_gradient_to_pass_on_to_adapters(reentrant):
-    model = get_peft_model(tiny.model("llama", tiny.VOCAB), LoraConfig(target_modules=["q_proj"]))
-    make_ready(model, None, pad_token_id=0, without_dropout=True, reentrant_checkpoints=reentrant)
-    assert model.get_input_embeddings()(torch.tensor([5])).requires_grad == reentrant

@@ -126,7 +126,7 @@ def test_a_forward_leaves_the_4_bit_layers_of_a_policy_as_they_are():
     layer.support_avx512bf16_for_cpu = 1  # as bitsandbytes' layers say where the CPU can
     policy = tiny.model("llama", 300)
     policy.extra = layer
-    make_ready(policy, None, pad_token_id=0, without_dropout=True, reentrant_checkpoints=False)
+    make_ready(policy, None, pad_token_id=0, without_dropout=True)
     assert not layer.support_avx512bf16_for_cpu
 
 
