@@ -117,9 +117,9 @@ def _length_of_fixed_frequencies(config: Any) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, Mapping))]  # by layer type
     lengths = [
-        kind.get("original_max_position_embeddings")
-        or getattr(config, "original_max_position_embeddings", None)
-        or config.max_position_embeddings
+        kind["original_max_position_embeddings"]
+        if kind["rope_type"] == "longrope"
+        else config.max_position_embeddings
         for kind in kinds
         if kind.get("rope_type") in ("dynamic", "longrope")
     ]

@@ -1,5 +1,7 @@
 """Pairs a model cannot embed: how they are looked for, and that they are refused."""
 
+import copy
+
 import families
 import pytest
 import tiny
@@ -66,18 +68,22 @@ def test_positions_by_whispers_name_bound_a_pair(tmp_path):
 
 
 LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 4.0}
+LONGROPE |= {"rope_type": "longrope", "rope_theta": 10000.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+DYNAMIC |= {"original_max_position_embeddings": 4}  # which transformers does not read
+SIX = {"original_max_position_embeddings": 6}
 SCALED = {
-    "longrope": LONGROPE | {"original_max_position_embeddings": 6},
-    "dynamic": {"factor": 2.0, "original_max_position_embeddings": 6},
+    "longrope": {"rope_parameters": LONGROPE | SIX},
+    "longrope, its length beside it": {"rope_parameters": LONGROPE, **SIX},
+    "dynamic": {"rope_parameters": DYNAMIC, "max_position_embeddings": 6},
 }
 
 
-@pytest.mark.parametrize("rope_type", SCALED)
+@pytest.mark.parametrize("scaled", SCALED)
 def test_pairs_that_change_rotary_frequencies_go_without_packs_and_precomputing(
-    tmp_path, rope_type, monkeypatch
+    tmp_path, scaled, monkeypatch
 ):
-    rope = {"rope_type": rope_type, "rope_theta": 10000.0, **SCALED[rope_type]}
-    model = families.model("llama", torch.float32, rope_parameters=rope)
+    model = families.model("llama", torch.float32, **copy.deepcopy(SCALED[scaled]))
     row = {"prompt_ids": [1, 2, 3], "chosen_ids": [4], "rejected_ids": [5]}
     datasets = {"train": Dataset.from_list([row, row | {"rejected_ids": [5, 6, 7, 8]}])}
 
@@ -97,8 +103,7 @@ def test_pairs_that_change_rotary_frequencies_go_without_packs_and_precomputing(
 
 def test_rotary_frequencies_are_looked_at_by_layer_type_and_in_the_reference(tmp_path):
     model, reference = (families.model("llama", torch.float32) for _ in range(2))
-    scaled = {"rope_type": "dynamic", "rope_theta": 10000.0, **SCALED["dynamic"]}
-    reference.config.rope_parameters = {"full_attention": scaled}
+    reference.config.rope_parameters = {"full_attention": LONGROPE | SIX}
     row = {"prompt_ids": [1, 2, 3], "chosen_ids": [4], "rejected_ids": [5, 6, 7, 8]}
     args = DPOConfig(output_dir=tmp_path, use_cpu=True, max_tokens_per_forward=20)
     with pytest.raises(ValueError, match="pair 0: 7 tokens.*max_tokens_per_forward"):
