@@ -67,7 +67,7 @@ class Operand:
         return max(1, MADE_AT_ONCE[self._device.type] // self._source.shape[1])
 
     def _room_for(self, count: int) -> Tensor:
-        if self._memory is None or len(self._memory) < count:
+        if self._memory is None:  # the first slice is as long as any
             shape = (count, self._source.shape[1])
             self._memory = torch.empty(shape, dtype=self._dtype, device=self._device)
         return self._memory[:count]
