@@ -248,15 +248,10 @@ def _by_varlen(query, key, value, tree: Tree, *, kernel, window, **settings) -> 
 
 def _torch_varlen(query, key, value, *bounds, scale, window_size, softcap, dropout) -> Tensor:
     """torch's varlen_attn; arguments that this torch does not have yet are emulated."""
-    settings = {}
-    if "scale" in VARLEN_ARGUMENTS:
-        settings["scale"] = scale
-    else:
-        query = query * (scale * query.shape[-1] ** 0.5)
     if "window_size" in VARLEN_ARGUMENTS:
-        settings["window_size"] = window_size
-    else:
-        settings["is_causal"] = True
+        settings = {"scale": scale, "window_size": window_size}
+    else:  # torch 2.10
+        query, settings = query * (scale * query.shape[-1] ** 0.5), {"is_causal": True}
     if "enable_gqa" in VARLEN_ARGUMENTS:  # else grouped heads pass unasked
         settings["enable_gqa"] = query.shape[1] != key.shape[1]
     # torch 2.15 would take cuDNN for the trunks: a plan of its own for each batch's lengths, and a
