@@ -143,16 +143,16 @@ class RowTrainer(MeasuringTrainer):
 
 
 def map_datasets(
-    function: Callable[[Rows, str], Rows], dataset: Rows | dict[str, Rows] | None, name: str
+    function: Callable[[Rows, str], Rows], eval_dataset: Rows | dict[str, Rows] | None
 ) -> Rows | dict[str, Rows] | None:
     """`function` of a dataset and its name, or of each in a dictionary, by the names of by_name."""
-    if isinstance(dataset, dict):
-        return {key: function(each, f"{name}_{key}") for key, each in dataset.items()}
-    return None if dataset is None else function(dataset, name)
+    if isinstance(eval_dataset, dict):
+        return {key: function(each, f"eval_{key}") for key, each in eval_dataset.items()}
+    return None if eval_dataset is None else function(eval_dataset, "eval")
 
 
-def by_name(dataset: Rows | dict[str, Rows] | None, name: str) -> dict[str, Rows]:
-    """`dataset`, or each of a dictionary's, by the name that errors have for it."""
-    if isinstance(dataset, dict):
-        return {f"{name}_{key}": each for key, each in dataset.items()}
-    return {} if dataset is None else {name: dataset}
+def by_name(eval_dataset: Rows | dict[str, Rows] | None) -> dict[str, Rows]:
+    """`eval_dataset`, or each of a dictionary's, by the name that errors have for it."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_{key}": each for key, each in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval": eval_dataset}

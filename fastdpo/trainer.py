@@ -136,7 +136,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         tokenize = functools.partial(self._tokenize, tokenizer=tokenizer, args=args)
         with one_rank_first(args):
             train_dataset = tokenize(train_dataset, "train")
-            eval_dataset = map_datasets(tokenize, eval_dataset, "eval")
+            eval_dataset = map_datasets(tokenize, eval_dataset)
         if counts := self.pair_counts["train"]:
             check_enough_rows(args, counts.pairs)
         model = make_policy(model, peft_config, seed=args.seed, **init_kwargs)
@@ -182,7 +182,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             causal_lm_of(self.model), args.router_aux_loss_coef
         )
         check_gradient_checkpointing(self.model, args, aux_loss=self.aux_loss_enabled)
-        datasets = {"train": self.train_dataset, **by_name(self.eval_dataset, "eval")}
+        datasets = {"train": self.train_dataset, **by_name(self.eval_dataset)}
         self.reference = make_reference(
             self.model,
             ref_model,
@@ -281,7 +281,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         eval_size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
         self.train_dataset = scored(self.train_dataset, batch_size=train_size)
         self.eval_dataset = map_datasets(
-            lambda pairs, _: scored(pairs, batch_size=eval_size), self.eval_dataset, "eval"
+            lambda pairs, _: scored(pairs, batch_size=eval_size), self.eval_dataset
         )
         self.reference = after_precompute(
             self.reference, self.model, cache, is_sharded=self.is_sharded

@@ -266,7 +266,7 @@ def check_evaluation(
 
     has_own_loop: whether a subclass evaluates in its own way; its metrics may be any.
     """
-    for name, each in by_name(eval_dataset, "eval").items():
+    for name, each in by_name(eval_dataset).items():
         check_dataset(each, name)
         if args.eval_strategy != "no" and not has_own_loop and isinstance(each, Dataset):
             batch = args.over_ranks(args.eval_batch_size)
@@ -292,8 +292,7 @@ def _check_best_metric(args: DPOConfig, eval_dataset: Any, compute_metrics: Any)
     wanted = args.metric_for_best_model
     if wanted is None or compute_metrics or eval_dataset is None or args.eval_strategy == "no":
         return
-    sets = [f"eval_{key}" for key in eval_dataset] if isinstance(eval_dataset, dict) else ["eval"]
-    names = [f"{each}_{name}" for each in sets for name in EVAL_METRICS]
+    names = [f"{each}_{name}" for each in by_name(eval_dataset) for name in EVAL_METRICS]
     if f"eval_{wanted.removeprefix('eval_')}" not in names:
         raise ValueError(f"want metric_for_best_model of {names}, got {wanted!r}")
 
