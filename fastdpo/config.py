@@ -229,11 +229,6 @@ class DPOConfig(TrainingArguments):
         return batch_size * (1 if self.accelerator_config.split_batches else self.world_size)
 
     @property
-    def reentrant_checkpoints(self) -> bool:
-        """Whether gradient checkpoints, where there are any, are torch's reentrant ones."""
-        return (self.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-
-    @property
     def mixes_pairs(self) -> bool:
         """Whether what a pair costs depends on the other pairs of its batch."""
         return bool(set(self.loss_type) & set(BATCH_LOSSES))

@@ -153,7 +153,7 @@ def check_gradient_checkpointing(
     if not causal_lm.supports_gradient_checkpointing:
         name = type(causal_lm).__name__
         raise ValueError(f"want gradient_checkpointing=False with {name}, which has none, got True")
-    if aux_loss and args.reentrant_checkpoints:
+    if aux_loss and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ValueError(
             "want use_reentrant=False in gradient_checkpointing_kwargs with experts, got True: "
             "their load-balancing loss would have no gradient (router_aux_loss_coef=0 drops it)"

@@ -173,9 +173,6 @@ def test_checkpoints_are_reentrant_only_where_asked(tmp_path, given):
     for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         told = getattr(made, name, made.gradient_checkpointing_kwargs)
         assert told == {"use_reentrant": False, "preserve_rng_state": False}
-    assert made.reentrant_checkpoints is config(tmp_path).reentrant_checkpoints is False
-    asked = config(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": True})
-    assert asked.reentrant_checkpoints is True
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
