@@ -53,7 +53,8 @@ class Operand:
         if isinstance(self._source, Tensor):
             piece = self._rounded(self._source[rows])
             return piece if piece.dtype == self._dtype else self._room_for(len(piece)).copy_(piece)
-        made, step = self._room_for(rows.stop - rows.start), self._rows_at_once()
+        made = self._room_for(rows.stop - rows.start)
+        step = max(1, MADE_AT_ONCE[self._device.type] // made.shape[1])
         for first in range(0, len(made), step):
             out = made[first : first + step]
             start = rows.start + first
@@ -62,9 +63,6 @@ class Operand:
 
     def _rounded(self, piece: Tensor) -> Tensor:
         return piece if self._rounded_to is None else piece.to(self._rounded_to)
-
-    def _rows_at_once(self) -> int:
-        return max(1, MADE_AT_ONCE[self._device.type] // self._source.shape[1])
 
     def _room_for(self, count: int) -> Tensor:
         if self._memory is None:  # the first slice is as long as any
