@@ -119,8 +119,9 @@ def _check_optimizer(optimizer: Any, model: Any, peft_config: Any) -> None:
 
 def _check_checkpointing_kwargs(settings: dict[str, Any], device: torch.device) -> None:
     # every_n_layers and offload are transformers' own, in the versions that have them
-    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", None)
-    own = inspect.signature(enable).parameters if enable else ()
+    before_5_18 = PreTrainedModel.gradient_checkpointing_enable
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", before_5_18)
+    own = inspect.signature(enable).parameters
     try:
         one = torch.zeros(1, requires_grad=True)
         of_torch = {name: value for name, value in settings.items() if name not in own}

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from processes import run_ranks
 from trainers import LORA, logged, make_trainer
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from watches import Watch
 
 from fastdpo import DPOTrainer
@@ -105,8 +105,7 @@ def test_checkpointing_changes_no_loss(tmp_path, tokenizer, adapters, reentrant)
 
 
 def test_some_of_the_layers_may_be_checkpointed(tmp_path, tokenizer):
-    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", None)
-    if enable is None or "every_n_layers" not in inspect.signature(enable).parameters:
+    if "every_n_layers" not in inspect.getsource(Trainer):
         pytest.skip("no every_n_layers in this version of transformers")
     some = {"gradient_checkpointing_kwargs": {"every_n_layers": 2}, "max_steps": 1}
     trainer = make_trainer(tmp_path, tokenizer, **some)
