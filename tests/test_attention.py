@@ -275,6 +275,7 @@ def test_attention_that_transformers_imports_by_name_keeps_its_name(name, monkey
         model(torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
     assert calls == [None] * 2
     attend_as_before(model)
+    attend_as_before(model)  # a reference's, after the policy's: the name is of both
     assert ALL_ATTENTION_FUNCTIONS[name] is flash
 
 

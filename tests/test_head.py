@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from naive import own_logps
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 
 from fastdpo.batch import PairBatch
 from fastdpo.collate import PaddedCollator
@@ -142,9 +142,16 @@ def test_another_head_adapter_beside_one_of_plain_lora_is_refused():
         check_head_module(model.get_base_model())
 
 
-def test_an_adaptive_adapter_on_the_head_is_refused():
-    settings = {"target_modules": ["lm_head"], "total_step": 10}
-    model = get_peft_model(tiny.model("llama", tiny.VOCAB), AdaLoraConfig(**settings))
+ON_THE_HEAD = {"target_modules": ["lm_head"]}
+OTHERS = [
+    AdaLoraConfig(**ON_THE_HEAD, total_step=10),
+    IA3Config(**ON_THE_HEAD, feedforward_modules=[]),
+]
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: type(config).__name__)
+def test_an_adapter_on_the_head_with_other_weights_than_loras_is_refused(config):
+    model = get_peft_model(tiny.model("llama", tiny.VOCAB), config)
     with pytest.raises(ValueError, match="no adapter on the output embedding but LoRA"):
         check_head_module(model.get_base_model())
 
