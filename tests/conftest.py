@@ -53,6 +53,18 @@ def tokenizer():
 
 
 @pytest.fixture
+def nothing_spent(monkeypatch):
+    """Rows that are tokenised, or weights that are loaded, fail the test."""
+    from fastdpo import row_trainer, trainer
+
+    def spend(*args, **kwargs):
+        raise AssertionError("compute was spent")
+
+    monkeypatch.setattr(row_trainer, "prepare_pairs", spend)
+    monkeypatch.setattr(trainer, "load_tokenizer", spend)
+
+
+@pytest.fixture
 def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 

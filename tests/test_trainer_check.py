@@ -1,6 +1,5 @@
-"""What DPOTrainer refuses, and that it does so before it has spent anything."""
-
-import copy
+"""What DPOTrainer refuses, and that it does so before it has spent anything; models and adapters
+are in test_model_check.py."""
 
 import pytest
 import tiny
@@ -8,25 +7,20 @@ import torch
 from datasets import Dataset
 from peft import (
     AdaptionPromptConfig,
-    CPTConfig,
     LoraConfig,
-    PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
     get_peft_model,
 )
 from torch.optim import SGD
-from trainers import with_transformers_adapter
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
 
-from fastdpo import DPOConfig, DPOTrainer, row_trainer, trainer, trainer_check
+from fastdpo import DPOConfig, DPOTrainer, trainer_check
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
 
@@ -35,17 +29,6 @@ LORA = LoraConfig(r=2, target_modules="all-linear")
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """A Trainer makes its output_dir."""
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def nothing_spent(monkeypatch):
-    """Rows that are tokenised, or weights that are loaded, fail the test."""
-
-    def spend(*args, **kwargs):
-        raise AssertionError("compute was spent")
-
-    monkeypatch.setattr(row_trainer, "prepare_pairs", spend)
-    monkeypatch.setattr(trainer, "load_tokenizer", spend)
 
 
 def args(**settings):
@@ -167,100 +150,6 @@ def test_experts_are_balanced_with_no_reentrant_checkpoints(tokenizer):
     with pytest.raises(ValueError, match="want use_reentrant=False .* with experts, got True"):
         build(tokenizer, model=model, settings=settings)
     build(tokenizer, model=model, settings=settings | {"router_aux_loss_coef": 0.0})
-
-
-@pytest.mark.parametrize("has_new", [False, True], ids=["alone", "under new ones"])
-@pytest.mark.parametrize("name", ["model", "ref_model"])
-def test_adapters_that_a_wrapper_left_in_the_layers_are_refused(
-    tokenizer, nothing_spent, name, has_new
-):
-    base = get_peft_model(tiny.model("llama", len(tokenizer)), LORA).get_base_model()
-    adapters = {"peft_config": LORA} if has_new else {}
-    with pytest.raises(ValueError, match=f"want {name} without adapters, got LlamaForCausalLM"):
-        build(tokenizer, **{name: base}, **adapters)
-
-
-def test_adapters_that_transformers_loaded_are_trained_but_take_no_others(tokenizer, nothing_spent):
-    model = with_transformers_adapter(tiny.model("llama", len(tokenizer)))
-    with pytest.raises(ValueError, match="want model without adapters"):
-        build(tokenizer, model=model, peft_config=LORA)
-
-
-@pytest.mark.parametrize("kind", ["the policy", "under its adapters", "one tensor"])
-def test_a_reference_that_would_train_is_refused(tokenizer, nothing_spent, kind):
-    model = ref_model = tiny.model("llama", len(tokenizer))
-    if kind == "under its adapters":
-        model = get_peft_model(ref_model, LORA)
-    if kind == "one tensor":
-        ref_model = tiny.model("llama", len(tokenizer), seed=1)
-        ref_model.lm_head.weight = model.lm_head.weight
-    with pytest.raises(ValueError, match="want ref_model apart from model, got one with weights"):
-        build(tokenizer, model=model, ref_model=ref_model)
-    assert any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_a_frozen_reference_that_adapters_would_be_put_on_is_refused(tokenizer, nothing_spent):
-    model = tiny.model("llama", len(tokenizer)).requires_grad_(False)
-    with pytest.raises(ValueError, match="want ref_model apart from model"):
-        build(tokenizer, model=model, ref_model=model, peft_config=LORA)
-
-
-def test_a_reference_may_share_what_does_not_train(tokenizer):
-    model = tiny.model("llama", len(tokenizer)).requires_grad_(False)
-    other = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
-    build(tokenizer, model=model, ref_model=other)
-
-
-@pytest.mark.parametrize("name", ["model", "ref_model"])
-def test_an_encoder_decoder_is_refused(tokenizer, nothing_spent, name):
-    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 300}
-    t5 = T5ForConditionalGeneration(T5Config(**sizes))
-    with pytest.raises(ValueError, match=f"want {name} as a decoder-only model, got T5For"):
-        build(tokenizer, **{name: t5})
-
-
-@pytest.mark.parametrize("name", ["model", "ref_model"])
-def test_a_compiled_copy_is_refused(tokenizer, nothing_spent, name):
-    compiled = torch.compile(tiny.model("llama", len(tokenizer)))
-    with pytest.raises(TypeError, match=rf"{name} as .*, got one of torch.compile.*{name}.compile"):
-        build(tokenizer, **{name: compiled})
-
-
-@pytest.mark.parametrize("name", ["model", "ref_model"])
-def test_a_model_that_predicts_no_token_is_refused(tokenizer, nothing_spent, name):
-    with pytest.raises(ValueError, match=f"want {name} with a head .*, got LlamaModel"):
-        build(tokenizer, **{name: tiny.model("llama", len(tokenizer)).model})
-
-
-def test_a_policy_with_nothing_to_train_is_refused(tokenizer, nothing_spent, tmp_path):
-    get_peft_model(tiny.model("llama", len(tokenizer)), LORA).save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny.model("llama", len(tokenizer)), tmp_path)
-    with pytest.raises(ValueError, match="want a model with something to train.*is_trainable"):
-        build(tokenizer, model=loaded)
-
-
-def test_merged_adapters_are_refused_where_they_would_train(tokenizer, nothing_spent):
-    model = get_peft_model(tiny.model("llama", len(tokenizer)), LORA)
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="adapters beside its weights, got default merged"):
-        build(tokenizer, model=model)
-
-
-@pytest.mark.parametrize("name", ["model", "ref_model"])
-def test_virtual_tokens_of_another_kind_are_refused(tokenizer, nothing_spent, name):
-    ids = {"cpt_token_ids": [5, 6], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]}
-    model = get_peft_model(tiny.model("llama", len(tokenizer)), CPTConfig("CAUSAL_LM", **ids))
-    with pytest.raises(ValueError, match=f"want {name} with adapters on layers or .* got CPT"):
-        build(tokenizer, **{name: model})
-
-
-@pytest.mark.parametrize("name", ["model", "ref_model"])
-def test_adapters_that_put_other_modules_in_place_are_refused(tokenizer, nothing_spent, name):
-    config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
-    model = get_peft_model(tiny.model("llama", len(tokenizer)), config)
-    with pytest.raises(ValueError, match=f"want {name} with adapters on layers.*ADAPTION_PROMPT"):
-        build(tokenizer, **{name: model})
 
 
 def test_prefixes_under_gradient_checkpointing_are_refused(tokenizer, nothing_spent):
