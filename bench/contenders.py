@@ -7,7 +7,8 @@ every position, prompts and padding too, where a GPU's scores the completions al
 changes that, so there it runs a third time, with that decision replaced. What makes it faster is
 gradient_checkpointing=False and, on a GPU, use_liger_kernel. Its other candidates: padding_free is
 ignored by 1.16, its head is always the chunked one, model_init_kwargs={"use_kernels": True} is for
-models loaded by name and fetches its kernels over the network, precompute_ref_log_probs takes work
+models loaded by name and fetches its kernels over the network, flash_attention_2 (which would leave
+padding out of its attention) wants a package of its own, precompute_ref_log_probs takes work
 out of the step instead of doing it faster (bench_train_step.py gives that question a test of its
 own), and torch_compile took 3 to 10 % off its steps on a CPU after 41 s of compiling (4 layers,
 D=256, V=32000, chat, LoRA, 2 pairs a step), which a race of four steps leaves out.
