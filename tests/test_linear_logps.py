@@ -16,6 +16,7 @@ SHAPES = {
     "no-row": (0, 8, 40),
     "one-cell": (1, 1, 1),
     "one-block": (4, 16, BLOCK_T),
+    "one-row-of-padding": (15, 8, 40),
     "ragged-last-block": (5, 16, BLOCK_T + 7),
     "ragged-last-tile-and-rows": (11, 16, 5 * BLOCK_T + 1),
 }
@@ -159,7 +160,7 @@ def test_a_broken_row_is_nan_and_no_other(backend, softcap, broken, device):
         softcap=softcap,
     )
     if broken.startswith("label"):
-        labels_N[4] = -100 if broken == "label-below" else len(head_VD)
+        labels_N[4] = -1 - len(head_VD) if broken == "label-below" else len(head_VD)
     else:
         hidden_ND[4, 3] = float(broken)
     args = (hidden_ND, head_VD, labels_N, None, torch.float32)
@@ -321,14 +322,16 @@ WRONG = {
     "head-of-integers": ({"head_VD": torch.zeros(7, 5, dtype=torch.int8)}, "want floats"),
     "float64-for-some": ({"bias_V": torch.zeros(7).double()}, "for all or for none"),
     "no-cap": ({"softcap": float("inf")}, "want a finite softcap"),
-    "negative-cap": ({"softcap": -1.0}, "want a finite softcap"),
+    "cap-of-0": ({"softcap": 0.0}, "want a finite softcap"),
     "cache-below-0": ({"head_cache_bytes": -1}, "want head_cache_bytes from 0"),
     "low-rank-of-other-rows": ({"low_rank": (torch.zeros(2, 1), torch.zeros(7, 1))}, "low_rank"),
+    "wide-low-rank": ({"low_rank": (torch.zeros(3, 1), torch.zeros(7, 1).double())}, "for all or"),
     "low-rank-of-two-ranks": ({"low_rank": (torch.zeros(3, 1), torch.zeros(7, 2))}, "low_rank"),
     "bias-too-short": ({"bias_V": torch.zeros(5)}, "want bias"),
     "unknown-statistic": ({"stats": ("mode",)}, "want stats"),
     "unknown-backend": ({"backend": "cuda"}, "want a backend of"),
     "everything-unlikely": ({"skip_below": 1.0}, "want skip_below in"),
+    "skip-below-negative": ({"skip_below": -0.1}, "want skip_below in"),
     "float64-in-triton": (
         {"hidden_ND": torch.zeros(3, 5).double(), "head_VD": torch.zeros(7, 5).double()},
         "backend='torch'",
