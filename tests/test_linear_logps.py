@@ -284,11 +284,12 @@ def test_any_shape_agrees(N, D, V, seed):
         assert_all_as_accurate(ours, same, exact, times=TIMES)
 
 
-def test_autocast_narrows_operands_and_not_logits():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_narrows_operands_and_not_logits(dtype):
     hidden_ND, head_VD, labels_N, _ = inputs((20, 8, 100), torch.float32)
-    operands = hidden_ND.bfloat16().double(), head_VD.bfloat16().double()
+    operands = hidden_ND.to(dtype).double(), head_VD.to(dtype).double()
     rounded = reference.linear_logps(*operands, labels_N)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         ours, stats = linear_logps(
             hidden_ND.requires_grad_(), head_VD, labels_N, backend="torch", stats=("entropy",)
         )
