@@ -75,7 +75,7 @@ class _LinearLogps(torch.autograd.Function):
                 factors[1] = ctx.head_rows
             tiles = Tiles(settings.terms(*factors), bias_V, labels_N, settings)
             # where a row's answer is NaN, so are all gradients
-            p_coefficient_N = dlogps_N.to(settings.wide) * -settings.scale + 0 * dlogp_dlabel_N
+            p_coefficient_N = dlogps_N * -settings.scale + 0 * dlogp_dlabel_N
             # dbias_V is float32: autograd casts it to the bias's dtype
             dfactors[1::2], dbias_V = weight_gradients(
                 tiles, p_coefficient_N, peak_N, log_total_N, dlogp_dlabel_N, ctx.kept
