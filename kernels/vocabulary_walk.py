@@ -57,7 +57,7 @@ def _fold_tile(
     for k, term in enumerate(tiles.terms):
         x_NK, w_TK = term.x_pieces[block], term.w_pieces[columns]
         product(x_NK, w_TK.T, z_NT, accumulate=k > 0, batch_invariant=True)
-    bias_T = None if tiles.bias_V is None else tiles.bias_V[columns].to(z_NT.dtype)
+    bias_T = None if tiles.bias_V is None else tiles.bias_V[columns]
     fold, labels_N = FOLDS[settings.backend], tiles.labels_N[block]
     fold(z_NT, p_NT, bias_T, labels_N, columns.start, softmax, settings.scale, settings.softcap)
     return p_NT
