@@ -34,7 +34,10 @@ def test_a_flag_overrides_that_of_a_named_config():
     assert flags == ["--use_deepspeed", "--zero_stage", "2", "--zero_stage", "3"]
 
 
-@pytest.mark.parametrize("unknown, named", [(["--betta", "1"], "--betta"), (["1", "--cpu"], "1")])
+@pytest.mark.parametrize(
+    "unknown, named",
+    [(["--betta", "1"], "--betta"), (["--betta=1"], "--betta=1"), (["1", "--cpu"], "1")],
+)
 def test_what_accelerate_does_not_know_either_is_refused(unknown, named):
     with pytest.raises(ValueError, match=f"unknown flag: {named}$"):
         launch_flags(unknown)
