@@ -20,6 +20,14 @@ def test_accelerate_knows_the_flags_of_every_named_config(name):
     assert launch_flags(["--accelerate_config", name]) == ACCELERATE_CONFIGS[name].split()
 
 
+def test_a_config_may_be_a_file_of_accelerates(tmp_path):
+    (tmp_path / "two.yaml").write_text("num_processes: 2\n")
+    flags = ["--config_file", str(tmp_path / "two.yaml")]
+    assert launch_flags(["--accelerate_config", str(tmp_path / "two.yaml")]) == flags
+    with pytest.raises(ValueError, match="--accelerate_config: expected one argument"):
+        launch_flags(["--accelerate_config"])
+
+
 def test_launch_flags_may_be_written_with_an_equals_sign_or_be_off():
     zero2 = ACCELERATE_CONFIGS["zero2"].split()
     assert launch_flags(["--accelerate_config=zero2"]) == zero2
