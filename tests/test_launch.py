@@ -75,3 +75,10 @@ def test_accelerate_starts_several_processes_for_gpus_and_as_its_configs_say(
             launch(["--num_processes", "2", *more], [])
     else:
         assert launch(["--num_processes", "2", *more], []) == 0 and launched
+
+
+def test_accelerate_may_choose_the_number_of_processes(monkeypatch):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    assert launch(["--multi_gpu"], []) == 0
+    assert launched[0].num_processes is None
