@@ -16,6 +16,8 @@ def test_the_program_tells_right_from_wrong():
     assert question.is_right(question.answer(+1))
     assert not question.is_right(question.answer(-1))
     assert not question.is_right(question.answer(+1).rsplit(" ", 1)[0])  # one number short
+    first = str(question.start + 1)
+    assert not question.is_right(question.answer(+1).replace(first, str(question.start)))
 
 
 def test_counting_up_is_chosen():
@@ -32,8 +34,9 @@ def test_held_out_questions_are_in_no_training_pair():
 def test_every_word_has_a_token_and_one_bos():
     tokenizer = build_tokenizer()
     for row in preference_rows(make_questions()):
-        ids = tokenizer(row["prompt"] + row["chosen"])["input_ids"]
-        assert tokenizer.pad_token_id not in ids and ids.count(tokenizer.bos_token_id) == 1
+        for side in ("chosen", "rejected"):
+            ids = tokenizer(row["prompt"] + row[side])["input_ids"]
+            assert tokenizer.pad_token_id not in ids and ids.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.fixture(scope="module")
