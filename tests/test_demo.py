@@ -80,6 +80,25 @@ def test_times_are_not_compared_where_the_losses_differ(ran, capsys, monkeypatch
     assert f"differ by up to {told}: no times are compared" in capsys.readouterr().out
 
 
+def test_both_ways_take_the_same_steps_where_steps_are_large(tmp_path, monkeypatch):
+    """Large enough for schedule, clipping and momentum to show in the losses."""
+    monkeypatch.setattr(demo_race, "LEARNING_RATE", 1e-2)
+    size = demo_race.RaceSize(hidden_size=32, vocabulary=2000, updates=4)
+    losses = []
+    for name, run in demo_race.WAYS.items():
+        run(tmp_path, size)
+        losses.append(json.loads((tmp_path / f"{name}.json").read_text())["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_the_naive_loop_takes_no_gradient_of_its_reference():
+    tokenizer, size = build_tokenizer(), demo_race.TINY
+    policy, reference = (demo_race.random_model(size) for _ in range(2))
+    batches = [demo_race.random_pairs(tokenizer, 2)]
+    demo_race.naive_training(policy, reference, batches, tokenizer.pad_token_id)
+    assert all(parameter.grad is None for parameter in reference.parameters())
+
+
 @pytest.mark.parametrize("size", [demo.FULL, demo.TINY])
 def test_every_update_has_its_pairs(size):
     assert len(demo.train_rows(size)) == size.dpo_steps * demo.BATCH
