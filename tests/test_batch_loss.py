@@ -155,6 +155,15 @@ def test_a_batch_of_one_pack_is_run_once(tmp_path, tokenizer, loss_type):
     assert len(memory.tokens) == 1
 
 
+def test_the_reference_scores_each_pack_once(tmp_path, tokenizer):
+    settings = {"loss_type": "aot", "max_steps": 1, "max_tokens_per_forward": 120}
+    trainer = make_trainer(tmp_path, tokenizer, **settings)
+    num_packs = len(next(iter(trainer.get_train_dataloader()))["packs"])
+    reference = RunsOutOfMemory(trainer.ref_model, 4000, in_backward=False)
+    trainer.train()
+    assert len(reference.tokens) == num_packs > 1
+
+
 @pytest.mark.parametrize("in_backward", [False, True], ids=["forward", "backward"])
 def test_an_update_that_runs_out_of_memory_has_the_same_mix_again(tmp_path, tokenizer, in_backward):
     plain = make_trainer(tmp_path, tokenizer, max_steps=2, **MIX)
