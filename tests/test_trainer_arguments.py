@@ -249,3 +249,5 @@ def test_a_model_card_names_the_dataset_that_trls_scripts_push_with(tmp_path, to
     assert all(f"- {tag}" in card for tag in ("mine", "fastdpo", "dpo"))
     trainer.create_model_card(tags=["dpo"])  # as push_to_hub, with the model's
     assert (tmp_path / "README.md").read_text("utf-8").count("- dpo\n") == 1
+    trainer.create_model_card(dataset="a", dataset_tags="some/others")  # transformers' own names
+    assert "datasets:\n- some/others" in (tmp_path / "README.md").read_text("utf-8")
