@@ -44,7 +44,8 @@ def test_train_step(benchmark, profile, adapters):
 def test_large_model_step(benchmark, profile):
     """Only with LoRA, and few contenders: each holds the weights."""
     task = task_of(profile, adapters=True, model=LARGE_MODEL)
-    names = ["naive", *(name for name in PEERS if name == "TRL, fastest"), "fastdpo, fastest"]
+    trl = ("TRL, fastest", "TRL, fastest, completions alone")
+    names = ["naive", *(name for name in trl if name in PEERS), "fastdpo, fastest"]
     title = f"Training step, few contenders, {profile}, LoRA"
     measured = [] if profile == "tiny" else names
     race_and_report(title, task, names, benchmark, measured=measured)
