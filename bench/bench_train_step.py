@@ -42,10 +42,10 @@ def test_train_step(benchmark, profile, adapters):
 
 @pytest.mark.parametrize("profile", ["tiny", *LARGE])
 def test_large_model_step(benchmark, profile):
-    """Only with LoRA, and few contenders: each holds the weights."""
+    """Only with LoRA, and few contenders: one more TRL was seen to exceed 23 GiB."""
     task = task_of(profile, adapters=True, model=LARGE_MODEL)
-    trl = ("TRL, fastest", "TRL, fastest, completions alone")
-    names = ["naive", *(name for name in trl if name in PEERS), "fastdpo, fastest"]
+    trl = "TRL, fastest" if CUDA else "TRL, fastest, completions alone"
+    names = ["naive", *(name for name in PEERS if name == trl), "fastdpo, fastest"]
     title = f"Training step, few contenders, {profile}, LoRA"
     measured = [] if profile == "tiny" else names
     race_and_report(title, task, names, benchmark, measured=measured)
