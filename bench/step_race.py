@@ -117,9 +117,11 @@ def report(
         f"{timed * task.batch} pairs"
     )
     if PEERS.keys() & taken.keys():
-        way = "TRL" if CUDA else "TRL on a CPU"
-        bound = work_bound(task, WAYS[way])
-        found.notes["work"] = f"{way} has {bound:.2f} times the multiply-adds that the pairs need"
+        bounds = {way: f"{work_bound(task, WAYS[way]):.2f}" for way in ("TRL", "TRL on a CPU")}
+        found.notes["work"] = (
+            f"multiply-adds, in those that the pairs need: TRL {bounds['TRL']} where its head "
+            f"scores completions alone, as on a GPU, {bounds['TRL on a CPU']} as on a CPU"
+        )
     if cpu_time_counts():
         found.notes["brackets"] = "in brackets: without system time"
     rows = {}
