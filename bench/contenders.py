@@ -2,6 +2,9 @@
 
     CONTENDERS[name](task) -> an object with step(), log and close()
 
+LLaMA-Factory takes part where LLAMAFACTORY_PYTHON names an interpreter that has it, as it wants
+older versions of transformers, TRL and PEFT than fastdpo (llamafactory_steps.py).
+
 TRL runs as it comes, at its fastest, and on a GPU with Liger's layers too. On a CPU its head scores
 every position, prompts and padding too, where a GPU's scores the completions alone; no setting
 changes that, so there it runs a third time, with that decision replaced. What makes it faster is
@@ -14,27 +17,40 @@ own), and torch_compile took 3 to 10 % off its steps on a CPU after 41 s of comp
 D=256, V=32000, chat, LoRA, 2 pairs a step), which a race of four steps leaves out.
 """
 
+import functools
+import os
 import sys
-import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Trainer, TrainingArguments
 
 from bench.length_profiles import Pair
 from bench.measure import CUDA
 from bench.naive_loop import NaiveLoop, padded
+from bench.other_process import OtherProcess
 from bench.stepped_trainer import SteppedTrainer
-from bench.tasks import END_ID, MODELS, PAD_ID, Task, random_model, word_tokenizer
+from bench.tasks import (
+    BETA,
+    END_ID,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    MODELS,
+    PAD_ID,
+    Task,
+    lora,
+    random_model,
+    random_policy,
+    start_adapters_alike,
+    trainer_settings,
+    word_tokenizer,
+)
 from fastdpo import DPOConfig, DPOTrainer
 
 disable_progress_bars()
-BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 1e-3, 1.0
-LORA_RANK = 16
 
 
 def _as_text(pairs: list[Pair]) -> Dataset:
@@ -44,46 +60,10 @@ def _as_text(pairs: list[Pair]) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def _lora() -> LoraConfig:
-    return LoraConfig(r=LORA_RANK, target_modules="all-linear", lora_dropout=0.0)
-
-
-def _start_adapters_alike(model: nn.Module) -> None:
-    """Give the first matrices of all adapters the same random values in every contender."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_A" in name:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-
-
-def _arguments(task: Task) -> dict:
-    """The settings that all trainers share."""
-    return {
-        "output_dir": f"{tempfile.gettempdir()}/fastdpo-bench",  # nothing is saved
-        "max_steps": task.steps,
-        "per_device_train_batch_size": task.batch,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": MAX_GRAD_NORM,
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,  # the losses of every step are compared
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "bf16": CUDA,
-        "use_cpu": not CUDA,
-    }
-
-
 def naive(task: Task) -> NaiveLoop:
-    policy = random_model(task.model)
-    if task.adapters:
-        policy = get_peft_model(policy, _lora())
-        _start_adapters_alike(policy)
     B = task.batch
     return NaiveLoop(
-        policy,
+        random_policy(task),
         [task.pairs[i * B : (i + 1) * B] for i in range(task.steps)],
         optimizer=lambda trained: torch.optim.AdamW(
             trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True
@@ -102,12 +82,12 @@ def _dpo(
     trainer = library_trainer(
         model=random_model(task.model),
         ref_model=ref_model,
-        args=library_config(**_arguments(task), beta=BETA, max_length=None, **settings),
+        args=library_config(**trainer_settings(task), beta=BETA, max_length=None, **settings),
         train_dataset=_as_text(task.pairs),
         processing_class=word_tokenizer(MODELS[task.model].vocab_size),
-        peft_config=_lora() if task.adapters else None,
+        peft_config=lora() if task.adapters else None,
     )
-    _start_adapters_alike(trainer.model)
+    start_adapters_alike(trainer.model)
     return SteppedTrainer(trainer)
 
 
@@ -163,18 +143,15 @@ def trl_of_completions(task: Task) -> Replacing:
 
 def supervised(task: Task) -> SteppedTrainer:
     """transformers' own trainer on the same 2B padded sequences: cross-entropy of completions."""
-    model = random_model(task.model)
-    if task.adapters:
-        model = get_peft_model(model, _lora())
-        _start_adapters_alike(model)
 
     def collate(pairs: list[Pair]) -> dict:
         batch = padded(pairs, PAD_ID, END_ID)
         is_completion = batch.pop("completion_mask").bool()
         return batch | {"labels": batch["input_ids"].masked_fill(~is_completion, -100)}
 
-    args = TrainingArguments(**_arguments(task), remove_unused_columns=False)
+    args = TrainingArguments(**trainer_settings(task), remove_unused_columns=False)
     dataset = Dataset.from_list(task.pairs)
+    model = random_policy(task)
     return SteppedTrainer(Trainer(model, args, data_collator=collate, train_dataset=dataset))
 
 
@@ -199,4 +176,6 @@ if find_spec("trl"):
         PEERS["TRL, fastest, completions alone"] = trl_of_completions
     elif find_spec("liger_kernel"):
         PEERS["TRL, fastest, Liger's layers"] = trl_with_liger
+if (python := os.environ.get("LLAMAFACTORY_PYTHON")) and not CUDA:
+    PEERS["LLaMA-Factory"] = functools.partial(OtherProcess, python, "bench.llamafactory_steps")
 CONTENDERS |= PEERS

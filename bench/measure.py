@@ -16,7 +16,6 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = getattr(torch, os.environ.get("BENCH_DTYPE", "bfloat16" if CUDA else "float32"))  # of heads
 IS_16_BITS = DTYPE.itemsize == 2
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +52,12 @@ def cpu_time_counts() -> bool:
 
 
 def seconds(step: Callable[[], object]) -> Seconds:
+    """What a step took; one that ran in another process returns that itself."""
     _synchronize()
     cpu, system, wall = time.process_time(), _system_seconds(), time.perf_counter()
-    step()
+    taken = step()
+    if isinstance(taken, Seconds):
+        return taken
     _synchronize()
     return Seconds(
         cpu=time.process_time() - cpu,
@@ -88,31 +90,36 @@ def _synchronize() -> None:
 
 
 class PeakMemory:
-    """The most memory since it was made, above what stood then.
+    """The most memory since it was made, above what stood then: of this process, or on a CPU of the
+    one that is numbered pid.
 
     On a GPU, what torch allocated; on a CPU, resident memory as Linux counts it, after the C
     library gave back what it had kept of freed memory. NaN on a CPU that Linux does not run.
     """
 
-    def __init__(self):
+    def __init__(self, pid: int | None = None):
+        self._process = Path("/proc", str(pid or "self"))
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated() / 2**20
-        elif CLEAR_REFS.exists():
+        elif self._clear_refs.exists():
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
             if trim is not None:
                 trim(0)
-            CLEAR_REFS.write_text("5")  # VmHWM starts again from VmRSS
-            self._before = _status_mib("VmRSS")
+            self._clear_refs.write_text("5")  # VmHWM starts again from VmRSS
+            self._before = self._status_mib("VmRSS")
         else:
             self._before = math.nan
 
     def mib(self) -> float:
         if CUDA:
             return torch.cuda.max_memory_allocated() / 2**20 - self._before
-        return _status_mib("VmHWM") - self._before if CLEAR_REFS.exists() else math.nan
+        return self._status_mib("VmHWM") - self._before if self._clear_refs.exists() else math.nan
 
+    @property
+    def _clear_refs(self) -> Path:
+        return self._process / "clear_refs"
 
-def _status_mib(field: str) -> float:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
+    def _status_mib(self, field: str) -> float:
+        lines = (self._process / "status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024

@@ -51,7 +51,7 @@ def _peak_mib(name: str, task: Task) -> float:
 
 def _measured(name: str, task: Task) -> float:
     contender = CONTENDERS[name](task)
-    peak = PeakMemory()
+    peak = PeakMemory(getattr(contender, "pid", None))  # one may run in another process still
     for _ in range(STEPS):
         contender.step()
     mib = peak.mib()

@@ -1,9 +1,14 @@
-"""What every contender of a comparison is given: a model, pairs of token ids, a tokenizer."""
+"""What every contender of a comparison is given: a model, pairs of token ids, settings.
+
+Nothing here is fastdpo's, so that a peer's own interpreter can run it (llamafactory_steps.py).
+"""
 
 import copy
+import tempfile
 from dataclasses import dataclass
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -14,6 +19,8 @@ from bench.length_profiles import DATASETS, TINY, TYPICAL, Pair, random_pairs, r
 from bench.measure import CUDA, DEVICE
 
 PAD_ID, END_ID = 0, 1
+BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 1e-3, 1.0
+LORA_RANK = 16
 WARMUP_STEPS, TIMED_STEPS = 2, 4
 MODELS = {
     "tiny": LlamaConfig(
@@ -116,6 +123,47 @@ def random_model(name: str) -> nn.Module:
     config.update({"pad_token_id": PAD_ID, "bos_token_id": None, "eos_token_id": END_ID})
     with DEVICE:  # drawing half a billion weights on a CPU is slow
         return AutoModelForCausalLM.from_config(config)
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=LORA_RANK, target_modules="all-linear", lora_dropout=0.0)
+
+
+def start_adapters_alike(model: nn.Module) -> None:
+    """Give the first matrices of all adapters the same random values in every contender."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+
+
+def random_policy(task: Task) -> nn.Module:
+    """The task's random_model, with the adapters that it asks for."""
+    policy = random_model(task.model)
+    if task.adapters:
+        policy = get_peft_model(policy, lora())
+        start_adapters_alike(policy)
+    return policy
+
+
+def trainer_settings(task: Task) -> dict:
+    """The TrainingArguments that all trainers share."""
+    return {
+        "output_dir": f"{tempfile.gettempdir()}/fastdpo-bench",  # nothing is saved
+        "max_steps": task.steps,
+        "per_device_train_batch_size": task.batch,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": MAX_GRAD_NORM,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,  # the losses of every step are compared
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": CUDA,
+        "use_cpu": not CUDA,
+    }
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -56,12 +56,12 @@ def test_a_race_that_went_wrong_keeps_its_times_under_that_title_and_fails(monke
 
 def test_a_race_with_a_scored_reference_fails_where_it_trains_nothing(monkeypatch):
     reported, name = [], "fastdpo, reference precomputed"
-    of_a_trainer, own = contenders._arguments, contenders.CONTENDERS[name]
+    settings, own = contenders.trainer_settings, contenders.CONTENDERS[name]
 
     def without_steps(task):
         with monkeypatch.context() as patch:
             patch.setattr(
-                contenders, "_arguments", lambda t: of_a_trainer(t) | {"learning_rate": 0}
+                contenders, "trainer_settings", lambda t: settings(t) | {"learning_rate": 0}
             )
             return own(task)
 

@@ -1,0 +1,72 @@
+"""A contender in an interpreter of its own, for peers that want other versions than fastdpo.
+
+    OtherProcess(python, "bench.llamafactory_steps", task)     here
+    serve(contender_of)                                        there: all that the module runs
+
+They exchange a line of JSON for the task, and one for each step: what it took, and what it logged.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.measure import PeakMemory, Seconds, seconds
+from bench.tasks import Task
+
+BENCH = Path(__file__).parent
+
+
+class OtherProcess:
+    """As SteppedTrainer, of a contender that `module` serves under `python`; step() returns what it
+    took there. ChildProcessError where that process has ended: what it printed says why."""
+
+    def __init__(self, python: str, module: str, task: Task):
+        self.log: list[dict[str, float]] = []
+        # bench/ without its neighbour: transformers below 5.11 takes kernels/ for another package
+        self._folder = tempfile.TemporaryDirectory()
+        Path(self._folder.name, "bench").symlink_to(BENCH)
+        self._process = subprocess.Popen(
+            [python, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=self._folder.name,
+        )
+        self.pid = self._process.pid
+        self._ask(json.dumps(asdict(task)))
+
+    def step(self) -> Seconds:
+        answer = self._ask("step")
+        self.log += answer["log"]
+        return Seconds(**answer["seconds"])
+
+    def close(self) -> None:
+        self._process.communicate()  # closes its input, where it ends
+        self._folder.cleanup()
+
+    def _ask(self, line: str) -> dict:
+        print(line, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            self.close()
+            raise ChildProcessError(f"want {self._process.args} to answer, got its end")
+        return json.loads(answer)
+
+
+def serve(contender_of: Callable) -> None:
+    """Step contender_of(task) as its OtherProcess, at the other end of stdin and stdout, asks."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever else is printed
+    contender = contender_of(Task(**json.loads(sys.stdin.readline())))
+    PeakMemory()  # gives freed memory back, before the peak is measured from outside
+    print(json.dumps({}), file=answers)
+    for _ in sys.stdin:
+        before = len(contender.log)
+        taken = asdict(seconds(contender.step))
+        print(json.dumps({"seconds": taken, "log": contender.log[before:]}), file=answers)
+    contender.close()
