@@ -30,12 +30,14 @@ class OtherProcess:
         # bench/ without its neighbour: transformers below 5.11 takes kernels/ for another package
         self._folder = tempfile.TemporaryDirectory()
         Path(self._folder.name, "bench").symlink_to(BENCH)
+        environment = {name: os.environ[name] for name in os.environ if name != "PYTHONPATH"}
         self._process = subprocess.Popen(
             [python, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=self._folder.name,
+            env=environment,
         )
         self.pid = self._process.pid
         self._ask(json.dumps(asdict(task)))

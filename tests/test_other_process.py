@@ -79,21 +79,24 @@ STAND_IN = {
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """A package llamafactory, for every Python that starts."""
+def python(tmp_path):
+    """An interpreter that has a package llamafactory."""
     package = tmp_path / "llamafactory"
     (package / "train" / "dpo").mkdir(parents=True)
     files = {"train": "train/dpo/trainer"}
     for name, source in STAND_IN.items():
         (package / f"{files.get(name, name)}.py").write_text(dedent(source))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
 
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])
-def test_a_contender_in_another_process_trains_as_the_plain_loop(adapters, stand_in, offline):
+def test_a_contender_in_another_process_trains_as_the_plain_loop(adapters, python, offline):
     task = task_of("tiny", adapters=adapters)
     naive = contenders.CONTENDERS["naive"](task)
-    other = OtherProcess(sys.executable, "bench.llamafactory_steps", task)
+    other = OtherProcess(python, "bench.llamafactory_steps", task)
     for _ in range(4):
         naive.step()
         taken = other.step()
