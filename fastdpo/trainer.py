@@ -66,7 +66,7 @@ from fastdpo.trainer_check import (
     check_evaluation,
     check_gradient_checkpointing,
     check_overrides,
-    redefines,
+    own_names,
     returns_means,
 )
 
@@ -123,12 +123,9 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         check_arguments(
             args, model, train_dataset, data_collator, optimizers, quantization_config, peft_config
         )
-        has_own_loop = self._redefines("evaluate", "evaluation_loop")
+        has_own_loop = not self._own_names().isdisjoint(["evaluate", "evaluation_loop"])
         check_evaluation(args, eval_dataset, compute_metrics, has_own_loop=has_own_loop)
-        check_overrides(type(self), DPOTrainer, args)
-        self.has_own_loss = self._redefines("compute_loss", "prediction_step")
-        if returns_means(type(self), DPOTrainer):
-            self.loss_is_scaled_for_ga = False  # Trainer divides
+        check_overrides(type(self).__name__, self._own_names(), args)
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
         init_kwargs = with_quantization(init_kwargs, quantization_config)
         tokenizer = load_tokenizer(processing_class, model, pad_token=args.pad_token, **init_kwargs)
@@ -157,7 +154,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga  # its name before 5.18
+        self._heed_overrides()
         self._start_checked = False
         pair = first_pairs_longest_first(train_dataset)[0]
         self._set_up_models(ref_model, pair, has_new_adapters=peft_config is not None)
@@ -169,8 +166,19 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             self._precompute_reference()
         self.model.add_model_tags(TAGS)
 
-    def _redefines(self, *names: str) -> bool:
-        return redefines(type(self), DPOTrainer, *names)
+    def _own_names(self) -> set[str]:
+        return own_names(self, DPOTrainer, DEFINED)
+
+    def _heed_overrides(self) -> None:
+        own = self._own_names()
+        check_overrides(type(self).__name__, own, self.args)
+        if returns_means(own):
+            self.loss_is_scaled_for_ga = False  # Trainer divides
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga  # its name before 5.18
+
+    @property
+    def has_own_loss(self) -> bool:
+        return not self._own_names().isdisjoint(["compute_loss", "prediction_step"])
 
     def _set_up_models(
         self, ref_model: PreTrainedModel | None, pair: Pair, *, has_new_adapters: bool
@@ -222,6 +230,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         return self.models().get("ref_model")
 
     def _inner_training_loop(self, *args, **kwargs):
+        self._heed_overrides()  # a script may have put some into the trainer
         if not self.is_sharded:
             self.reference = once_training(self.model, self.reference)
         return super()._inner_training_loop(*args, **kwargs)
@@ -257,8 +266,8 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         """Why the run itself needs the padded layout."""
         if self.args.neftune_noise_alpha:
             return WHY_NEFTUNE_PADS
-        steps = ("training_step", "compute_loss", "prediction_step")
-        if self.args.layout == "auto" and self._redefines(*steps):
+        steps = {"training_step", "compute_loss", "prediction_step"}
+        if self.args.layout == "auto" and steps & self._own_names():
             return f"{type(self).__name__} may run the model on a batch by itself"
         return None
 
@@ -397,3 +406,6 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         tags = [tags] if isinstance(tags, str) else tags or []
         tags = [*dict.fromkeys([*tags, *TAGS])]  # push_to_hub's are the model's, which has TAGS
         super().create_model_card(model_name=model_name, tags=tags, **kwargs)
+
+
+DEFINED = {**vars(DPOTrainer)}  # to tell what a script has put in its place

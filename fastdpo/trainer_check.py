@@ -231,16 +231,18 @@ def _why_no_gradient_checkpointing(config: PeftConfig | None) -> str | None:
     return None
 
 
-def check_overrides(kind: type, base: type, args: DPOConfig) -> None:
-    """TypeError where `kind` redefines a method of TRL's trainer that `base` never calls.
+def check_overrides(name: str, own: set[str], args: DPOConfig) -> None:
+    """TypeError where a trainer has a method of TRL's of its own that fastdpo never calls.
 
     ValueError for packs with a compute_loss that returns means, as a pack is not a batch. A class
     whose compute_loss divides by num_items_in_batch says so by loss_is_scaled_for_ga=True.
+
+    name: of its class. own: own_names of it.
     """
-    unused = [name for name in NEVER_CALLED if redefines(kind, base, name)]
+    unused = [method for method in NEVER_CALLED if method in own]
     if unused:
-        raise TypeError(f"want {kind.__name__} to override what fastdpo calls, got {unused}")
-    if args.max_tokens_per_forward and returns_means(kind, base):
+        raise TypeError(f"want {name} to override what fastdpo calls, got {unused}")
+    if args.max_tokens_per_forward and returns_means(own):
         raise ValueError(
             "want max_tokens_per_forward unset with a compute_loss of your own, or in its class "
             "loss_is_scaled_for_ga=True if it divides by num_items_in_batch, got "
@@ -248,16 +250,22 @@ def check_overrides(kind: type, base: type, args: DPOConfig) -> None:
         )
 
 
-def returns_means(kind: type, base: type) -> bool:
-    """Whether `kind` has a compute_loss of its own, which returns a batch's mean as TRL's does."""
-    own = redefines(kind, base, "compute_loss")
-    return own and not redefines(kind, base, "loss_is_scaled_for_ga")
+def returns_means(own: set[str]) -> bool:
+    """Whether a compute_loss is among `own`, which returns a batch's mean as TRL's does."""
+    return "compute_loss" in own and "loss_is_scaled_for_ga" not in own
 
 
-def redefines(kind: type, base: type, *names: str) -> bool:
-    """Whether `kind` has any of these attributes of its own, and not from `base`."""
-    own = kind.__mro__[: kind.__mro__.index(base)]
-    return any(name in vars(each) for each in own for name in names)
+def own_names(trainer: Trainer, base: type, defined: dict[str, Any]) -> set[str]:
+    """Attributes that the class of `trainer` has of its own, and not from `base`.
+
+    Those of `base` that are not as `defined` are a script's, which has put them in their place; so
+    is a loss put into the trainer itself.
+    """
+    mro = type(trainer).__mro__
+    replaced = [name for name, value in vars(base).items() if value is not defined.get(name)]
+    own = set(replaced).union(*map(vars, mro[: mro.index(base)]))
+    of_loss = {"compute_loss", "prediction_step", "loss_is_scaled_for_ga"}
+    return own | (vars(trainer).keys() & of_loss)
 
 
 def check_evaluation(

@@ -98,6 +98,7 @@ def test_a_rank_with_fewer_packs_fills_up_and_trains_alike(tmp_path, tokenizer, 
         "compute_loss",
         lambda *args, **more: forwards.append(1) or compute_loss(*args, **more),
     )
+    evened.loss_is_scaled_for_ga = True  # it hands num_items_in_batch on
     evened.train()
     assert len(forwards) == sum(laid_out) > 0
     for name in ("loss", "grad_norm", "rewards/margins", "num_tokens", "entropy"):

@@ -112,6 +112,32 @@ def test_a_custom_loss_is_scaled_over_accumulated_batches_once(kind, tmp_path, t
         assert logged(theirs, name) == pytest.approx(logged(own, name), abs=1e-5)
 
 
+@pytest.mark.parametrize("is_made", [False, True], ids=["into the class", "into a trainer"])
+def test_a_loss_that_a_script_puts_in_its_place_counts_as_a_custom_one(
+    is_made, tmp_path, tokenizer, monkeypatch
+):
+    settings = {"eval_dataset": Dataset.from_list(tiny.rows(4)), "layout": "padded"}
+    own = build(DPOTrainer, tmp_path, tokenizer, **settings)
+    own.train()
+    eval_loss = own.evaluate()["eval_loss"]
+    loss_of = DPOTrainer.compute_loss
+
+    def doubled(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return 2 * loss_of(self, model, inputs, return_outputs)
+
+    if not is_made:
+        monkeypatch.setattr(DPOTrainer, "compute_loss", doubled)
+        assert build(DPOTrainer, tmp_path, tokenizer).layout.name == "padded"
+    theirs = build(DPOTrainer, tmp_path, tokenizer, **settings, max_grad_norm=0.0)
+    if is_made:
+        theirs.compute_loss = doubled.__get__(theirs)
+    theirs.train()
+    assert logged(theirs)[0] == pytest.approx(2 * logged(own)[0], abs=1e-5)
+    assert logged(theirs, "grad_norm")[0] == pytest.approx(2 * logged(own, "grad_norm")[0])
+    theirs.model.load_state_dict(own.model.state_dict())
+    assert theirs.evaluate()["eval_loss"] == pytest.approx(2 * eval_loss)
+
+
 class Uncounted(DPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         return super().get_batch_samples(epoch_iterator, num_batches, device)[0], None
@@ -180,6 +206,10 @@ def test_a_custom_loss_takes_no_packs_unless_it_divides(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="want max_tokens_per_forward unset with a compute_loss"):
         build(Plain, tmp_path, tokenizer, max_tokens_per_forward=64)
     build(Dividing, tmp_path, tokenizer, max_tokens_per_forward=64)
+    trainer = build(DPOTrainer, tmp_path, tokenizer, max_tokens_per_forward=64)
+    trainer.compute_loss = Plain.compute_loss.__get__(trainer)
+    with pytest.raises(ValueError, match="want max_tokens_per_forward unset with a compute_loss"):
+        trainer.train()
 
 
 class Watching(DPOTrainer):
@@ -337,9 +367,12 @@ class Preparing(DPOTrainer):
         return dataset
 
 
-def test_a_method_that_is_never_called_is_refused(tmp_path, tokenizer):
+def test_a_method_that_is_never_called_is_refused(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(TypeError, match=r"want Preparing to override .*\['_prepare_dataset'\]"):
         build(Preparing, tmp_path, tokenizer)
+    monkeypatch.setattr(DPOTrainer, "_prepare_dataset", Preparing._prepare_dataset, raising=False)
+    with pytest.raises(TypeError, match=r"want DPOTrainer to override .*\['_prepare_dataset'\]"):
+        build(DPOTrainer, tmp_path, tokenizer)
 
 
 def test_the_reference_model_has_trls_name(tmp_path, tokenizer):
