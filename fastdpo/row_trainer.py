@@ -45,7 +45,7 @@ class RowTrainer(MeasuringTrainer):
         """What scores pairs, by its argument's name."""
         return {"model": self.model}
 
-    def _tokenize(
+    def _make_pairs(
         self, dataset: Rows, name: str, tokenizer: PreTrainedTokenizerBase, args: DPOConfig
     ) -> Rows:
         """`dataset` as token ids, counted. The constructor has it before there is a self.args."""
@@ -56,7 +56,7 @@ class RowTrainer(MeasuringTrainer):
 
     def _prepare(self, dataset: Rows, name: str) -> Rows:
         """`dataset` as token ids, counted and checked against the models."""
-        pairs = self._tokenize(dataset, name, self.processing_class, self.args)
+        pairs = self._make_pairs(dataset, name, self.processing_class, self.args)
         check_pairs({name: pairs}, self.models().values(), self.args)
         return pairs
 

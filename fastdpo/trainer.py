@@ -130,7 +130,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         init_kwargs = with_quantization(init_kwargs, quantization_config)
         tokenizer = load_tokenizer(processing_class, model, pad_token=args.pad_token, **init_kwargs)
         self.pair_counts = {}
-        tokenize = functools.partial(self._tokenize, tokenizer=tokenizer, args=args)
+        tokenize = functools.partial(self._make_pairs, tokenizer=tokenizer, args=args)
         with one_rank_first(args):
             train_dataset = tokenize(train_dataset, "train")
             eval_dataset = map_datasets(tokenize, eval_dataset)

@@ -375,6 +375,15 @@ def test_a_method_that_is_never_called_is_refused(tmp_path, tokenizer, monkeypat
         build(DPOTrainer, tmp_path, tokenizer)
 
 
+class Tokenizing(DPOTrainer):
+    def _tokenize(self, processing_class, input, **arguments):
+        return super()._tokenize(processing_class=processing_class, input=input, **arguments)
+
+
+def test_a_method_that_trls_trainer_had_once_is_called_no_more(tmp_path, tokenizer):
+    assert len(build(Tokenizing, tmp_path, tokenizer).train_dataset) == len(tiny.rows())
+
+
 def test_the_reference_model_has_trls_name(tmp_path, tokenizer):
     full = build(DPOTrainer, tmp_path, tokenizer)
     assert weights(full.ref_model).keys() == weights(full.model).keys()
