@@ -70,7 +70,6 @@ from fastdpo.trainer_check import (
     returns_means,
 )
 
-TAGS = ["fastdpo", "dpo"]
 WHY_NEFTUNE_PADS = (
     "neftune_noise_alpha scales its noise by the length of a row, and only the padded layout has "
     "one sequence in a row"
@@ -102,6 +101,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
+    _tag_names = ["fastdpo", "dpo"]  # of the model and its card, by TRL's name
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             self.data_collator = self._make_collator(self.layout.name)
         if args.precompute_ref_log_probs and not isinstance(self.reference, RowLogps):
             self._precompute_reference()
-        self.model.add_model_tags(TAGS)
+        self.model.add_model_tags(self._tag_names)
 
     def _own_names(self) -> set[str]:
         return own_names(self, DPOTrainer, DEFINED)
@@ -404,7 +404,7 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         if dataset_name is not None:
             kwargs |= {"dataset": dataset_name, "dataset_tags": dataset_name}
         tags = [tags] if isinstance(tags, str) else tags or []
-        tags = [*dict.fromkeys([*tags, *TAGS])]  # push_to_hub's are the model's, which has TAGS
+        tags = [*dict.fromkeys([*tags, *self._tag_names])]  # push_to_hub's have them already
         super().create_model_card(model_name=model_name, tags=tags, **kwargs)
 
 

@@ -241,6 +241,17 @@ def test_a_run_without_args_has_a_folder_named_after_the_model(monkeypatch):
     assert made == ["model-DPO"]
 
 
+class Tagging(DPOTrainer):
+    _tag_names = ["dpo", "my-method"]
+
+
+def test_a_subclass_may_have_tags_of_its_own_as_under_trl(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, kind=Tagging)
+    trainer.create_model_card()
+    assert "tags:\n- dpo\n- my-method\n" in (tmp_path / "README.md").read_text("utf-8")
+    assert set(trainer.model.model_tags) == {"dpo", "my-method"}
+
+
 def test_a_model_card_names_the_dataset_that_trls_scripts_push_with(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer)
     trainer.create_model_card("a model", dataset_name="some/pairs", tags="mine")
