@@ -7,7 +7,7 @@
 The classes it is made of, each overriding those below it, in files of their names:
 
     DPOTrainer          models, reference and layout set up; the loss of a batch or pack
-    LossAttributes      args' loss settings by TRL's names
+    TRLNames            loss settings, the reference, tags and card by the names TRL has for them
     RowTrainer          rows -> pairs -> data loaders, to train, evaluate and predict
     MeasuringTrainer    what is logged and evaluated
     PackTrainer         a batch in packs, within a token budget
@@ -36,7 +36,6 @@ from fastdpo.experts import ExpertCounts, aux_loss_weight, with_batch_experts
 from fastdpo.following_reference import FollowPolicy
 from fastdpo.layout import Layout, choose_layout
 from fastdpo.layout_check import LayoutCheck
-from fastdpo.loss_attributes import LossAttributes
 from fastdpo.losses import PairLoss, pair_loss
 from fastdpo.metrics import first_pairs
 from fastdpo.model import (
@@ -48,6 +47,7 @@ from fastdpo.model import (
     token_logps_without_grad,
 )
 from fastdpo.model_check import check_models
+from fastdpo.overrides import check_overrides, own_names, returns_means
 from fastdpo.pair_check import check_pairs
 from fastdpo.policy import load_tokenizer, make_policy, make_ready, model_name, with_quantization
 from fastdpo.precompute import after_precompute, have_reference_logps, with_reference_logps
@@ -65,10 +65,8 @@ from fastdpo.trainer_check import (
     check_enough_rows,
     check_evaluation,
     check_gradient_checkpointing,
-    check_overrides,
-    own_names,
-    returns_means,
 )
+from fastdpo.trl_names import TRLNames
 
 WHY_NEFTUNE_PADS = (
     "neftune_noise_alpha scales its noise by the length of a row, and only the padded layout has "
@@ -76,7 +74,7 @@ WHY_NEFTUNE_PADS = (
 )
 
 
-class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
+class DPOTrainer(TRLNames, RowTrainer, ResumingTrainer):
     """Direct Preference Optimization (arXiv:2305.18290) of a decoder-only language model.
 
     The arguments are TRL 1.16's:
@@ -101,7 +99,6 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole update
-    _tag_names = ["fastdpo", "dpo"]  # of the model and its card, by TRL's name
 
     def __init__(
         self,
@@ -223,11 +220,6 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
         if isinstance(scorer, FrozenModel) and scorer.model is not self.model:
             models["ref_model"] = scorer.model
         return models
-
-    @property
-    def ref_model(self) -> nn.Module | None:
-        """The reference model; None where it is the policy without its adapters, or the rows'."""
-        return self.models().get("ref_model")
 
     def _inner_training_loop(self, *args, **kwargs):
         self._heed_overrides()  # a script may have put some into the trainer
@@ -398,14 +390,6 @@ class DPOTrainer(LossAttributes, RowTrainer, ResumingTrainer):
             log_sum_p2_C=scored.log_sum_p2_C,  # None without use_weighting
             **self.args.loss_settings,
         )
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs):
-        """As transformers.Trainer's, which calls `dataset` what TRL's scripts call dataset_name."""
-        if dataset_name is not None:
-            kwargs |= {"dataset": dataset_name, "dataset_tags": dataset_name}
-        tags = [tags] if isinstance(tags, str) else tags or []
-        tags = [*dict.fromkeys([*tags, *self._tag_names])]  # push_to_hub's have them already
-        super().create_model_card(model_name=model_name, tags=tags, **kwargs)
 
 
 DEFINED = {**vars(DPOTrainer)}  # to tell what a script has put in its place

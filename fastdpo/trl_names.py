@@ -1,6 +1,9 @@
-"""LossAttributes: a trainer's loss settings by the names that TRL's trainer has for them."""
+"""TRLNames: what scripts written for TRL's trainer read, set and call on it, by its names."""
 
 import copy
+
+from torch import nn
+from transformers import Trainer
 
 from fastdpo.config import DPOConfig
 
@@ -13,17 +16,19 @@ def _of_args(name: str) -> property:
     )
 
 
-class LossAttributes:
-    """Each reads and sets what `args` holds; callbacks change them between steps.
+class TRLNames(Trainer):
+    """A loss setting reads and sets what `args` holds; callbacks change it between steps.
 
     From the first change on, `args` is a copy: the caller's may be another trainer's, too.
 
     router_aux_loss_coef: weight of the experts' load-balancing loss, set by the trainer.
+    _tag_names: those of the model and its card.
     """
 
     args: DPOConfig
     router_aux_loss_coef: float
     _args_are_own = False
+    _tag_names = ["fastdpo", "dpo"]
 
     beta = _of_args("beta")
     label_smoothing = _of_args("label_smoothing")
@@ -67,3 +72,16 @@ class LossAttributes:
     @loss_weights.setter
     def loss_weights(self, weights: list[float] | None) -> None:
         self._own_args().loss_weights = weights
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference model; None where it is the policy without its adapters, or the rows'."""
+        return self.models().get("ref_model")
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs):
+        """As transformers.Trainer's, which calls `dataset` what TRL's scripts call dataset_name."""
+        if dataset_name is not None:
+            kwargs |= {"dataset": dataset_name, "dataset_tags": dataset_name}
+        tags = [tags] if isinstance(tags, str) else tags or []
+        tags = [*dict.fromkeys([*tags, *self._tag_names])]  # push_to_hub's have them already
+        super().create_model_card(model_name=model_name, tags=tags, **kwargs)
