@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 pytest bench/bench_train_step.py                    minutes a length profile
     pytest bench/bench_train_step.py -m "not slow"                        one tiny model, seconds
     pytest bench/bench_train_step.py -k "large and chat"                  8B on a GPU, else 135M
+    pytest bench/bench_train_step.py -k llama_factory                     see llamafactory_steps.py
 
 And: does a DPO step with a precomputed reference cost more than a supervised step on the same
 sequences? Whole steps of the public trainers, from one `on_step_begin` to the next. Contenders
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from bench.cases import cases
-from bench.contenders import CONTENDERS, PEERS
+from bench.contenders import CONTENDERS, LLAMAFACTORY_PYTHON, PEERS
 from bench.length_profiles import TYPICAL
 from bench.measure import CUDA
 from bench.step_race import LOSS_TOLERANCE, assert_same_losses, losses, race_and_report
@@ -47,6 +48,17 @@ def test_large_model_step(benchmark, profile):
     trl = "TRL, fastest" if CUDA else "TRL, fastest, completions alone"
     names = ["naive", *(name for name in PEERS if name == trl), "fastdpo, fastest"]
     title = f"Training step, few contenders, {profile}, LoRA"
+    measured = [] if profile == "tiny" else names
+    race_and_report(title, task, names, benchmark, measured=measured)
+
+
+@pytest.mark.skipif(CUDA or not LLAMAFACTORY_PYTHON, reason="wants LLAMAFACTORY_PYTHON, on a CPU")
+@pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_llama_factory_step(benchmark, profile, adapters):
+    task = task_of(profile, adapters=adapters)
+    names = ["naive", "LLaMA-Factory", "fastdpo, fastest"]
+    title = f"Training step, LLaMA-Factory, {profile}, {_trained(adapters)}"
     measured = [] if profile == "tiny" else names
     race_and_report(title, task, names, benchmark, measured=measured)
 

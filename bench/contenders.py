@@ -51,6 +51,7 @@ from bench.tasks import (
 from fastdpo import DPOConfig, DPOTrainer
 
 disable_progress_bars()
+LLAMAFACTORY_PYTHON = os.environ.get("LLAMAFACTORY_PYTHON")
 
 
 def _as_text(pairs: list[Pair]) -> Dataset:
@@ -169,6 +170,9 @@ CONTENDERS: dict[str, Callable] = {
     **{name: _with(fastdpo, **FASTEST, **layout) for name, layout in LAYOUTS.items()},
     "supervised": supervised,
 }
+if LLAMAFACTORY_PYTHON:
+    llamafactory = functools.partial(OtherProcess, LLAMAFACTORY_PYTHON, "bench.llamafactory_steps")
+    CONTENDERS["LLaMA-Factory"] = llamafactory
 PEERS: dict[str, Callable] = {}
 if find_spec("trl"):
     PEERS |= {"TRL": trl, "TRL, fastest": _with(trl, **FASTEST)}
@@ -176,6 +180,4 @@ if find_spec("trl"):
         PEERS["TRL, fastest, completions alone"] = trl_of_completions
     elif find_spec("liger_kernel"):
         PEERS["TRL, fastest, Liger's layers"] = trl_with_liger
-if (python := os.environ.get("LLAMAFACTORY_PYTHON")) and not CUDA:
-    PEERS["LLaMA-Factory"] = functools.partial(OtherProcess, python, "bench.llamafactory_steps")
 CONTENDERS |= PEERS

@@ -1,7 +1,7 @@
 """LLaMA-Factory's DPO trainer as a contender, run by an interpreter that has it (other_process.py).
 
     python -m venv ../peer && ../peer/bin/pip install torch==2.13.0 llamafactory==0.9.5
-    LLAMAFACTORY_PYTHON=$PWD/../peer/bin/python pytest bench/bench_train_step.py
+    LLAMAFACTORY_PYTHON=$PWD/../peer/bin/python pytest bench/bench_train_step.py -k llama_factory
 
 Its trainer and its collator, given a model and token ids: its own reading of texts, and what it
 does to a model while loading it, are not part of a step. Without gradient checkpointing, as the

@@ -110,7 +110,8 @@ def report(
         for pairs in task.timed_batches
         for pair in pairs
     )
-    against = [name for name in ("naive", *PEERS, "supervised") if name in taken]
+    peers = ("naive", *PEERS, "LLaMA-Factory", "supervised")
+    against = [name for name in peers if name in taken]
     timed = len(next(iter(taken.values())))
     found = table(
         f"{title}; {task.model}; a row: {timed} timed steps at batch {task.batch}, "
