@@ -131,6 +131,8 @@ def _checked(action: argparse.Action, value: Any, hint: Any) -> Any:
 
     hint: the type of the setting, which may be more than one word of the command line.
     """
+    if action.nargs == 0 and not isinstance(value, bool | None):  # --fresh
+        raise ValueError(f"{action.dest}: want true or false, got {value!r}")
     if value is False and action.choices and "no" in action.choices:
         value = "no"  # what YAML 1.1 makes of a bare no
     if value is not None and action.choices and value not in action.choices:

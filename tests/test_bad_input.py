@@ -88,6 +88,7 @@ def test_bad_flags_end_with_one_line(argv, told, capsys):
         ("output_dir: false\n", "output_dir: want one value"),
         ("use_cpu: [true]\n", "use_cpu: want one value"),
         ("gradient_checkpointing: 5\n", "5"),
+        ("fresh: 'no'\n", "fresh: want true or false, got 'no'"),
         ("model_init_kwargs: [1]\n", "model_init_kwargs: want one value"),
         ("loss_weights: [1, a]\n", "loss_weights: want numbers, got 'a'"),
         ("model_init_kwargs: '{1'\n", "model_init_kwargs as JSON"),
