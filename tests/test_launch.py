@@ -59,6 +59,10 @@ def test_what_accelerate_does_not_know_either_is_refused(unknown, named):
         ((), 1, True, False),
         (("--cpu",), 1, True, True),
         (("--config_file", "a.yaml"), 1, False, False),
+        (("--use_deepspeed",), 1, False, False),
+        (("--use_megatron_lm",), 1, False, False),
+        (("--tpu",), 1, False, False),
+        (("--cpu", "--mpirun_hostfile", "hosts"), 0, False, False),
     ],
 )
 def test_accelerate_starts_several_processes_for_gpus_and_as_its_configs_say(

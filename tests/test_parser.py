@@ -96,19 +96,25 @@ def test_yaml_sets_values_and_flags_override(tmp_path):
         "learning_rate: 5e-7\n"  # text, says YAML 1.1
         "eval_strategy: no\n"  # False, says YAML 1.1
         "max_length: null\n"
+        "dtype: null\n"
         "gradient_checkpointing: false\n"
         "lora_target_modules: [q_proj, v_proj]\n"
+        "lora_modules_to_save: null\n"
         "model_init_kwargs: {dtype: bfloat16}\n"
         "num_processes: 2\n"
         "multi_gpu: true\n"
         "use_fsdp: false\n"
     )
-    (_, training, model, _), _, unknown = parse(f"--config={config}", "--beta", "0.4")
+    (_, training, model, _), _, unknown = parse(
+        *(f"--config={config}", "--beta", "0.4", "--num_processes", "1")
+    )
     assert (training.beta, training.learning_rate, training.max_length) == (0.4, 5e-7, None)
     assert (training.eval_strategy, training.gradient_checkpointing) == ("no", False)
     assert training.model_init_kwargs == {"dtype": "bfloat16"}
     assert model.lora_target_modules == ["q_proj", "v_proj"]
-    assert unknown == ["--num_processes", "2", "--multi_gpu", "--use_fsdp=false"]
+    assert (model.lora_modules_to_save, model.dtype) == (None, None)
+    from_yaml = ["--num_processes", "2", "--multi_gpu", "--use_fsdp=false"]
+    assert unknown == [*from_yaml, "--num_processes", "1"]  # accelerate takes the last
 
 
 def test_peft_and_quantisation_are_off_unless_asked_for():
@@ -199,7 +205,7 @@ def test_one_word_in_yaml_is_a_list_where_the_flag_takes_several(tmp_path):
         "lora_target_parameters: experts.up\n"
         "lora_target_modules: all-linear\n"
         "label_names: labels\n"
-        "loss_weights: 5e-1\n"
+        "loss_weights: 0.5\n"
     )
     (_, training, model, _), *_ = parse("--config", str(tmp_path / "run.yaml"), "--use_cpu")
     assert model.lora_modules_to_save == ["lm_head"]
@@ -216,9 +222,10 @@ def test_yaml_may_merge_mappings_and_override_what_they_say(tmp_path):
         "gradient_checkpointing_kwargs: {<<: [*b, *a], use_reentrant: false}\n"
         "liger_kernel_config: {rope: true}\n"
         "resume_from_checkpoint: true\n"
+        "trackio_static_space_id: false\n"
     )
     (_, args, *_), *_ = parse(f"--config={config}", "--use_cpu", "true")
     assert args.lr_scheduler_kwargs == {"dtype": "float32", "use_cache": True}
     merged = {"dtype": "float32", "use_cache": True, "use_reentrant": False}
     assert args.gradient_checkpointing_kwargs == merged
-    assert args.resume_from_checkpoint is True
+    assert args.resume_from_checkpoint is True and args.trackio_static_space_id is False

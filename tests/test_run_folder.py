@@ -73,8 +73,8 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkey
         raise OSError("no locks here")
 
     monkeypatch.setattr(run_folder.fcntl, "flock", flock)
-    with locked(tmp_path / "out"):
-        assert (tmp_path / "out").is_dir()
+    with locked(tmp_path / "new/out"):
+        assert (tmp_path / "new/out").is_dir()
 
 
 # What the folder holds
@@ -145,11 +145,12 @@ def test_a_run_without_a_checkpoint_starts_again_in_place(started):
 
 
 def test_a_finished_run_is_left_as_it_is(started):
-    save_checkpoint(started, 5)
+    checkpoint = save_checkpoint(started, 5)
     mark_finished(started)
     before = content(started)
-    folder = choose_run_folder(started, IDENTITY)
-    assert folder.finished and "complete" in folder.notes[0]
+    for resume_from in (None, True, str(checkpoint)):
+        folder = choose_run_folder(started, IDENTITY, resume_from=resume_from)
+        assert folder.finished and "complete" in folder.notes[0]
     assert content(started) == before
 
 
@@ -180,7 +181,7 @@ def test_checkpoints_of_an_unknown_run_are_refused_unless_named(tmp_path, monkey
     with pytest.raises(ValueError, match=r"no run\.json.*--resume_from_checkpoint"):
         choose_run_folder(tmp_path, IDENTITY)
     assert choose_run_folder(tmp_path, IDENTITY, resume_from=str(checkpoint)).checkpoint
-    assert choose_run_folder(tmp_path, IDENTITY, resume_from="True").checkpoint == checkpoint
+    assert choose_run_folder(tmp_path, IDENTITY, resume_from="true").checkpoint == checkpoint
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert choose_run_folder(".", IDENTITY, resume_from=str(checkpoint)).checkpoint == checkpoint
