@@ -79,7 +79,8 @@ def test_bad_flags_end_with_one_line(argv, told, capsys):
         ("datasets: [{path: a, fraction: true}]\n", "want fraction as float | None, got True"),
         ("datasets: [{path: null}]\n", "want path as str, got None"),
         ("datasets: [{path: a, columns: prompt}]\n", "columns as list[str] | None, got 'prompt'"),
-        ("datasets: [{path: a, columns: [1]}]\n", "columns as list[str] | None, got [1]"),
+        ("datasets: [{path: a, columns: [b, 1]}]\n", "columns as list[str] | None, got ['b', 1]"),
+        ("datasets: [{path: [a]}]\n", "want path as str, got ['a']"),
         ("dataset_name: [a, b]\n", "dataset_name: want one value"),
         ("dataset_name: true\n", "dataset_name: want one value"),
         ("dataset_train_split: null\n", "dataset_train_split: want one value"),
@@ -182,6 +183,9 @@ def test_an_error_of_another_kind_is_reported_with_its_kind(here, tmp_path, caps
 
 
 def test_debugging_shows_where_bad_input_was_found(capsys, monkeypatch):
+    monkeypatch.setenv("FASTDPO_DEBUG", "0")
+    assert cli.main(["train", "--beta", "-1"]) == 2
+    one_line(capsys)
     monkeypatch.setenv("FASTDPO_DEBUG", "1")
     assert cli.main(["train", "--beta", "-1"]) == 2
     lines = capsys.readouterr().err.splitlines()

@@ -83,7 +83,8 @@ def test_what_was_skipped_and_what_was_cut_is_in_the_summary(here, tmp_path, cap
 
 
 def test_a_run_says_what_it_will_do_and_where_it_saved(here, tmp_path, capsys):
-    assert train(here, tmp_path / "out", "--use_peft", "--lora_r", "4", max_steps=1) == 0
+    lora = {"lora_r": 4, "lora_target_modules": "all-linear"}
+    assert train(here, tmp_path / "out", "--use_peft", max_steps=1, **lora) == 0
     out = capsys.readouterr().out
     for told in ("16 of 16 rows", "layout", "kernels", "reference"):
         assert told in out
@@ -318,7 +319,7 @@ def test_a_pushed_model_names_the_dataset_of_the_hub_that_it_was_trained_on(tmp_
 def test_help_and_version_do_not_wait_for_torch():
     code = (
         "import sys; from fastdpo import cli; "
-        "codes = [cli.main(['--help']), cli.main(['--version'])]; "
+        "codes = [cli.main(argv) for argv in ([], ['-h'], ['--help'], ['--version'])]; "
         "sys.exit(any(codes) or 'torch' in sys.modules)"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -3,9 +3,12 @@
 import contextlib
 import io
 import json
+import re
+import subprocess
 from statistics import median
 
 import pytest
+import torch
 
 from fastdpo import cli, demo, demo_race
 from fastdpo.demo_task import Question, build_tokenizer, make_questions, preference_rows
@@ -42,7 +45,7 @@ def test_every_word_has_a_token_and_one_bos():
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """The folder of a demo, what it printed and how it ended."""
-    folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
+    folder, printed = tmp_path_factory.mktemp("demo") / "new/demo", io.StringIO()
     with contextlib.redirect_stdout(printed):
         code = cli.main(["demo", "--tiny", "--output_dir", str(folder)])
     return folder, printed.getvalue(), code
@@ -51,10 +54,38 @@ def ran(tmp_path_factory):
 def test_the_demo_runs_to_its_end_and_both_ways_agree(ran):
     folder, printed, code = ran
     assert code == 0
-    for line in ("reward accuracy", "counted up, exactly", "wall time", "memory over the start"):
+    for line in ("counted up, exactly", "wall time", "memory over the start"):
         assert line in printed
+    assert re.search("reward accuracy +0% +100%", printed)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "trained/model.safetensors").exists()
+
+
+def test_held_out_questions_are_scored_and_answered_as_one_by_one(tmp_path):
+    tokenizer, model = demo.fit(demo.TINY)
+    trainer = demo.make_trainer(tmp_path, model, tokenizer, demo.TINY)
+    asked = [pair["prompt_ids"] for pair in trainer.eval_dataset]
+    assert asked == [tokenizer(question.prompt)["input_ids"] for question in demo.held_out()]
+    for prompt_ids, answer in list(zip(asked, demo.greedy_answers(tokenizer, model)))[:4]:
+        prompt = torch.tensor([prompt_ids])
+        (tokens,) = model.generate(input_ids=prompt, max_new_tokens=10, do_sample=False)
+        assert tokenizer.decode(tokens[len(prompt_ids) :], skip_special_tokens=True) == answer
+
+
+def test_the_report_counts_right_answers():
+    wrong, right = ([q.answer(step) for q in demo.held_out()] for step in (-1, +1))
+    report = demo._report((0.25, wrong), (0.75, right[:50] + wrong[50:]))
+    assert re.search("reward accuracy +25% +75%", report)
+    assert re.search("counted up, exactly +0% +50%", report)
+
+
+def test_the_demo_is_tiny_only_where_asked(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(demo, "_learn", lambda _, size: sizes.append(size))
+    monkeypatch.setattr(demo_race, "race", lambda _, size: sizes.append(size) or True)
+    for more in ([], ["--tiny"]):
+        assert cli.main(["demo", "--output_dir", str(tmp_path), *more]) == 0
+    assert sizes == [demo.FULL, demo_race.FULL, demo.TINY, demo_race.TINY]
 
 
 @pytest.mark.parametrize("argv, told", [(["--foo"], "--foo"), (["--output_dir", "file"], "file")])
@@ -78,6 +109,32 @@ def test_times_are_not_compared_where_the_losses_differ(ran, capsys, monkeypatch
     monkeypatch.setattr(demo_race.subprocess, "run", lambda *_, **__: None)  # they have run
     assert cli.main(["demo", "--tiny", "--output_dir", str(folder)]) == 1
     assert f"differ by up to {told}: no times are compared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [demo_race.FULL, demo_race.TINY])
+def test_the_race_divides_the_naive_ways_time_and_memory_by_ours(
+    tmp_path, monkeypatch, capsys, size
+):
+    measured = {
+        "fastdpo": {"seconds": 2.0, "peak_mib": 0, "loss": [0.7, 0.6]},
+        "naive": {"seconds": 9.0, "peak_mib": 30.0, "loss": [0.7, 0.6001]},
+    }
+
+    def run(command, **_):
+        assert ("--tiny" in command) == (size is demo_race.TINY)
+        name = command[command.index("--race") + 1]
+        (tmp_path / f"{name}.json").write_text(json.dumps(measured[name]))
+
+    monkeypatch.setattr(demo_race.subprocess, "run", run)
+    assert demo_race.race(tmp_path, size)
+    seconds, memory = (line.split() for line in capsys.readouterr().out.splitlines()[1:3])
+    assert seconds[-3:] == ["2.0", "9.0", "4.50"] and memory[-3:] == ["0.0", "30.0", "-"]
+
+
+def test_a_way_that_fails_ends_the_race(ran, monkeypatch):
+    monkeypatch.setattr(demo_race.sys, "executable", "false")
+    with pytest.raises(subprocess.CalledProcessError):
+        demo_race.race(ran[0], demo_race.TINY)
 
 
 def test_both_ways_take_the_same_steps_where_steps_are_large(tmp_path, monkeypatch):

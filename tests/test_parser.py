@@ -73,6 +73,18 @@ def test_flags_are_written_as_trl_takes_them():
     assert (fresh, unknown) == (False, [])
 
 
+@pytest.mark.parametrize(
+    "name, choices",
+    [
+        ("dtype", ["auto", "bfloat16", "float16", "float32"]),
+        ("bnb_4bit_quant_type", ["fp4", "nf4"]),
+    ],
+)
+def test_choices_are_trls(name, choices):
+    chosen = [getattr(parse("--use_cpu", f"--{name}", each)[0].model, name) for each in choices]
+    assert chosen == choices
+
+
 @pytest.mark.parametrize("flag", ["--no_logging_nan_inf_filter", "--no-logging-nan-inf-filter"])
 def test_a_filter_that_only_trl_has_on_may_be_switched_off(flag):
     (_, training, *_), _, unknown = parse("--use_cpu", flag)
@@ -170,6 +182,7 @@ def test_a_model_is_quantised_as_its_flags_say(monkeypatch):
 def test_a_dropout_that_is_no_share_is_refused(value):
     with pytest.raises(ValueError, match=r"want lora_dropout in \[0, 1\)"):
         ModelConfig(lora_dropout=value)
+    assert ModelConfig(lora_dropout=0.0).lora_dropout == 0
 
 
 def test_numbers_in_a_list_are_read_as_one_is(tmp_path):
