@@ -20,9 +20,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastdpo import DPOConfig, cli
+from fastdpo import DPOConfig, cli, run_folder
 from fastdpo.arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from fastdpo.parser import TrainParser
+from fastdpo.run_folder import RunFolder, locked
 from fastdpo.trainer import DPOTrainer
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -179,6 +180,58 @@ def test_a_run_that_never_was_leaves_its_folder_as_it_found_it(here, tmp_path, w
     assert (tmp_path / "out").exists() == was_there
 
 
+@pytest.fixture
+def nothing_trained(monkeypatch):
+    """A run of no model and no step."""
+    trainer = SimpleNamespace(summary=lambda: "what will run")
+    monkeypatch.setattr(cli, "_build_trainer", lambda run: trainer)
+    for name in ("_train", "_save"):
+        monkeypatch.setattr(cli, name, lambda *_: None)
+
+
+def test_a_run_keeps_others_out_of_its_folder_until_it_ends(
+    here, tmp_path, monkeypatch, nothing_trained
+):
+    def another_run(*_):
+        with pytest.raises(ValueError, match="no other run is writing to"):
+            locked(tmp_path / "out").__enter__()
+        tried.append(True)
+
+    tried = []
+    monkeypatch.setattr(run_folder, "PATIENCE_S", 0)
+    for name in ("_train", "_save"):
+        monkeypatch.setattr(cli, name, another_run)
+    assert train(here, tmp_path / "out") == 0 and len(tried) == 2
+
+
+def test_the_first_process_alone_prints_and_writes_for_all(
+    here, tmp_path, monkeypatch, nothing_trained, capsys
+):
+    folder = RunFolder(path=tmp_path / "out", notes=("resuming",))
+    monkeypatch.setattr("fastdpo.ranks.from_main_process", lambda *_: (folder, {}))
+    monkeypatch.setattr("fastdpo.config.DPOConfig.process_index", 1)
+    monkeypatch.setattr(run_folder, "PATIENCE_S", 0)
+    with locked(tmp_path / "out"):  # by the first
+        assert train(here, tmp_path / "out") == 0
+    assert capsys.readouterr().out == "" and not any((tmp_path / "out").iterdir())
+
+
+def test_a_run_whose_model_was_not_saved_is_not_complete(
+    here, tmp_path, monkeypatch, nothing_trained, capsys
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastdpo.run_folder.mark_started", full)
+        assert train(here, tmp_path / "out") == 2 and "No space left" in one_line(capsys)
+        assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(cli, "_save", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(here, tmp_path / "out")
+    assert not json.loads((tmp_path / "out/run.json").read_text())["finished"]
+
+
 def test_an_eval_split_is_scored(here, tmp_path, capsys):
     mixture = tmp_path / "run.yaml"
     values = settings(here, tmp_path / "out", max_steps=1, test_split_size=0.25)
@@ -264,11 +317,16 @@ def test_several_processes_that_are_interrupted_are_no_bad_input(
 
 
 def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch):
+    def go_on_alone(*_):
+        raise KeyboardInterrupt
+
     launched = []
     monkeypatch.setattr(cli, "launch", lambda flags, argv: launched.append((flags, argv)) or 0)
-    monkeypatch.setattr("fastdpo.config.DPOConfig.n_gpu", 2)
+    monkeypatch.setattr(cli, "_choose_folder", go_on_alone)
     argv = flags(settings(here, tmp_path / "out"))
-    assert cli.main(["train", *argv]) == 0
+    for gpus, code in ((1, 130), (2, 0)):
+        monkeypatch.setattr("fastdpo.config.DPOConfig.n_gpu", gpus)
+        assert cli.main(["train", *argv]) == code
     assert launched == [([], argv)]
 
 
