@@ -216,6 +216,13 @@ def test_the_first_process_alone_prints_and_writes_for_all(
     assert capsys.readouterr().out == "" and not any((tmp_path / "out").iterdir())
 
 
+def test_a_run_is_saved_with_the_name_of_its_dataset(here, tmp_path, monkeypatch, nothing_trained):
+    saved = []
+    monkeypatch.setattr(cli, "_save", lambda _, path, name, say: saved.append((path, name)))
+    assert train(here, tmp_path / "out") == 0
+    assert saved == [(tmp_path / "out", str(here / "rows.jsonl"))]
+
+
 def test_a_run_whose_model_was_not_saved_is_not_complete(
     here, tmp_path, monkeypatch, nothing_trained, capsys
 ):

@@ -66,7 +66,8 @@ def test_held_out_questions_are_scored_and_answered_as_one_by_one(tmp_path):
     trainer = demo.make_trainer(tmp_path, model, tokenizer, demo.TINY)
     asked = [pair["prompt_ids"] for pair in trainer.eval_dataset]
     assert asked == [tokenizer(question.prompt)["input_ids"] for question in demo.held_out()]
-    for prompt_ids, answer in list(zip(asked, demo.greedy_answers(tokenizer, model)))[:4]:
+    answers = demo.greedy_answers(tokenizer, model)
+    for prompt_ids, answer in zip(asked[:4], answers[:4], strict=True):
         prompt = torch.tensor([prompt_ids])
         (tokens,) = model.generate(input_ids=prompt, max_new_tokens=10, do_sample=False)
         assert tokenizer.decode(tokens[len(prompt_ids) :], skip_special_tokens=True) == answer
