@@ -8,7 +8,6 @@ import sys
 import pytest
 import tiny
 import torch
-import yaml
 from command_line import (
     flags,
     folder_with_model_and_rows,
@@ -125,6 +124,7 @@ def test_a_bad_yaml_file_ends_with_one_line(tmp_path, text, told, capsys):
         ({"streaming": True}, "want streaming=False with dataset_name"),
         ({"lora_r": 8}, "want lora_r=16 without use_peft, got 8"),
         ({"use_dora": True}, "want use_dora=False without use_peft"),
+        ({"use_rslora": True}, "want use_rslora=False without use_peft"),
         ({"dataset_config": "a"}, "want none of ['config_name', 'data_files', 'data_dir']"),
         ({"eval_on_start": True}, "want an eval_strategy with eval_on_start"),
         ({"use_peft": True, "lora_target_modules": ("q_proj", "proj")}, "got 'proj'"),
@@ -144,12 +144,15 @@ def test_settings_that_would_be_ignored_or_fail_late_are_refused(
     assert told in last_line(capsys)
 
 
-def test_settings_that_datasets_say_themselves_are_refused_beside_them(here, tmp_path, capsys):
+def test_settings_that_datasets_say_themselves_are_refused_beside_them(tmp_path, capsys):
     config = tmp_path / "run.yaml"
-    rows = {"datasets": [{"path": str(here / "rows.jsonl")}], "dataset_streaming": True}
-    config.write_text(yaml.safe_dump({"model_name_or_path": str(here / "model"), **rows}))
-    assert cli.main(["train", "--config", str(config), "--use_cpu", "true"]) == 2
-    assert "want dataset_streaming=False with datasets" in one_line(capsys)
+    for setting, told in {
+        "dataset_streaming: true": "want dataset_streaming=False with datasets",
+        "dataset_train_split: a": "want dataset_train_split=train with datasets",
+    }.items():
+        config.write_text(f"model_name_or_path: m\ndatasets: [{{path: rows.jsonl}}]\n{setting}\n")
+        assert cli.main(["train", "--config", str(config), "--use_cpu", "true"]) == 2
+        assert told in one_line(capsys)
 
 
 def test_rows_of_which_too_few_are_left_for_a_batch_are_refused(here, tmp_path, capsys):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -16,8 +15,6 @@ import yaml
 from accelerate import PartialState
 from command_line import flags, folder_with_model_and_rows, one_line, settings, train
 from peft import AutoPeftModelForCausalLM
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import DPOConfig, cli, run_folder
@@ -281,70 +278,35 @@ def test_launch_flags_go_through_accelerate(here, tmp_path, capfd):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "more, is_refused",
-    [((), True), (("--cpu",), True), (("--multi_gpu",), False), (("--use_fsdp",), False)],
-)
-def test_several_processes_are_not_one(here, tmp_path, monkeypatch, capsys, more, is_refused):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    launched = []
-    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
-    code = train(here, tmp_path / "out", "--num_processes", "2", *more)
-    assert (code, not launched) == ((2, True) if is_refused else (0, False))
-    assert ("--multi_gpu" in capsys.readouterr().err) == is_refused
-
-
-@pytest.mark.parametrize("processes", ["1", "2"])
-@pytest.mark.parametrize("exitcode, code", [(1, 1), (2, 2), (-9, 137)])
-def test_a_process_that_fails_gives_its_exit_code(
-    here, tmp_path, monkeypatch, processes, exitcode, code
-):
-    failure = SimpleNamespace(exitcode=exitcode, timestamp=0)
-
-    def launch_command(_):
-        if processes == "1":
-            raise subprocess.CalledProcessError(exitcode, "train")
-        raise ChildFailedError("train", {0: failure})
-
-    monkeypatch.setattr(ChildFailedError, "format_msg", lambda *_: "it has failed")
-    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
-    assert train(here, tmp_path / "out", "--num_processes", processes, "--multi_gpu") == code
-
-
-@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_several_processes_that_are_interrupted_are_no_bad_input(
-    here, tmp_path, monkeypatch, capsys, sent, code
-):
-    def launch_command(_):
-        raise SignalException("got a signal", sent)
-
-    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
-    assert train(here, tmp_path / "out", "--num_processes", "2", "--multi_gpu") == code
-    assert "error" not in capsys.readouterr().err
-
-
-def test_several_gpus_are_launched_one_process_each(here, tmp_path, monkeypatch):
-    def go_on_alone(*_):
-        raise KeyboardInterrupt
-
-    launched = []
-    monkeypatch.setattr(cli, "launch", lambda flags, argv: launched.append((flags, argv)) or 0)
-    monkeypatch.setattr(cli, "_choose_folder", go_on_alone)
-    argv = flags(settings(here, tmp_path / "out"))
-    for gpus, code in ((1, 130), (2, 0)):
-        monkeypatch.setattr("fastdpo.config.DPOConfig.n_gpu", gpus)
-        assert cli.main(["train", *argv]) == code
-    assert launched == [([], argv)]
-
-
 @pytest.mark.parametrize("more, ignored", [((), None), (("--ignore_bias_buffers",), ["mask"])])
 def test_ddp_ignores_boolean_buffers_where_asked(here, tmp_path, monkeypatch, more, ignored):
     model = tiny.model("llama", 300)
     model.register_buffer("mask", torch.ones(2, 2, dtype=torch.bool))
+    model.register_buffer("steps", torch.zeros(2, dtype=torch.long))
     monkeypatch.setattr("fastdpo.trainer.DPOTrainer", lambda **_: SimpleNamespace(model=model))
     argv = [*flags(settings(here, tmp_path / "out")), *more]
     cli._build_trainer(TrainParser(prog="fastdpo train").parse(argv)[0])
     assert getattr(model, "_ddp_params_and_buffers_to_ignore", None) == ignored
+
+
+def test_flags_reach_the_rows_and_the_trainer(here, tmp_path, monkeypatch):
+    def load_datasets(*_, **how):
+        given.update(how)
+        return "train", "eval"
+
+    def make_trainer(**how):
+        given.update(how)
+        raise KeyboardInterrupt
+
+    given = {}
+    monkeypatch.setattr("fastdpo.mixture.load_datasets", load_datasets)
+    monkeypatch.setattr("fastdpo.trainer.DPOTrainer", make_trainer)
+    monkeypatch.setattr("fastdpo.arguments.quantization_config", lambda model_args: "4 bits")
+    how = {"seed": 7, "dtype": "bfloat16", "eval_strategy": "epoch"}
+    assert train(here, tmp_path / "out", **how) == 130
+    assert (given["seed"], given["with_eval"], given["quantization_config"]) == (7, True, "4 bits")
+    assert (given["train_dataset"], given["eval_dataset"]) == ("train", "eval")
+    assert given["args"].model_init_kwargs["dtype"] == "bfloat16"
 
 
 def test_the_environment_is_set_before_torch_reads_it(tmp_path):

@@ -59,6 +59,9 @@ def test_the_demo_runs_to_its_end_and_both_ways_agree(ran):
     assert re.search("reward accuracy +0% +100%", printed)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "trained/model.safetensors").exists()
+    assert not [*folder.rglob("checkpoint-*")]
+    naive = json.loads((folder / "naive.json").read_text())
+    assert 1 < naive["peak_mib"] < 400  # beyond what torch itself takes
 
 
 def test_held_out_questions_are_scored_and_answered_as_one_by_one(tmp_path):

@@ -1,8 +1,16 @@
 """Which runs accelerate is left to start in several processes, and with which flags."""
 
+import signal
+import subprocess
+from types import SimpleNamespace
+
 import pytest
 import torch
+from command_line import flags, settings, train
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from fastdpo import cli
 from fastdpo.launch import ACCELERATE_CONFIGS, is_launched, launch, launch_flags
 
 
@@ -86,3 +94,57 @@ def test_accelerate_may_choose_the_number_of_processes(monkeypatch):
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
     assert launch(["--multi_gpu"], []) == 0
     assert launched[0].num_processes is None
+
+
+@pytest.mark.parametrize(
+    "more, is_refused",
+    [((), True), (("--cpu",), True), (("--multi_gpu",), False), (("--use_fsdp",), False)],
+)
+def test_several_processes_are_not_one(tmp_path, monkeypatch, capsys, more, is_refused):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    code = train(tmp_path, tmp_path / "out", "--num_processes", "2", *more)
+    assert (code, not launched) == ((2, True) if is_refused else (0, False))
+    assert ("--multi_gpu" in capsys.readouterr().err) == is_refused
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("exitcode, code", [(1, 1), (2, 2), (-9, 137)])
+def test_a_process_that_fails_gives_its_exit_code(tmp_path, monkeypatch, processes, exitcode, code):
+    failure = SimpleNamespace(exitcode=exitcode, timestamp=0)
+
+    def launch_command(_):
+        if processes == "1":
+            raise subprocess.CalledProcessError(exitcode, "train")
+        raise ChildFailedError("train", {0: failure})
+
+    monkeypatch.setattr(ChildFailedError, "format_msg", lambda *_: "it has failed")
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
+    assert train(tmp_path, tmp_path / "out", "--num_processes", processes, "--multi_gpu") == code
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_several_processes_that_are_interrupted_are_no_bad_input(
+    tmp_path, monkeypatch, capsys, sent, code
+):
+    def launch_command(_):
+        raise SignalException("got a signal", sent)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
+    assert train(tmp_path, tmp_path / "out", "--num_processes", "2", "--multi_gpu") == code
+    assert "error" not in capsys.readouterr().err
+
+
+def test_several_gpus_are_launched_one_process_each(tmp_path, monkeypatch):
+    def go_on_alone(*_):
+        raise KeyboardInterrupt
+
+    launched = []
+    monkeypatch.setattr(cli, "launch", lambda flags, argv: launched.append((flags, argv)) or 0)
+    monkeypatch.setattr(cli, "_choose_folder", go_on_alone)
+    argv = flags(settings(tmp_path, tmp_path / "out"))
+    for gpus, code in ((1, 130), (2, 0)):
+        monkeypatch.setattr("fastdpo.config.DPOConfig.n_gpu", gpus)
+        assert cli.main(["train", *argv]) == code
+    assert launched == [([], argv)]

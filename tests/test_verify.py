@@ -222,6 +222,7 @@ def test_adapters_all_have_a_gradient_to_compare(here):
         (("--model_name_or_path", "/no/where"), "/no/where"),
         (("--dataset_name", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--fresh",), "--fresh"),
+        (("--lora_r", "8"), "want lora_r=16 without use_peft"),
         (("--pad_token", "<none>"), "want pad_token in the tokenizer's vocabulary"),
         (
             ("--use_peft", "--lora_target_modules", "q_proj", "fc9"),
