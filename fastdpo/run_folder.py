@@ -193,6 +193,8 @@ def _is_free(path: Path) -> bool:
 
 
 def _make_next_free(path: Path) -> Path:
+    if path.name in ("", ".."):  # such as "."
+        path = path.resolve()
     for number in itertools.count(2):
         candidate = path.with_name(f"{path.name}-{number}")
         try:

@@ -231,6 +231,14 @@ def test_fresh_takes_the_next_free_name_and_leaves_the_rest(started):
     assert choose_run_folder(started, IDENTITY, fresh=True).path == started.parent / "out-4"
 
 
+@pytest.mark.parametrize("name", [".", "sub/.."])
+def test_fresh_goes_beside_a_folder_that_is_not_called_by_its_name(started, monkeypatch, name):
+    save_checkpoint(started, 5)
+    (started / "sub").mkdir()
+    monkeypatch.chdir(started)
+    assert choose_run_folder(name, IDENTITY, fresh=True).path == started.parent / "out-2"
+
+
 def test_fresh_and_the_last_checkpoint_are_one_too_many(started):
     save_checkpoint(started, 5)
     with pytest.raises(ValueError, match="want --fresh or the last checkpoint"):
