@@ -129,6 +129,12 @@ def test_yaml_sets_values_and_flags_override(tmp_path):
     assert unknown == [*from_yaml, "--num_processes", "1"]  # accelerate takes the last
 
 
+@pytest.mark.parametrize("files", ["a", ["a", "b"], {"train": "a"}])
+def test_files_of_a_dataset_are_one_or_several_or_each_splits(files):
+    (dataset,) = DatasetMixtureConfig(datasets=[{"path": "json", "data_files": files}]).datasets
+    assert dataset.data_files == files
+
+
 def test_peft_and_quantisation_are_off_unless_asked_for():
     assert peft_config(ModelConfig(lora_r=8)) is None
     assert quantization_config(ModelConfig()) is None
