@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,17 @@ def test_held_out_questions_are_scored_and_answered_as_one_by_one(tmp_path):
         prompt = torch.tensor([prompt_ids])
         (tokens,) = model.generate(input_ids=prompt, max_new_tokens=10, do_sample=False)
         assert tokenizer.decode(tokens[len(prompt_ids) :], skip_special_tokens=True) == answer
+
+
+def test_an_answer_is_what_stands_between_its_prompt_and_its_end():
+    tokenizer, questions = build_tokenizer(), demo.held_out()
+    texts = [f"{question.answer(+1)} {tokenizer.eos_token}" for question in questions]
+    answers = tokenizer(texts, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    model = SimpleNamespace(
+        eval=lambda: model, generate=lambda input_ids, **_: torch.cat([input_ids, answers], 1)
+    )
+    answered = demo.greedy_answers(tokenizer, model)
+    assert all(q.is_right(answer) for q, answer in zip(questions, answered, strict=True))
 
 
 def test_the_report_counts_right_answers():
