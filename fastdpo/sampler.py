@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import datasets
 import numpy as np
 import torch
+from accelerate.data_loader import IterableDatasetShard
+from accelerate.state import GradientState
 from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -37,7 +39,9 @@ class WholeStream(IterableDataset):
     """Hides from accelerate that `pairs` is a datasets.IterableDataset.
 
     It would share that out by files, and a rank with more rows than another would wait forever. So
-    each rank takes its part of every batch, and reads all rows.
+    each rank takes its part of every batch, and reads all rows. Of the last batch accelerate is
+    told how many rows do not repeat those before, which it knows by itself only of a dataset with
+    a length; but nothing where a loader's workers read them.
     """
 
     def __init__(self, pairs: datasets.IterableDataset):
@@ -48,4 +52,12 @@ class WholeStream(IterableDataset):
         self._pairs.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict]:
-        return iter(self._pairs)
+        num_read = 0
+        for pair in self._pairs:
+            num_read += 1
+            yield pair
+        loader = GradientState().active_dataloader
+        shard = getattr(loader, "dataset", None)
+        if isinstance(shard, IterableDatasetShard) and shard.dataset is self:
+            ranks = 1 if shard.split_batches else shard.num_processes
+            loader.remainder = num_read % (shard.batch_size * ranks)

@@ -250,16 +250,22 @@ trainer = make_trainer(
     per_device_eval_batch_size=2,
     loss_type=["sigmoid", "sft", "aot_unpaired"],  # the latter mix a batch's pairs
 )
-metrics = [trainer.evaluate(Dataset.from_list(tiny.rows(count))) for count in (1, 5, 7, 8)]
+datasets = [Dataset.from_list(tiny.rows(count)) for count in (1, 5, 7, 8)]
+if sys.argv[2] == "streamed":
+    datasets = [dataset.to_iterable_dataset() for dataset in datasets]
+metrics = [trainer.evaluate(dataset) for dataset in datasets]
+for dataset, measured in zip(datasets, metrics):
+    measured["predicted"] = len(trainer.predict(dataset).predictions)
 if trainer.is_world_process_zero():
     print("METRICS", json.dumps(metrics))
 trainer.accelerator.wait_for_everyone()
 """
 
 
-def test_two_ranks_measure_what_one_does_of_any_number_of_pairs(tmp_path):
+@pytest.mark.parametrize("rows", ["kept", "streamed"])
+def test_two_ranks_measure_what_one_does_of_any_number_of_pairs(tmp_path, rows):
     def metrics(world_size):
-        printed = run_ranks(tmp_path, EVALUATE, str(tmp_path), world_size=world_size)
+        printed = run_ranks(tmp_path, EVALUATE, str(tmp_path), rows, world_size=world_size)
         return printed_json(printed, "METRICS")
 
     for count, alone, together in zip((1, 5, 7, 8), metrics(1), metrics(2), strict=True):
