@@ -86,8 +86,10 @@ class MeasuringTrainer(PackTrainer):
         self.counts.eval.add(metrics | _aux_metric(aux_loss, num_new))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add an interval's metrics to training's `logs`: the moment that waits for the device."""
-        if "loss" in logs or "train_runtime" in logs:
+        """Add an interval's metrics to training's `logs`: the moment that waits for the device, and
+        for the other ranks. (A user's log of a loss, without a learning rate, may be one rank's.)
+        """
+        if logs.keys() >= {"loss", "learning_rate"} or "train_runtime" in logs:
             logs |= self._take("train", self.counts.train)
         if "train_runtime" in logs:  # the dictionary that train() returns, so changed in place
             logs |= tokens_over_ranks(self.counts.tokens, self.accelerator)

@@ -35,6 +35,7 @@ RUNS = {
     # a forward more for each pack, where one rank has several and the other one
     "mixing": {"settings": {"max_tokens_per_forward": 450, "loss_type": "aot"}},
     "evaluated": {"settings": {}, "evaluate_first": True},
+    "logging": {"settings": {}, "logs": True},
     "auto": AUTO,
     **{name: AUTO | {"fails": failure} for name, failure in FAILURES.items()},
     "hopeless": AUTO | {"fails": "always"},
@@ -65,7 +66,9 @@ def assert_same_weights(ranks):
         assert torch.equal(weight, ranks[1]["weights"][name]), name
 
 
-@pytest.mark.parametrize("run", ["uneven", "even", "again", "evaluated", "auto", *FAILURES])
+@pytest.mark.parametrize(
+    "run", ["uneven", "even", "again", "evaluated", "logging", "auto", *FAILURES]
+)
 def test_two_ranks_train_as_one(two_ranks, alone, run):
     assert_trained_alike(two_ranks[run][0], alone)
     assert_same_weights(two_ranks[run])

@@ -22,11 +22,12 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 class ShortOfMemory(DPOTrainer):
     """Raises CUDA's error on rank 1: in pack fails["pack"] of batch fails["batch"], or in all.
 
-    even: as many packs on each rank, as FSDP has them, which does not run on a CPU.
+    even: as many packs on each rank, as FSDP has them, which does not run on a CPU. logs: rank 1
+    logs each batch's loss by itself.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss hands num_items_in_batch on
-    fails, even, start_with = None, False, None
+    fails, even, start_with, logs = None, False, None, False
     batches = raised = packs = 0
     forwards = ()  # of each batch
 
@@ -35,6 +36,8 @@ class ShortOfMemory(DPOTrainer):
         self.packs_laid_out = len(inputs.get("packs", [inputs]))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.forwards += (self.packs,)
+        if RANK == 1 and self.logs:
+            self.log({"loss": loss.item()})
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -70,11 +73,14 @@ class ShortOfMemory(DPOTrainer):
         return self.even or super().forwards_are_collective()
 
 
-def run(folder, *, settings, start_with=None, fails=None, even=False, evaluate_first=False):
+def run(
+    folder, *, settings, start_with=None, fails=None, even=False, evaluate_first=False, logs=False
+):
     """What came of a training: its weights and log, or its error."""
     try:
         trainer = short_of_memory(folder, settings)
         trainer.fails, trainer.even, trainer.start_with = fails, even, start_with
+        trainer.logs = logs
         if evaluate_first:
             trainer.evaluate(trainer.train_dataset)
         trainer.train()
