@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fastdpo import ops
@@ -68,6 +69,9 @@ def head_logps(
     at a time.
     """
     head = causal_lm.get_output_embeddings()
+    for module in head.modules():
+        if isinstance(module, FSDPModule):  # whole in a forward of its own, which it does not have
+            module.unshard()
     base = _without_adapters(head)
     config = causal_lm.config.get_text_config()
     hidden_ND = hidden_ND.to(base.weight.device)
