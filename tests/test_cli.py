@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import DPOConfig, cli, run_folder
 from fastdpo.arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments
+from fastdpo.pack_trainer import PackTrainer
 from fastdpo.parser import TrainParser
 from fastdpo.run_folder import RunFolder, locked
 from fastdpo.trainer import DPOTrainer
@@ -114,7 +115,7 @@ def test_an_interruption_that_another_error_covers_is_one(here, tmp_path, capsys
 def test_an_interrupted_run_resumes_and_continues_exactly(
     here, whole_run, tmp_path, capsys, monkeypatch
 ):
-    step, calls = DPOTrainer.training_step, []
+    step, calls = PackTrainer.training_step, []
 
     def stop_in_the_fourth(*args, **kwargs):
         calls.append(1)
@@ -123,7 +124,7 @@ def test_an_interrupted_run_resumes_and_continues_exactly(
         return step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DPOTrainer, "training_step", stop_in_the_fourth)
+        patch.setattr(PackTrainer, "training_step", stop_in_the_fourth)
         assert train(here, tmp_path / "out") == 130
     assert not (tmp_path / "out/checkpoint-4").exists()
     assert train(here, tmp_path / "out", save_steps=4) == 0
