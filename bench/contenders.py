@@ -1,6 +1,7 @@
 """Who takes part in a comparison of training steps: same model, pairs, seed, optimizer, precision.
 
     CONTENDERS[name](task) -> an object with step(), log and close()
+    started(name, task)    -> the same, where it is to be timed
 
 LLaMA-Factory takes part where LLAMAFACTORY_PYTHON names an interpreter that has it, as it wants
 older versions of transformers, TRL and PEFT than fastdpo (llamafactory_steps.py).
@@ -17,7 +18,6 @@ own), and torch_compile took 3 to 10 % off its steps on a CPU after 41 s of comp
 D=256, V=32000, chat, LoRA, 2 pairs a step), which a race of four steps leaves out.
 """
 
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Trainer, TrainingArguments
 from bench.length_profiles import Pair
 from bench.measure import CUDA
 from bench.naive_loop import NaiveLoop, padded
-from bench.other_process import OtherProcess
+from bench.other_process import OtherProcess, serve
 from bench.stepped_trainer import SteppedTrainer
 from bench.tasks import (
     BETA,
@@ -156,6 +156,10 @@ def supervised(task: Task) -> SteppedTrainer:
     return SteppedTrainer(Trainer(model, args, data_collator=collate, train_dataset=dataset))
 
 
+def llamafactory(task: Task) -> OtherProcess:
+    return OtherProcess(task, "bench.llamafactory_steps", python=LLAMAFACTORY_PYTHON)
+
+
 def _with(contender: Callable, **settings) -> Callable:
     return lambda task: contender(task, **settings)
 
@@ -171,7 +175,6 @@ CONTENDERS: dict[str, Callable] = {
     "supervised": supervised,
 }
 if LLAMAFACTORY_PYTHON:
-    llamafactory = functools.partial(OtherProcess, LLAMAFACTORY_PYTHON, "bench.llamafactory_steps")
     CONTENDERS["LLaMA-Factory"] = llamafactory
 PEERS: dict[str, Callable] = {}
 if find_spec("trl"):
@@ -181,3 +184,15 @@ if find_spec("trl"):
     elif find_spec("liger_kernel"):
         PEERS["TRL, fastest, Liger's layers"] = trl_with_liger
 CONTENDERS |= PEERS
+
+
+def started(name: str, task: Task):
+    """The contender, on a CPU in a process of its own: in one that several trainers share, fresh
+    pages of large tensors, of which a tiny model has none, were seen to take twice as long."""
+    if CUDA or task.model == "tiny" or name == "LLaMA-Factory":
+        return CONTENDERS[name](task)
+    return OtherProcess(task, "bench.contenders", name)
+
+
+if __name__ == "__main__":
+    serve(CONTENDERS[sys.argv[1]])

@@ -1,7 +1,7 @@
-"""A contender in an interpreter of its own, for peers that want other versions than fastdpo.
+"""A contender in a process of its own, perhaps of an interpreter that has other versions.
 
-    OtherProcess(python, "bench.llamafactory_steps", task)     here
-    serve(contender_of)                                        there: all that the module runs
+    OtherProcess(task, "bench.contenders", name)     here
+    serve(contender_of)                              there: all that the module runs
 
 They exchange a line of JSON for the task, and one for each step: what it took, and what it logged.
 """
@@ -22,22 +22,28 @@ BENCH = Path(__file__).parent
 
 
 class OtherProcess:
-    """As SteppedTrainer, of a contender that `module` serves under `python`; step() returns what it
-    took there. ChildProcessError where that process has ended: what it printed says why."""
+    """As SteppedTrainer, of a contender that `module` serves; step() returns what it took there.
 
-    def __init__(self, python: str, module: str, task: Task):
+    python: another interpreter than this one. It sees bench/ and not its neighbour kernels/, which
+    transformers below 5.11 takes for another package.
+
+    ChildProcessError where the process has ended: what it printed says why.
+    """
+
+    def __init__(self, task: Task, module: str, *arguments: str, python: str | None = None):
         self.log: list[dict[str, float]] = []
-        # bench/ without its neighbour: transformers below 5.11 takes kernels/ for another package
         self._folder = tempfile.TemporaryDirectory()
-        Path(self._folder.name, "bench").symlink_to(BENCH)
-        environment = {name: os.environ[name] for name in os.environ if name != "PYTHONPATH"}
+        where = {"cwd": BENCH.parent}
+        if python:
+            Path(self._folder.name, "bench").symlink_to(BENCH)
+            environment = {name: os.environ[name] for name in os.environ if name != "PYTHONPATH"}
+            where = {"cwd": self._folder.name, "env": environment}
         self._process = subprocess.Popen(
-            [python, "-m", module],
+            [python or sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=self._folder.name,
-            env=environment,
+            **where,
         )
         self.pid = self._process.pid
         self._ask(json.dumps(asdict(task)))

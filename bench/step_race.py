@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Callable
 
-from bench.contenders import CONTENDERS, PEERS
+from bench.contenders import PEERS, started
 from bench.measure import CUDA, Seconds, cpu_time_counts, free_memory, in_turns
 from bench.peak_memory import peaks_mib
 from bench.tables import environment, table
@@ -29,7 +29,7 @@ def race(
     free_memory()
     with contextlib.ExitStack() as stack:
         contenders = {
-            name: stack.enter_context(contextlib.closing(CONTENDERS[name](task))) for name in names
+            name: stack.enter_context(contextlib.closing(started(name, task))) for name in names
         }
         logs = {name: contender.log for name, contender in contenders.items()}
         for contender in contenders.values():

@@ -1,6 +1,10 @@
 """bench/other_process.py: a contender in an interpreter of its own, LLaMA-Factory's among them."""
 
+import math
+import os
 import sys
+from contextlib import closing
+from dataclasses import replace
 from textwrap import dedent
 
 import pytest
@@ -8,7 +12,7 @@ import pytest
 from bench import contenders, step_race
 from bench.measure import Seconds
 from bench.other_process import OtherProcess
-from bench.tasks import task_of
+from bench.tasks import REAL_MODEL, task_of
 
 # of LLaMA-Factory what llamafactory_steps.py imports, its trainer in a few lines
 STAND_IN = {
@@ -96,7 +100,7 @@ def python(tmp_path):
 def test_a_contender_in_another_process_trains_as_the_plain_loop(adapters, python, offline):
     task = task_of("tiny", adapters=adapters)
     naive = contenders.CONTENDERS["naive"](task)
-    other = OtherProcess(python, "bench.llamafactory_steps", task)
+    other = OtherProcess(task, "bench.llamafactory_steps", python=python)
     for _ in range(4):
         naive.step()
         taken = other.step()
@@ -105,7 +109,15 @@ def test_a_contender_in_another_process_trains_as_the_plain_loop(adapters, pytho
     step_race.assert_same_losses({"naive": naive.log, "other": other.log})
 
 
+def test_a_contender_that_is_timed_has_a_process_of_its_own(offline):
+    tiny = task_of("tiny", adapters=True)
+    task = replace(tiny, model=REAL_MODEL, pairs=tiny.pairs[:3], batch=1)
+    with closing(contenders.started("fastdpo, fastest", task)) as contender:
+        assert contender.step().cpu > 0 and contender.pid != os.getpid()
+        assert step_race.losses(contender.log) == [pytest.approx(math.log(2))]
+
+
 def test_a_process_that_ends_is_no_contender(capfd):
     with pytest.raises(ChildProcessError, match="want .* to answer, got its end"):
-        OtherProcess(sys.executable, "bench.no_such_module", task_of("tiny", adapters=True))
+        OtherProcess(task_of("tiny", adapters=True), "bench.no_such_module")
     assert "no_such_module" in capfd.readouterr().err
