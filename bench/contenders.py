@@ -187,8 +187,8 @@ CONTENDERS |= PEERS
 
 
 def started(name: str, task: Task):
-    """The contender, on a CPU in a process of its own: in one that several trainers share, fresh
-    pages of large tensors, of which a tiny model has none, were seen to take twice as long."""
+    """The contender, on a CPU in a process of its own: what fresh pages cost then depends on no
+    other's memory. (A tiny model has no large tensors.)"""
     if CUDA or task.model == "tiny" or name == "LLaMA-Factory":
         return CONTENDERS[name](task)
     return OtherProcess(task, "bench.contenders", name)
