@@ -30,12 +30,13 @@ NOT_IDENTITY = frozenset(
     "dataset_num_proc dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
     "dataloader_persistent_workers dataloader_multiprocessing_context ddp_timeout "
     # how much memory and time it takes: a run that had too little goes on with less. Packs,
-    # layouts, compilation and attention's implementation only change the order in which sums are
-    # rounded; the reference is the same whenever it is scored.
+    # layouts, compilation, Liger's kernels and attention's implementation only change the order in
+    # which sums are rounded; the reference is the same whenever it is scored.
     "torch_empty_cache_steps head_cache_bytes max_tokens_per_forward gradient_checkpointing "
     "gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
     "layout strict_layout padding_free precompute_ref_log_probs precompute_ref_batch_size "
-    "attn_implementation pad_to_multiple_of ddp_find_unused_parameters ddp_bucket_cap_mb "
+    "attn_implementation use_liger_kernel liger_kernel_config pad_to_multiple_of "
+    "ddp_find_unused_parameters ddp_bucket_cap_mb "
     "torch_compile torch_compile_backend torch_compile_mode".split()
 )
 # but where rows are streamed, whose order depends on them

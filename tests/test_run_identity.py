@@ -57,6 +57,7 @@ def test_what_cannot_change_the_numbers_is_no_part_of_the_identity(tmp_path):
         {"layout": "padded"},
         {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 1},
         {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"use_liger_kernel": True, "liger_kernel_config": {"rope": False}},
     ],
     ids=lambda change: next(iter(change)),
 )
