@@ -21,7 +21,11 @@ def csv_rows(
     path: str, skip_bad: bool, columns: tuple[str, ...] | None
 ) -> Iterator[dict[str, Any]]:
     """The rows of a CSV file: its cells as texts, but None for an empty one, a number in the
-    reference columns, and messages where a conversation is written as JSON."""
+    reference columns, and messages where a conversation is written as JSON.
+
+    A malformed row, or one of another kind than those before it, is RowError, or with skip_bad what
+    preferences.raise_or_mark makes of it.
+    """
     lines = _csv_lines(path)
     header = next(lines, [])
     twice = [name for name in header if header.count(name) > 1]
@@ -29,6 +33,7 @@ def csv_rows(
     if twice or missing:
         wanted = f"the columns {list(columns)}" if missing else "each name once in the header"
         raise ValueError(f"{path}: want {wanted}, got {header}")
+    kinds: dict[str, str] = {}  # of the texts so far
     for index, cells in enumerate(lines):
         if len(cells) != len(header):
             wanted = f"want {len(header)} fields, as in the header, got {len(cells)}"
@@ -37,7 +42,9 @@ def csv_rows(
         row = {name: cell or None for name, cell in zip(header, cells, strict=True)}
         row = {name: row[name] for name in columns or header}
         try:
-            yield row | _numbers(row) | _messages(row)
+            row |= _numbers(row) | _messages(row)
+            _check_alike(row, kinds)
+            yield row
         except FieldError as error:
             yield raise_or_mark(f"{path}, row {index}, {error}", skip_bad)
 
@@ -85,3 +92,13 @@ def _messages(row: dict[str, str | None]) -> dict[str, list]:
     if errors and (messages or any(MESSAGES.match(str(row.get(f))) for f in TEXT_FIELDS)):
         raise errors[0]
     return messages
+
+
+def _check_alike(row: dict[str, Any], kinds: dict[str, str]) -> None:
+    """FieldError for a text among messages or the other way round; `kinds` gets what is new."""
+    for field in TEXT_FIELDS:
+        if (value := row.get(field)) is not None:
+            kind = type(value).__name__
+            wanted = kinds.setdefault(field, kind)
+            if kind != wanted:
+                raise FieldError(field, f"a {wanted}, as in the rows before", value)

@@ -63,12 +63,11 @@ def load_rows(
     IterableDataset, which reads as it goes (an array in a .json file whole). columns: those to
     read, None for all.
 
-    RowError at the first malformed row, with file, line and field. Malformed too: in JSON a
-    conversation among texts or the other way round, or a prompt in some rows alone; in CSV a row
-    with other fields than the header, or a cell that should be JSON and is not. With
-    on_bad_rows="skip" the row stays, with that message as `fastdpo_malformed`, for prepare_pairs to
-    count and leave out. ValueError for a path or split that is not there, and for what `datasets`
-    cannot read.
+    RowError at the first malformed row, with file, line and field. Malformed too: a conversation
+    among texts or the other way round; in JSON a prompt in some rows alone; in CSV a row with other
+    fields than the header, or a cell that should be JSON and is not. With on_bad_rows="skip" the
+    row stays, with that message as `fastdpo_malformed`, for prepare_pairs to count and leave out.
+    ValueError for a path or split that is not there, and for what `datasets` cannot read.
     """
     path, skip_bad = Path(path_or_name).expanduser(), on_bad_rows == "skip"
     is_saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()

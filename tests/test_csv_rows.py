@@ -132,8 +132,15 @@ def test_a_csv_column_that_no_one_reads_may_hold_anything(tmp_path):
         load_rows(str(tmp_path / "rows.csv"))
 
 
-def test_csv_rows_of_another_kind_are_reported_by_their_row(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_csv_row_of_another_kind_is_reported_or_counted(streaming, tmp_path):
     chat = {k: json.dumps(v) for k, v in CHAT.items()}
-    Dataset.from_list([chat, *tiny.rows(2)]).to_csv(tmp_path / "rows.csv")
-    with pytest.raises(RowError, match="rows.csv, row 1, field 'prompt': want values of the kind"):
-        load_rows(str(tmp_path / "rows.csv"))
+    path = str(tmp_path / "rows.csv")
+    for rows in ([chat, *tiny.rows(1), chat], [*tiny.rows(1), chat, *tiny.rows(1)]):
+        Dataset.from_list(rows).to_csv(path)
+        with pytest.raises(RowError, match=r"rows.csv, row 1, field 'prompt': want a (list|str), "):
+            list(load_rows(path, streaming=streaming))
+        read = load_rows(path, streaming=streaming, on_bad_rows="skip")
+        pairs, counts = prepare_pairs(read, tiny.tokenizer(), on_bad_rows="skip")
+        assert len(list(pairs)) == 2
+        assert streaming or counts.bad == 1
