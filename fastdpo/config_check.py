@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any, get_args
 
 from transformers import IntervalStrategy, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from fastdpo.losses import BATCH_LOSSES, LOSS_TYPES, SMOOTHED, WITH_F_DIVERGENCE
 
@@ -124,6 +125,14 @@ def _check_values(args: TrainingArguments) -> None:
         args.max_tokens_per_forward is None or args.include_num_input_tokens_seen == "no",
         "include_num_input_tokens_seen no with max_tokens_per_forward (num_tokens is logged)",
         args.include_num_input_tokens_seen,
+    )
+    optim = OptimizerNames(args.optim).value
+    in_backward = "lomo" in optim or optim.endswith("layerwise")
+    want(
+        args.max_tokens_per_forward is None or not in_backward,
+        f"max_tokens_per_forward unset with optim {optim} (it updates within each backward, and "
+        "every pack has one)",
+        args.max_tokens_per_forward,
     )
 
 

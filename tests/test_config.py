@@ -352,6 +352,10 @@ def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path):
             {"max_tokens_per_forward": 99, "include_num_input_tokens_seen": True},
             "include_num_input_tokens_seen no with max_tokens_per_forward",
         ),
+        *(
+            ({"optim": name, "max_tokens_per_forward": 99}, f"unset with optim {name} .*got 99")
+            for name in ("lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise")
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, message):
