@@ -13,7 +13,8 @@ from transformers.training_args import OptimizerNames
 
 from fastdpo.losses import BATCH_LOSSES, LOSS_TYPES, SMOOTHED, WITH_F_DIVERGENCE
 
-TRANSFORMERS = {each.name for each in fields(TrainingArguments)}  # which checks their choices
+# settings of transformers, which checks the choices of these
+TRANSFORMERS = {each.name for each in fields(TrainingArguments)} - {"train_sampling_strategy"}
 
 
 def want(condition: bool, wanted: str, came: Any) -> None:

@@ -243,6 +243,7 @@ def test_the_ends_of_a_range_are_in_it(tmp_path, name, value):
         ("pad_to_multiple_of", "some"),
         ("pad_to_multiple_of", 0),
         ("layout", "ragged"),
+        ("train_sampling_strategy", "by_length"),
         ("max_tokens_per_forward", 0),
         ("head_cache_bytes", -1),
         ("head_skip_below", 1.0),
