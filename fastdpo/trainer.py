@@ -120,7 +120,7 @@ class DPOTrainer(TRLNames, RowTrainer, ResumingTrainer):
         check_arguments(
             args, model, train_dataset, data_collator, optimizers, quantization_config, peft_config
         )
-        has_own_loop = not self._own_names().isdisjoint(["evaluate", "evaluation_loop"])
+        has_own_loop = bool(self._own_names() & {"evaluate", "evaluation_loop"})
         check_evaluation(args, eval_dataset, compute_metrics, has_own_loop=has_own_loop)
         check_overrides(type(self).__name__, self._own_names(), args)
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
@@ -175,7 +175,7 @@ class DPOTrainer(TRLNames, RowTrainer, ResumingTrainer):
 
     @property
     def has_own_loss(self) -> bool:
-        return not self._own_names().isdisjoint(["compute_loss", "prediction_step"])
+        return bool(self._own_names() & {"compute_loss", "prediction_step"})
 
     def _set_up_models(
         self, ref_model: PreTrainedModel | None, pair: Pair, *, has_new_adapters: bool
@@ -259,7 +259,7 @@ class DPOTrainer(TRLNames, RowTrainer, ResumingTrainer):
         if self.args.neftune_noise_alpha:
             return WHY_NEFTUNE_PADS
         steps = {"training_step", "compute_loss", "prediction_step"}
-        if self.args.layout == "auto" and steps & self._own_names():
+        if self.args.layout == "auto" and self._own_names() & steps:
             return f"{type(self).__name__} may run the model on a batch by itself"
         return None
 
