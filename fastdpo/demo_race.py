@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from resource import RUSAGE_SELF, getpagesize, getrusage
 from typing import Any
 
 import torch
@@ -156,12 +155,20 @@ WAYS = {"fastdpo": run_fastdpo, "naive": run_naive}
 
 def _measured(run: Callable[[], object]) -> dict[str, float]:
     """Wall seconds of `run()`, and how far it takes the process's memory beyond what it found."""
-    found = getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])  # resident
+    found = _resident_mib("VmRSS")
     start = time.perf_counter()
     run()
     seconds = time.perf_counter() - start
-    peak = 1024 * getrusage(RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "peak_mib": max(0, peak - found) / 2**20}
+    return {"seconds": seconds, "peak_mib": _resident_mib("VmHWM") - found}
+
+
+def _resident_mib(field: str) -> float:
+    """Memory of this process by Linux's name: VmRSS now, VmHWM at most so far.
+
+    (getrusage's ru_maxrss is at least what the process that started this one had.)
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
 def naive_training(
