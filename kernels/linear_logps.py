@@ -151,8 +151,8 @@ def linear_logps(
         then (token_logps_N, {name: (N,)}).
     head_cache_bytes: for tiles of p kept from the forward for a trained weight's gradient, beyond
         those that fit into the gradient's own memory (p of up to D rows, where both have the same
-        dtype; on a CPU in tiles of up to 512 rows, on a GPU of about 1024 or more). A tile that is
-        not kept costs one more product. Results differ by rounding alone.
+        dtype; on a CPU in tiles of up to 512 or 1024 rows, on a GPU of about 1024 or more). A tile
+        that is not kept costs one more product. Results differ by rounding alone.
     skip_below: leave columns of the vocabulary out of the second product whose p c is less than
         this in every row of a block (Cut Cross-Entropy, arXiv:2411.09009, has 2**-12).
         Log-probabilities and the gradients of head_VD, up_VR and bias_V do not change; a row of

@@ -10,16 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.kernels.products import HeadRows, Term
+from fastdpo.kernels.products import HeadRows, Term, has_fast_mkl
 
-# Tiles of logits. The CPU's stay in its cache; for any number of rows they have the same columns.
-# Each tile of columns reads and writes all of u once: a GPU's are as wide as the rows that the fold
-# can keep in registers (fold.MOST_IN_REGISTERS).
-TILE_ROWS = {"cpu": 512, "cuda": 4096}
-TILE_COLUMNS = {"cpu": 1024, "cuda": 8192}
+# Tiles of logits. The CPU's stay near its cache, MKL's products want them larger
+# (bench/results/cpu.md); for any number of rows they have the same columns. Each tile of columns
+# reads and writes all of u once: a GPU's are as wide as the rows that the fold can keep in
+# registers (fold.MOST_IN_REGISTERS).
+TILE_ROWS = {"cpu": 1024 if has_fast_mkl() else 512, "cuda": 4096}
+TILE_COLUMNS = {"cpu": 2048 if has_fast_mkl() else 1024, "cuda": 8192}
 FEW_ROWS = 2048  # with fewer, a GPU's tile may be wider, for fewer launches
-LEAST_ROWS = 1024  # a GPU's tile is not shrunk below this to fit a gradient's memory
-MOST_ROWS = 8192  # nor does it grow beyond this to fill it
+LEAST_ROWS = {"cpu": 512, "cuda": 1024}  # not shrunk below this to fit a gradient's memory
+MOST_ROWS = 8192  # nor does a GPU's tile grow beyond this to fill it
 # Rows of a tile start at multiples of this. cuBLAS wants them aligned; and on a CPU exp2 may round
 # elements left over from whole vectors differently: these are then the same columns in every row.
 ROW_MULTIPLE = 16
@@ -107,15 +108,15 @@ def _rows_with_room(terms: list[Term], p_dtype: torch.dtype) -> int:
 def tile_shape(device_type: str, N: int, V: int, D: int, room: int) -> tuple[int, int]:
     """Rows and columns of a tile; the rows are shared out evenly.
 
-    On a GPU, as many rows as there is `room` for where the p of a trained head may be kept, if
-    that is not too few. More rows leave fewer columns, and few rows allow more; a large D leaves
-    fewer, as the head's (columns, D) slice, which may have to be converted or dequantised, is never
-    larger than a full tile of logits.
+    Of a trained head, as many rows as there is `room` for where p may be kept, if that is not too
+    few; on a CPU at most as many as of a frozen one. On a GPU, more rows leave fewer columns, and
+    few rows allow more; a large D leaves fewer, as the head's (columns, D) slice, which may have to
+    be converted or dequantised, is never larger than a full tile of logits.
     """
     rows, columns = TILE_ROWS[device_type], TILE_COLUMNS[device_type]
     size = rows * columns
-    if device_type == "cuda" and room >= LEAST_ROWS:
-        rows = min(room, MOST_ROWS)
+    if room >= LEAST_ROWS[device_type]:
+        rows = min(room, MOST_ROWS if device_type == "cuda" else rows)
     num_blocks = -(-N // rows)
     rows = -(-N // num_blocks)  # the longest of even_slices
     if device_type == "cuda":

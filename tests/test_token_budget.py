@@ -9,6 +9,7 @@ from watches import Live
 
 from fastdpo import pack_trainer
 from fastdpo.batch import TokensRun
+from fastdpo.kernels import tiles
 from fastdpo.token_budget import (
     SAFE_SHARE,
     UNBOUNDED,
@@ -115,6 +116,7 @@ def test_a_token_costs_what_it_costs_in_a_large_forward(
     monkeypatch, tmp_path, tokenizer, checkpointing
 ):
     """In full: the gradients are larger than the activations of a pair."""
+    monkeypatch.setitem(tiles.TILE_ROWS, "cpu", 512)  # beside which the activations are large
     model = families.model(
         "llama",
         torch.float32,
