@@ -3,12 +3,14 @@
 `fastdpo train` takes the flags and YAML files of `trl dpo`; `fastdpo dpo` is the same. Bad input
 ends with one line on stderr and exit code 2, Ctrl-C with 130. Whatever goes wrong while flags, rows
 and model are read counts as bad input; FASTDPO_DEBUG=1 shows its traceback as well. Later errors
-propagate with their traceback.
+propagate with their traceback. Where the reader of the output has gone (`fastdpo train ... | head`)
+a command ends without a word, with 141 as in a shell; a run resumes, as after Ctrl-C.
 """
 
 import contextlib
 import gc
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,6 +45,9 @@ usage: fastdpo [--version] [--help] COMMAND ...
 `fastdpo COMMAND --help` lists a command's flags."""
 
 
+READER_GONE = 141  # 128 + SIGPIPE
+
+
 class BadInput(Exception):
     """What the caller got wrong, in one line."""
 
@@ -51,7 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run_command(argv)
+        code = _run_command(argv)
+        sys.stdout.flush()  # a reader that has gone is noticed here, or at Python's end
+        return code
+    except BrokenPipeError:
+        if _reader_has_gone():
+            return READER_GONE
+        raise
     except BadInput as error:
         if os.environ.get("FASTDPO_DEBUG") == "1":
             traceback.print_exception(error)
@@ -60,6 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastdpo: interrupted", file=sys.stderr)
         return 130
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads stdout or stderr any more; what is still to come then goes nowhere."""
+    has_gone = False
+    for stream in (sys.stdout, sys.stderr):
+        pipe = select.poll()
+        pipe.register(stream, 0)
+        if pipe.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python's end fails too
+            has_gone = True
+    return has_gone
 
 
 def _run_command(argv: list[str]) -> int:
@@ -157,16 +180,12 @@ def _train(trainer: "DPOTrainer", checkpoint: Path | None) -> None:
 def verify(argv: Sequence[str]) -> int:
     """Compare the engine with plain PyTorch as `argv` says: 0 where they agree, 1 where not.
 
-    3 for an error that is not bad input; 141, as in a shell, where the reader of the output has
-    gone. 1 is kept for a difference.
+    3 for an error that is not bad input. 1 is kept for a difference.
     """
     try:
         return _verify(argv)
-    except BadInput:
+    except (BadInput, BrokenPipeError):
         raise
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's end fails too
-        return 141
     except Exception:  # Python's own exit code for one is 1
         traceback.print_exc()
         return 3
@@ -297,7 +316,7 @@ def _bad_input() -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, BrokenPipeError):  # nor is a reader that has gone
         raise
     except (ValueError, OSError, ImportError) as error:
         raise BadInput(_one_line(error)) from error

@@ -1,9 +1,5 @@
 """`fastdpo verify`: it agrees with a sound engine; bad input; the command."""
 
-import os
-import subprocess
-import sys
-
 import datasets
 import families
 import pytest
@@ -263,32 +259,13 @@ def test_a_token_outside_the_vocabulary_is_named(here, tmp_path, capsys):
 # The command
 
 
-@pytest.mark.parametrize("error, code", [(KeyError("a"), 3), (BrokenPipeError(), 141)])
-def test_a_crash_does_not_exit_as_a_difference(here, monkeypatch, error, code, capfd):
+def test_a_crash_does_not_exit_as_a_difference(here, monkeypatch, capfd):
     def fail(*_):
-        raise error
+        raise KeyError("a")
 
-    monkeypatch.setattr(os, "dup2", lambda *_: None)
     monkeypatch.setattr(verify, "compare", fail)
-    assert run(here) == code
-    assert ("KeyError: 'a'" in capfd.readouterr().err) == (code == 3)
-
-
-def test_a_reader_that_has_gone_ends_it_without_a_word():
-    code = (
-        "import sys; from fastdpo import cli\n"
-        "def verify(argv):\n"
-        "    while True: print('a finding', flush=True)\n"
-        "cli._verify = verify\n"
-        "sys.exit(cli.main(['verify']))"
-    )
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    how["env"] = os.environ | {"PYTHONUNBUFFERED": ""}
-    with subprocess.Popen([sys.executable, "-c", code], **how) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 141
+    assert run(here) == 3
+    assert "KeyError: 'a'" in capfd.readouterr().err
 
 
 def test_memory_that_runs_out_is_no_layout_that_cannot_run(here, monkeypatch, capfd):
