@@ -5,8 +5,9 @@ accelerate is imported in functions alone, so that `fastdpo --help` answers at o
 
 import os
 import subprocess
-from argparse import ArgumentParser, Namespace
+from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from fastdpo.run_file import raise_error
@@ -35,24 +36,39 @@ def is_launched() -> bool:
 
 
 def launch_flags(unknown: list[str]) -> list[str]:
-    """Flags of `accelerate launch`, `--accelerate_config` written out, `--flag=false` dropped.
+    """Flags of `accelerate launch`, `--accelerate_config` written out, those that are off left out.
 
     ValueError for what accelerate does not know either.
     """
     if not unknown:
         return []
     parser = _launch_parser()
-    is_off = {f"{flag}=false" for flag in parser._option_string_actions}
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.error = raise_error
     finder.add_argument("--accelerate_config")
-    given, flags = finder.parse_known_args([flag for flag in unknown if flag not in is_off])
+    known = parser._option_string_actions | finder._option_string_actions
+    tokens = chain.from_iterable(_written_out(token, known) for token in unknown)
+    given, flags = finder.parse_known_args([*tokens])
     if given.accelerate_config is not None:
         flags = [*_accelerate_config(given.accelerate_config), *flags]
     command, stray = parser.parse_known_args([*flags, "--module", MODULE])
     if stray or command.training_script != MODULE:  # where a value without its flag ends up
         raise ValueError(f"unknown flag: {' '.join(stray) or command.training_script}")
     return flags
+
+
+def _written_out(token: str, known: dict[str, Action]) -> list[str]:
+    """`--flag=true`, `=false` or `=null` as `accelerate launch` has it: some of its flags have no
+    value, and are off where they are missing; others want true, false or no as a text."""
+    name, _, value = token.partition("=")
+    if name not in known or value not in ("true", "false", "null"):
+        return [token]
+    is_switch = known[name].nargs == 0
+    if value == "null" or (value == "false" and (is_switch or known[name].type is bool)):
+        return []
+    if value == "false" and "no" in (known[name].choices or ()):
+        return [f"{name}=no"]  # which YAML 1.1 reads as false
+    return [name] if is_switch else [token]
 
 
 def _launch_parser() -> ArgumentParser:

@@ -88,7 +88,7 @@ class TrainParser(HfArgumentParser):
             if name == "config" or "help".startswith(str(name)):
                 raise ValueError(f"want --{name} on the command line, got it in the YAML file")
             if not actions:
-                unknown += _tokens(name, value)
+                unknown.append(_token(name, value))
             for action in actions:
                 action.default = _checked(actions[0], value, self._hints.get(name))
         return unknown
@@ -175,7 +175,10 @@ def _is_one(action: argparse.Action, value: Any, hint: Any) -> bool:
     return isinstance(value, str | int | float)
 
 
-def _tokens(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--{name}=false"]
-    return [f"--{name}", str(value)]
+def _token(name: str, value: Any) -> str:
+    """What launch.launch_flags takes for a YAML value of a flag that is not of this parser."""
+    if value is None or isinstance(value, bool):
+        value = {None: "null", True: "true", False: "false"}[value]
+    elif isinstance(value, list):
+        value = ",".join(map(str, value))  # as accelerate has its lists
+    return f"--{name}={value}"

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from command_line import flags, settings, train
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from fastdpo import cli
 from fastdpo.launch import ACCELERATE_CONFIGS, is_launched, launch, launch_flags
+from fastdpo.parser import TrainParser
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"])
@@ -43,6 +45,48 @@ def test_launch_flags_may_be_written_with_an_equals_sign_or_be_off():
         "--num_processes",
         "2",
     ]
+
+
+@pytest.mark.parametrize(
+    "line, flags",
+    [
+        ("num_processes: null", []),
+        ("accelerate_config: null", []),
+        ("multi_gpu: null", []),
+        ("multi_gpu: true", ["--multi_gpu"]),
+        ("multi_gpu: false", []),
+        ("fsdp_offload_params: true", ["--fsdp_offload_params=true"]),
+        ("fsdp_reshard_after_forward: false", ["--fsdp_reshard_after_forward=false"]),
+        ("mixed_precision: no", ["--mixed_precision=no"]),
+        ("gpu_ids: [0, 1]", ["--gpu_ids=0,1"]),
+        ("monitor_interval: 0.5", ["--monitor_interval=0.5"]),
+    ],
+)
+def test_yaml_values_reach_accelerate_as_it_reads_them(tmp_path, line, flags):
+    (tmp_path / "run.yaml").write_text(f"{line}\n")
+    _, _, unknown = TrainParser(prog="train").parse(["--config", str(tmp_path / "run.yaml")])
+    assert launch_flags(unknown) == flags
+
+
+def test_what_accelerate_would_take_for_true_in_any_wording_is_left_out_where_it_is_false():
+    actions = launch_command_parser()._actions
+    names = [action.option_strings[0] for action in actions if action.type is bool]
+    assert launch_flags([f"{name}=false" for name in names]) == []  # bool("false") is True
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("num_processes: true", "--num_processes.*invalid int value: 'true'"),
+        ("multi_gpu: 1", "--multi_gpu.*'1'"),
+        ("betta: null", "unknown flag: --betta=null"),
+    ],
+)
+def test_a_yaml_value_that_accelerate_cannot_read_is_named(tmp_path, line, told):
+    (tmp_path / "run.yaml").write_text(f"{line}\n")
+    _, _, unknown = TrainParser(prog="train").parse(["--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(ValueError, match=told):
+        launch_flags(unknown)
 
 
 def test_a_flag_overrides_that_of_a_named_config():

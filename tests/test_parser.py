@@ -125,7 +125,7 @@ def test_yaml_sets_values_and_flags_override(tmp_path):
     assert training.model_init_kwargs == {"dtype": "bfloat16"}
     assert model.lora_target_modules == ["q_proj", "v_proj"]
     assert (model.lora_modules_to_save, model.dtype) == (None, None)
-    from_yaml = ["--num_processes", "2", "--multi_gpu", "--use_fsdp=false"]
+    from_yaml = ["--num_processes=2", "--multi_gpu=true", "--use_fsdp=false"]
     assert unknown == [*from_yaml, "--num_processes", "1"]  # accelerate takes the last
 
 
