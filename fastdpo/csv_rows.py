@@ -10,7 +10,7 @@ from typing import Any
 
 from fastdpo.columns import REFERENCE_COLUMNS
 from fastdpo.messages import parsed
-from fastdpo.preferences import TEXT_FIELDS, raise_or_mark
+from fastdpo.preferences import TEXT_FIELDS, check_same_kind, raise_or_mark
 from fastdpo.row_errors import FieldError, RowError
 
 OBJECTS = re.compile(r"\s*\[\s*\{")
@@ -18,12 +18,13 @@ MESSAGES = re.compile(r'\s*\[\s*\{\s*"role"\s*:')
 
 
 def csv_rows(
-    path: str, skip_bad: bool, columns: tuple[str, ...] | None
+    path: str, skip_bad: bool, columns: tuple[str, ...] | None, kinds: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
     """The rows of a CSV file: its cells as texts, but None for an empty one, a number in the
     reference columns, and messages where a conversation is written as JSON.
 
-    A malformed row, or one of another kind than those before it, is RowError, or with skip_bad what
+    A malformed row, or one of another kind than those before it, also those of the files that
+    `kinds` comes from (preferences.check_same_kind), is RowError, or with skip_bad what
     preferences.raise_or_mark makes of it.
     """
     lines = _csv_lines(path)
@@ -33,7 +34,6 @@ def csv_rows(
     if twice or missing:
         wanted = f"the columns {list(columns)}" if missing else "each name once in the header"
         raise ValueError(f"{path}: want {wanted}, got {header}")
-    kinds: dict[str, str] = {}  # of the texts so far
     for index, cells in enumerate(lines):
         if len(cells) != len(header):
             wanted = f"want {len(header)} fields, as in the header, got {len(cells)}"
@@ -43,7 +43,7 @@ def csv_rows(
         row = {name: row[name] for name in columns or header}
         try:
             row |= _numbers(row) | _messages(row)
-            _check_alike(row, kinds)
+            check_same_kind(row, kinds)
             yield row
         except FieldError as error:
             yield raise_or_mark(f"{path}, row {index}, {error}", skip_bad)
@@ -92,13 +92,3 @@ def _messages(row: dict[str, str | None]) -> dict[str, list]:
     if errors and (messages or any(MESSAGES.match(str(row.get(f))) for f in TEXT_FIELDS)):
         raise errors[0]
     return messages
-
-
-def _check_alike(row: dict[str, Any], kinds: dict[str, str]) -> None:
-    """FieldError for a text among messages or the other way round; `kinds` gets what is new."""
-    for field in TEXT_FIELDS:
-        if (value := row.get(field)) is not None:
-            kind = type(value).__name__
-            wanted = kinds.setdefault(field, kind)
-            if kind != wanted:
-                raise FieldError(field, f"a {wanted}, as in the rows before", value)

@@ -10,6 +10,7 @@ from typing import Any
 from fastdpo.preferences import (
     OPTION_FIELDS,
     TEXT_FIELDS,
+    check_same_kind,
     checked_row,
     raise_or_mark,
     storable,
@@ -21,15 +22,17 @@ BETWEEN_ROWS = re.compile(r"[ \t\r\n,]*")
 
 
 def json_rows(
-    path: str, skip_bad: bool, columns: tuple[str, ...] | None
+    path: str, skip_bad: bool, columns: tuple[str, ...] | None, kinds: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
     """The rows of a JSON file, checked, as preferences.storable makes them.
 
-    columns: those to read, None for all. A malformed row, or one of another kind than the first, is
-    RowError, or with skip_bad what preferences.raise_or_mark makes of it. ValueError where the
-    first good row lacks some of `columns`.
+    columns: those to read, None for all. A malformed row, one of another kind than those before it,
+    also those of the files that `kinds` comes from (preferences.check_same_kind), or one with a
+    prompt where the file's first has none or without, is RowError, or with skip_bad what
+    preferences.raise_or_mark makes of it. ValueError where the first good row lacks some of
+    `columns`.
     """
-    kinds: dict[str, str] = {}  # of the first row's texts
+    first: set[str] = set()  # the texts that the first row has
     unseen = set(columns or ()).difference(OPTION_FIELDS)  # of the columns, until a row is good
     for line, row in _values(Path(path)):
         try:
@@ -37,7 +40,7 @@ def json_rows(
                 raise FieldError("row", "an object in JSON, in UTF-8", str(row))
             if columns is not None and isinstance(row, dict):
                 row = {name: row[name] for name in columns if name in row}
-            if not kinds and isinstance(row, dict):
+            if not first and isinstance(row, dict):
                 warn_of_unread(path, row)
             checked = checked_row(row)
             unseen = unseen.difference(row)
@@ -45,24 +48,25 @@ def json_rows(
                 raise ValueError(
                     f"{path}: want the columns {list(columns)}, line {line} has no {sorted(unseen)}"
                 )
-            kinds = kinds or _kinds(row)
-            _check_alike(row, kinds)
+            check_same_kind(row, kinds)
+            first = first or _texts(row)
+            _check_texts(row, first)
             yield storable(checked)
         except FieldError as error:
             yield raise_or_mark(f"{path}, line {line}, {error}", skip_bad)
 
 
-def _kinds(row: dict[str, Any]) -> dict[str, str]:
-    """Which of the three texts a row has, and their types; {} for token ids."""
-    return {field: type(row[field]).__name__ for field in TEXT_FIELDS if row.get(field) is not None}
+def _texts(row: dict[str, Any]) -> set[str]:
+    """Which of the three texts a row has; none for token ids."""
+    return {field for field in TEXT_FIELDS if row.get(field) is not None}
 
 
-def _check_alike(row: dict[str, Any], first: dict[str, str]) -> None:
-    """FieldError if a text field is missing, new or of another type than in the first row."""
-    kinds = _kinds(row)
-    for field in TEXT_FIELDS if kinds else ():
-        if kinds.get(field) != first.get(field):
-            wanted = f"a {first[field]}" if field in first else "none"
+def _check_texts(row: dict[str, Any], first: set[str]) -> None:
+    """FieldError if a text is missing or new, beside the first row's."""
+    texts = _texts(row)
+    for field in TEXT_FIELDS if texts else ():
+        if (field in texts) != (field in first):
+            wanted = "a value" if field in first else "none"
             said = None if field in row else "no such field"
             raise FieldError(field, f"{wanted}, as in the first row", row.get(field), said=said)
 

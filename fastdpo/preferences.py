@@ -161,6 +161,19 @@ def _checked_reference(row: dict[str, Any]) -> dict[str, float]:
     return {field: float(row[field]) for field in given}
 
 
+def check_same_kind(row: Mapping[str, Any], kinds: dict[str, str]) -> None:
+    """FieldError for a text among messages or the other way round.
+
+    kinds: of the texts of the rows before; what is new in this one is added.
+    """
+    for field in TEXT_FIELDS:
+        if (value := row.get(field)) is not None:
+            kind = type(value).__name__
+            wanted = kinds.setdefault(field, kind)
+            if kind != wanted:
+                raise FieldError(field, f"a {wanted}, as in the rows before", value)
+
+
 def raise_or_mark(reason: str, skip_bad: bool) -> dict[str, str | None]:
     """RowError, or what stands for a row that could not be read, if it may be skipped."""
     if not skip_bad:

@@ -234,7 +234,12 @@ def _read_split(
 def _read_files(
     files: list[str], source: str, *, columns: list[str] | None, streaming: bool, skip_bad: bool
 ) -> Rows:
-    settings = {"files": files, "skip_bad": skip_bad, "columns": columns and tuple(columns)}
+    settings = {
+        "files": files,
+        "skip_bad": skip_bad,
+        "columns": columns and tuple(columns),
+        "kinds": {},  # of all files' texts: a stream calls _rows_of for each file by itself
+    }
     if streaming:
         return IterableDataset.from_generator(_rows_of, gen_kwargs=settings)
     rows = list(_rows_of(**settings))
@@ -247,10 +252,10 @@ def _read_files(
 
 
 def _rows_of(
-    files: list[str], skip_bad: bool, columns: tuple[str, ...] | None
+    files: list[str], skip_bad: bool, columns: tuple[str, ...] | None, kinds: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
     for file in files:
-        yield from READERS[Path(file).suffix](file, skip_bad, columns)
+        yield from READERS[Path(file).suffix](file, skip_bad, columns, kinds)
 
 
 def _with_a_row(rows: Rows, path: Path) -> Rows:

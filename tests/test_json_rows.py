@@ -25,7 +25,7 @@ MALFORMED = {
     "number-for-chosen": ({"prompt": "a", "chosen": 3, "rejected": "c"}, "field 'chosen'.*got 3"),
     "half-a-character": (b'{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}', "'chosen'.*Uni"),
     "a-name-twice": (b'{"prompt": "a", "chosen": "b", "chosen": "x", "rejected": "c"}', "twice"),
-    "another-kind": (CHAT, "field 'prompt': want a str, as in the first row"),
+    "another-kind": (CHAT, "field 'prompt': want a str, as in the rows before"),
     "a-lost-prompt": ({"chosen": "a b", "rejected": "a c"}, "'prompt'.*as in the first row"),
     "id-out-of-range": ({"prompt_ids": [2**63], "chosen_ids": [1], "rejected_ids": [2]}, "ids'"),
     "logp-beyond-float": (

@@ -77,6 +77,24 @@ def test_the_files_of_a_folder_are_read_as_single_ones_are(streaming, tmp_path, 
     assert [row["chosen"] for row in rows][:2] == [None, "2026-01-31"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix, at", [("jsonl", "line 1"), ("csv", "row 0")])
+def test_a_conversation_is_malformed_among_the_texts_of_another_file(
+    suffix, at, streaming, tmp_path
+):
+    chat = {name: json.dumps(messages) for name, messages in CHAT.items()}
+    for name, rows in {"a": tiny.rows(2), "b": [chat if suffix == "csv" else CHAT]}.items():
+        if suffix == "csv":
+            Dataset.from_list(rows).to_csv(tmp_path / f"{name}.csv")
+        else:
+            write_lines(tmp_path / f"{name}.jsonl", rows)
+    told = rf"b.{suffix}, {at}, field 'prompt': want a str, as in the rows before, got \[{{"
+    with pytest.raises(RowError, match=told):
+        list(load_rows(str(tmp_path), streaming=streaming))
+    rows = load_rows(str(tmp_path), streaming=streaming, on_bad_rows="skip")
+    assert [row.get(MALFORMED) is None for row in rows] == [True, True, False]
+
+
 @pytest.mark.parametrize(
     ("names", "unread"),
     [
