@@ -49,9 +49,10 @@ class RowTrainer(MeasuringTrainer):
         self, dataset: Rows, name: str, tokenizer: PreTrainedTokenizerBase, args: DPOConfig
     ) -> Rows:
         """`dataset` as token ids, counted. The constructor has it before there is a self.args."""
-        pairs, self.pair_counts[name] = prepare_pairs(
-            dataset, tokenizer, name=name, **args.data_settings
-        )
+        settings = args.data_settings
+        if name != "train":
+            settings["keep_columns"] = True  # callbacks such as TRL's generate from its prompts
+        pairs, self.pair_counts[name] = prepare_pairs(dataset, tokenizer, name=name, **settings)
         return pairs
 
     def _prepare(self, dataset: Rows, name: str) -> Rows:

@@ -31,6 +31,14 @@ def test_custom_columns_reach_a_custom_collator(tmp_path, tokenizer):
     assert logged(kept) == logged(plain)
 
 
+def test_an_evaluation_sets_texts_stay_for_callbacks_that_generate(tmp_path, tokenizer):
+    rows = Dataset.from_list(tiny.rows(3))
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset={"a": rows, "b": rows})
+    for each in trainer.eval_dataset.values():
+        assert each["prompt"] == rows["prompt"]
+    assert trainer.evaluate()["eval_a_loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
 def test_a_collator_set_later_gets_lists_as_one_given_at_the_start(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, layout="padded", max_steps=1)
     padded, seen = trainer.data_collator, []
