@@ -133,12 +133,14 @@ def _status(pairs: Dataset, cut: Cut) -> np.ndarray:
 
 def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
     """The columns of `dataset`; ValueError where a pair's are not among them."""
-    columns = dataset.column_names
+    columns, why = dataset.column_names, ""
     if columns is None or has_transform(dataset):
         # the rows say; one that could not be read does not
         columns = list(next((row for row in dataset if MALFORMED not in row), {}))
+        if not columns and (first := next(iter(dataset), None)):
+            why = f", the first: {first[MALFORMED]}"
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
-        raise ValueError(f"{name} dataset: want at least one row that can be read, got none")
+        raise ValueError(f"{name} dataset: want at least one row that can be read, got none{why}")
     if not ({"chosen", "rejected"} <= set(columns) or set(ID_COLUMNS) <= set(columns)):
         raise ValueError(
             f"{name} dataset: want the columns chosen and rejected, with prompt or without, or "

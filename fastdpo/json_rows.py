@@ -37,7 +37,7 @@ def json_rows(
     for line, row in _values(Path(path)):
         try:
             if isinstance(row, Exception):
-                raise FieldError("row", "an object in JSON, in UTF-8", str(row))
+                raise FieldError("row", "an object in JSON on one line, in UTF-8", str(row))
             if columns is not None and isinstance(row, dict):
                 row = {name: row[name] for name in columns if name in row}
             if not first and isinstance(row, dict):

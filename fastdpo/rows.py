@@ -217,15 +217,17 @@ def _read_split(
     named = [name for name in files if name in re.findall(r"\w+", split)]
     rows = {name: read(files[name], source) for name in named}
     if not rows or isinstance(rows[named[0]], IterableDataset):
-        raise ValueError(
-            f"{source}: want one of the splits {[*files]}, got {split!r} (train.jsonl and "
-            "test.jsonl in a folder are two splits)"
-        )
+        hint = "train.jsonl and test.jsonl in a folder are two splits"
+        hint = "a stream has no parts" if rows else hint
+        raise ValueError(f"{source}: want one of the splits {[*files]}, got {split!r} ({hint})")
     try:
         counts = {name: len(rows[name]) for name in named}
         parts = ReadInstruction.from_spec(split).to_absolute(counts)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    parts = [part for part in parts if part.from_ < part.to]
+    if not parts:
+        raise ValueError(f"{source}: want at least one row, got none in {split!r} of {counts}")
     return concatenate_datasets(
         [rows[part.splitname].select(range(part.from_, part.to)) for part in parts]
     )

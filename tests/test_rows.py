@@ -241,6 +241,9 @@ def test_a_file_without_a_row_that_could_be_read_is_named_with_the_first_reason(
     told = r"rows.jsonl: want at least one row, got none \(2 malformed, the first: .*line 1, "
     with pytest.raises(ValueError, match=told):
         load_rows(path, on_bad_rows="skip")
+    stream = load_rows(path, on_bad_rows="skip", streaming=True)
+    with pytest.raises(ValueError, match="got none, the first: .*rows.jsonl, line 1, "):
+        prepare_pairs(stream, tiny.tokenizer(), on_bad_rows="skip")
 
 
 def test_why_a_row_of_a_mixture_could_not_be_read_stays_its_reason(tmp_path):
@@ -323,6 +326,11 @@ def test_splits_and_files_that_are_not_there_are_refused(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", tiny.rows(2))
     with pytest.raises(ValueError, match=r"want one of the splits \['train'\], got 'test'"):
         load_rows(path, split="test")
+    with pytest.raises(ValueError, match=r"rows.jsonl: want at least one row.*'train\[2:\]' of"):
+        load_rows(path, split="train[2:]")
+    assert len(load_rows(path, split="train[2:]+train[:1]")) == 1
+    with pytest.raises(ValueError, match=r"got 'train\[:1\]' \(a stream has no parts\)"):
+        load_rows(path, split="train[:1]", streaming=True)
     DatasetDict({"train": Dataset.from_list(tiny.rows())}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"want one of the splits \['train'\], got 'test'"):
         load_rows(str(tmp_path / "saved"), split="test")
