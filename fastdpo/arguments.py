@@ -74,8 +74,9 @@ def _dataset_config(entry: DatasetConfig | dict[str, Any]) -> DatasetConfig:
         raise ValueError(f"datasets: want mappings with a path, got {entry!r}")
     names = DatasetConfig.__dataclass_fields__
     unknown = [name for name in entry if name not in names]
-    if unknown or "path" not in entry:
-        got = f"unknown {unknown}" if unknown else f"no path, only {list(entry)}"
+    if unknown or entry.get("path", "") == "":
+        others = [name for name in entry if name != "path"]
+        got = f"unknown {unknown}" if unknown else f"no path, only {others}"
         raise ValueError(f"datasets: want path and any of {list(names)[1:]}, got {got}")
     for name, hint in get_type_hints(DatasetConfig).items():
         if name in entry and not _is_a(entry[name], hint):

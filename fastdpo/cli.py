@@ -215,9 +215,11 @@ def _verify(argv: Sequence[str]) -> int:
 def _check_flags(run: "RunArguments") -> None:
     """ValueError for flags that are missing, or that would have no effect."""
     script_args, training_args, model_args, mixture_args = run
-    if model_args.model_name_or_path is None:
+    if not model_args.model_name_or_path:
         raise ValueError("want --model_name_or_path, got none")
-    if script_args.dataset_name is None and not mixture_args.datasets:
+    if not training_args.output_dir:
+        raise ValueError("want --output_dir, got an empty name")
+    if not (script_args.dataset_name or mixture_args.datasets):
         raise ValueError("want --dataset_name, or datasets in a YAML file, got neither")
     if script_args.dataset_name is not None and mixture_args.datasets:
         raise ValueError("want --dataset_name, or datasets in a YAML file, got both")

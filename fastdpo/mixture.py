@@ -78,27 +78,41 @@ def _load_mixture(
     rows = concatenate_datasets(parts)
     if held_out is None:
         return rows, None
-    halves = rows.train_test_split(test_size=held_out, seed=seed)
+    try:
+        halves = rows.train_test_split(test_size=held_out, seed=seed)
+    except ValueError:
+        wanted = f"a test_split_size that leaves some of the mixture's {len(rows)} rows to train on"
+        raise ValueError(f"want {wanted}, got {held_out}") from None
     return halves["train"], halves["test"] if with_eval else None
 
 
 def _concatenable(parts: list[Rows], names: list[str], *, skip_bad: bool) -> list[Rows]:
     """`parts` with the same columns; as they are, where they have. ValueError for texts beside
-    conversations, as far as it shows before a row is read."""
-    features = [part.features or {} for part in parts]
-    kinds = {
-        name: "texts" if isinstance(each["chosen"], Value) else "conversations"
-        for name, each in zip(names, features, strict=True)
-        if "chosen" in each
-    }
+    conversations, as far as columns and first rows show it."""
+    kinds = {name: _kind(part) for name, part in zip(names, parts, strict=True)}
+    kinds = {name: kind for name, kind in kinds.items() if kind is not None}
     if len({*kinds.values()}) > 1:
         detail = ", ".join(f"{name} as {kind}" for name, kind in kinds.items())
         raise ValueError(f"want `datasets` all as conversations or all as texts, got {detail}")
     is_stream = isinstance(parts[0], IterableDataset)
-    if not is_stream and all(each == features[0] for each in features):
+    if not is_stream and all(part.features == parts[0].features for part in parts):
         return parts
     named = zip(parts, names, strict=True)
     return [in_one_schema(part, name, skip_bad=skip_bad) for part, name in named]
+
+
+def _kind(part: Rows) -> str | None:
+    """Whether its rows are texts or conversations, by its columns or its first row; None for
+    neither, or where that row says nothing."""
+    if part.features is None:
+        chosen = next(iter(part), {}).get("chosen")
+        is_text = isinstance(chosen, str)
+    else:
+        chosen = part.features.get("chosen")
+        is_text = isinstance(chosen, Value)
+    if chosen is None:
+        return None
+    return "texts" if is_text else "conversations"
 
 
 def _with_origin(rows: Rows, source: str) -> Rows:

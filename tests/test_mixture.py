@@ -101,13 +101,14 @@ def test_sources_of_unlike_rows_make_one_mixture(suffixes, kinds, streaming, tmp
     assert list(prepare_pairs(rows, tiny.tokenizer())[0]) == apart
 
 
-def test_texts_and_conversations_do_not_mix(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_and_conversations_do_not_mix(streaming, tmp_path):
     for name, rows in (("texts", tiny.rows(2)), ("chats", chat(tiny.rows(2)))):
         tiny.write_rows(tmp_path / f"{name}.jsonl", list(rows))
     datasets = [DatasetConfig(str(tmp_path / f"{name}.jsonl")) for name in ("texts", "chats")]
     told = r"all as conversations or all as texts, got .*texts.jsonl as texts.*chats.jsonl as conv"
     with pytest.raises(ValueError, match=told):
-        load(DatasetMixtureConfig(datasets=datasets))
+        load(DatasetMixtureConfig(datasets=datasets, streaming=streaming))
 
 
 @pytest.mark.parametrize("settings", [{}, {"test_split_size": 2}, {"streaming": True}])
@@ -203,6 +204,8 @@ def test_a_count_of_rows_to_hold_out_comes_from_yaml_and_the_command_line(parts,
         ({"fractions": (1, math.inf)}, "every dataset or for none"),
         ({"fractions": (1, 1e-3)}, "at least one row of .*b.jsonl, got none of 8 rows"),
         ({"test_split_size": math.nan}, "a share below 1 or a count, got nan"),
+        ({"test_split_size": 12}, "leaves some of the mixture's 12 rows to train on, got 12"),
+        ({"test_split_size": 0.99}, "12 rows to train on, got 0.99"),
         ({"test_split_size": -1}, "a share below 1 or a count, got -1"),
     ],
 )
