@@ -176,10 +176,15 @@ def _gather_pairs(gather: Callable, outputs: Any) -> Any:
     """`outputs` of all ranks, without repeats: accelerate cuts the last batch to its pairs.
 
     A tensor, or tuples, lists and mappings of tensors: (S, ...), chosen and rejected; or (B,), the
-    loss of a batch as many times.
+    loss of a batch as many times. With eval_use_gather_object ranks may have rows of other sizes:
+    then a list of rows.
     """
 
-    def gathered(x: Tensor) -> Tensor:
-        return gather(x) if x.ndim == 1 else torch.cat([gather(half) for half in x.chunk(2)])
+    def gathered(x: Tensor) -> Tensor | list[Tensor]:
+        parts = [gather(part) for part in (x.chunk(2) if x.ndim > 1 else [x])]
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)
+        rows = [row.to(x.device) for part in parts for row in part]
+        return torch.stack(rows) if len({row.shape for row in rows}) == 1 else rows
 
     return recursively_apply(gathered, outputs)

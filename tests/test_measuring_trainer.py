@@ -236,6 +236,7 @@ def test_no_logits_are_made_that_no_one_asks_for(tmp_path, tokenizer):
 
 EVALUATE = """
 import json, sys
+from functools import partial
 from pathlib import Path
 import tiny
 from datasets import Dataset
@@ -256,6 +257,9 @@ if sys.argv[2] == "streamed":
 metrics = [trainer.evaluate(dataset) for dataset in datasets]
 for dataset, measured in zip(datasets, metrics):
     measured["predicted"] = len(trainer.predict(dataset).predictions)
+# eval_use_gather_object's
+trainer.gather_function = partial(trainer.accelerator.gather_for_metrics, use_gather_object=True)
+metrics[1]["predicted as objects"] = len(trainer.predict(datasets[1]).predictions)
 if trainer.is_world_process_zero():
     print("METRICS", json.dumps(metrics))
 trainer.accelerator.wait_for_everyone()
@@ -274,6 +278,20 @@ def test_two_ranks_measure_what_one_does_of_any_number_of_pairs(tmp_path, rows):
         assert counts == pytest.approx([count, count], rel=2e-2)  # they are rounded
         for name in set(alone) - set(speeds):
             assert together[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
+def test_rows_of_unlike_sizes_may_be_gathered_as_objects(tmp_path, tokenizer):
+    rows = Dataset.from_list(tiny.rows(4))
+    trainer = make_trainer(
+        tmp_path, tokenizer, per_device_eval_batch_size=2, eval_do_concat_batches=False
+    )
+
+    def as_objects(x):
+        return [row[: 3 + i] if row.ndim else row for i, row in enumerate(x)]
+
+    trainer.gather_function = as_objects
+    for batch in trainer.predict(rows).predictions:
+        assert [row.shape for row in batch] == [(3 + i, len(tokenizer)) for i in (0, 1, 0, 1)]
 
 
 def test_experts_of_pairs_that_another_rank_had_too_are_not_counted(
