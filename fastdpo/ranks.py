@@ -52,10 +52,11 @@ def pairs_not_repeated(num_pairs: int, accelerator: Accelerator) -> int:
     """How many pairs of this rank's batch, the first ones, are not repeats.
 
     At the end of a dataset accelerate repeats its first rows to fill every rank's last batch. They
-    are counted as gather_for_metrics does: a stream that workers read seems to have none.
+    are counted as gather_for_metrics does, but for a single rank, which repeats none: a stream that
+    workers read seems to have none.
     """
     state = accelerator.gradient_state
-    if not state.end_of_dataloader or state.remainder <= 0:
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return num_pairs
     return min(max(state.remainder - accelerator.process_index * num_pairs, 0), num_pairs)
 

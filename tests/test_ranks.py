@@ -95,8 +95,16 @@ def test_the_least_of_two_ranks_counts(here, there):
 )
 def test_pairs_that_fill_up_the_last_batches_are_not_counted(at_end, remainder, new):
     state = SimpleNamespace(end_of_dataloader=at_end, remainder=remainder)
-    both = [SimpleNamespace(gradient_state=state, process_index=rank) for rank in (0, 1)]
+    of_two = {"gradient_state": state, "num_processes": 2}
+    both = [SimpleNamespace(**of_two, process_index=rank) for rank in (0, 1)]
     assert [pairs_not_repeated(4, each) for each in both] == new
+
+
+def test_a_single_rank_repeats_no_pairs():
+    """Though a loader has a ragged end: of training, say, where a callback evaluates a batch."""
+    state = SimpleNamespace(end_of_dataloader=True, remainder=3)
+    alone = SimpleNamespace(gradient_state=state, num_processes=1, process_index=0)
+    assert pairs_not_repeated(4, alone) == 4
 
 
 def test_gradients_are_averaged_however_they_are_cut_into_lots(reduced, monkeypatch):
