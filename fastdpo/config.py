@@ -190,8 +190,6 @@ class DPOConfig(TrainingArguments):
         if getattr(self, "activation_checkpointing", False) is None:
             # transformers 5.18 renamed the field and warns at every use of the old name
             self.activation_checkpointing = self.gradient_checkpointing
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
         multiple = count_or_auto("pad_to_multiple_of", self.pad_to_multiple_of)
         self.pad_to_multiple_of = None if multiple == "auto" else multiple
         self.max_tokens_per_forward = count_or_auto(
@@ -217,6 +215,11 @@ class DPOConfig(TrainingArguments):
             logger.warning(
                 "padding_free=True changes nothing: `layout` decides how pairs are laid out."
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Makes a list of a single loss_type, which a script may set between steps, too."""
+        is_one_loss = name == "loss_type" and isinstance(value, str)
+        super().__setattr__(name, [value] if is_one_loss else value)
 
     @property
     def length_column(self) -> str | None:

@@ -341,6 +341,16 @@ def test_a_loss_setting_may_change_between_steps_by_the_name_that_trl_has(tmp_pa
     assert logged(trainers[0]) == logged(trainers[1])
 
 
+def test_a_loss_may_be_set_as_text(tmp_path, tokenizer):
+    made, by_args, by_name = (
+        make_trainer(tmp_path, tokenizer, **settings) for settings in ({"loss_type": "ipo"}, {}, {})
+    )
+    by_args.args.loss_type = by_name.loss_types = "ipo"
+    for trainer in (made, by_args, by_name):
+        trainer.train()
+    assert logged(made) == logged(by_args) == logged(by_name)
+
+
 def test_each_loss_setting_may_be_set_by_the_name_that_trl_has(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, loss_weights=[2.0])
     callers, before = trainer.args, copy.deepcopy(trainer.args.to_dict())

@@ -153,7 +153,7 @@ def test_logging_may_be_set_by_args_own_method(tmp_path, tokenizer, report_to):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("loss_type", "ipo"), ("beta", 0.0), ("learning_rate", -1.0)]
+    ("name", "value"), [("truncation_mode", "end"), ("beta", 0.0), ("learning_rate", -1.0)]
 )
 def test_a_setting_changed_since_is_checked_again(tmp_path, name, value):
     args = DPOConfig(output_dir=tmp_path, use_cpu=True, report_to="none")
