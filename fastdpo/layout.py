@@ -90,6 +90,11 @@ def choose_layout(
         return Layout(name, DESCRIPTIONS[name] + unchecked)
     if is_error:
         raise ValueError(f"want layout={wanted!r} for a model that can run it: {reason}")
+    return padded_layout(reason)
+
+
+def padded_layout(reason: str) -> Layout:
+    """The layout to fall back to, told in a warning."""
     logger.warning(f"layout padded: {reason}")
     return Layout("padded", f"{DESCRIPTIONS['padded']}: {reason}")
 

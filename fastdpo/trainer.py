@@ -29,12 +29,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from fastdpo.batch import PairBatch, TokensRun, count_pairs
 from fastdpo.batch_loss import PackLogps, PackLoss, with_pack_losses
-from fastdpo.collate import first_pairs_longest_first
+from fastdpo.collate import PackedCollator, first_pairs_longest_first
 from fastdpo.columns import Pair
 from fastdpo.config import DPOConfig
 from fastdpo.experts import ExpertCounts, aux_loss_weight, with_batch_experts
 from fastdpo.following_reference import FollowPolicy
-from fastdpo.layout import Layout, choose_layout
+from fastdpo.layout import Layout, choose_layout, padded_layout
 from fastdpo.layout_check import LayoutCheck
 from fastdpo.losses import PairLoss, pair_loss
 from fastdpo.metrics import first_pairs
@@ -172,6 +172,9 @@ class DPOTrainer(TRLNames, RowTrainer, ResumingTrainer):
         if returns_means(own):
             self.loss_is_scaled_for_ga = False  # Trainer divides
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga  # its name before 5.18
+        reason = self._reason_to_pad()
+        if reason and isinstance(self.data_collator, PackedCollator):  # not yet in the constructor
+            self.layout, self.data_collator = padded_layout(reason), self._make_collator("padded")
 
     @property
     def has_own_loss(self) -> bool:
@@ -226,6 +229,10 @@ class DPOTrainer(TRLNames, RowTrainer, ResumingTrainer):
         if not self.is_sharded:
             self.reference = once_training(self.model, self.reference)
         return super()._inner_training_loop(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        self._heed_overrides()
+        return super().evaluate(*args, **kwargs)
 
     def summary(self) -> str:
         """What is about to run: model, pairs, dropped rows, layout, kernels, reference, updates."""

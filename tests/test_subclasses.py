@@ -230,6 +230,26 @@ def test_a_subclass_that_may_run_the_model_itself_gets_sequences(tmp_path, token
     assert build(Watching, tmp_path, tokenizer, layout="shared").layout.name == "shared"
 
 
+@pytest.mark.parametrize("run", ["train", "evaluate"])
+def test_a_loss_put_into_a_trainer_may_run_the_model_itself(run, tmp_path, tokenizer):
+    trainer = build(DPOTrainer, tmp_path, tokenizer, eval_dataset=Dataset.from_list(tiny.rows(2)))
+    assert trainer.layout.name == "shared"
+    losses = []
+
+    def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(input_ids=inputs["input_ids"]).logits
+        losses.append(logits[inputs["completion_mask"].bool()].logsumexp(-1).mean())
+        return losses[-1]
+
+    trainer.compute_loss = compute_loss
+    getattr(trainer, run)()
+    assert losses and trainer.layout.name == "padded"
+    by_name = build(DPOTrainer, tmp_path, tokenizer, layout="shared")
+    by_name.compute_loss = DPOTrainer.compute_loss.__get__(by_name)
+    by_name.train()
+    assert by_name.layout.name == "shared"
+
+
 class Stepping(DPOTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         return super().training_step(model, inputs, num_items_in_batch)
