@@ -44,8 +44,7 @@ usage: fastdpo [--version] [--help] COMMAND ...
 
 `fastdpo COMMAND --help` lists a command's flags."""
 
-
-READER_GONE = 141  # 128 + SIGPIPE
+READER_GONE = 141  # the exit code: 128 + SIGPIPE
 
 
 class BadInput(Exception):
@@ -184,9 +183,11 @@ def verify(argv: Sequence[str]) -> int:
     """
     try:
         return _verify(argv)
-    except (BadInput, BrokenPipeError):
+    except BadInput:
         raise
-    except Exception:  # Python's own exit code for one is 1
+    except Exception as error:  # Python's own exit code for one is 1
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return READER_GONE
         traceback.print_exc()
         return 3
 
